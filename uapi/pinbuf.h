@@ -1,0 +1,204 @@
+/* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */
+/*
+ * pinbuf: dma-bufs of a process's own memory.
+ *
+ * Install as <linux/pinbuf.h>.  The Rust twin of this file is uapi/src/lib.rs;
+ * a test compares the two, field by field.
+ */
+#ifndef _UAPI_LINUX_PINBUF_H
+#define _UAPI_LINUX_PINBUF_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+/*
+ * The device is /dev/pinbuf.  Opening it, for reading or for writing, gives no
+ * state: every call acts on its caller, whoever opened the descriptor.
+ *
+ * Every struct begins with its own size in bytes, as its caller knows it, and
+ * grows only at its end.  The kernel accepts shorter structs than its own
+ * (missing fields read as zero) down to the size of version 1, and longer ones
+ * when the tail that it does not know is zero.  All have the same layout for
+ * 32-bit and 64-bit callers.
+ *
+ * Errors that every call shares:
+ *   EFAULT  the struct, or memory that it points to, cannot be read or written
+ *   EINVAL  size is smaller than version 1's; a reserved field is not zero;
+ *           a flag is not known
+ *   E2BIG   the struct is longer than the kernel's and the tail is not zero
+ *   ENOTTY  the command is not known
+ */
+
+/* The version of this interface; PINBUF_QUERY tells the kernel's. */
+#define PINBUF_VERSION 1
+
+/* The most ranges that one PINBUF_CREATE takes. */
+#define PINBUF_MAX_RANGES 65536
+
+/**
+ * struct pinbuf_range - a range of the caller's address space
+ * @addr: first byte; a multiple of the page size
+ * @len:  length in bytes; a multiple of the page size, not zero
+ *
+ * The layout of a 64-bit struct iovec: one can be passed as it is.
+ */
+struct pinbuf_range {
+	__u64 addr;
+	__u64 len;
+};
+
+/**
+ * struct pinbuf_backing - the file that a range is expected to map
+ * @fd:       a descriptor of the file (memfd, tmpfs or hugetlbfs)
+ * @reserved: zero
+ * @offset:   the byte of the file that the range's first byte maps
+ */
+struct pinbuf_backing {
+	__s32 fd;
+	__u32 reserved;
+	__u64 offset;
+};
+
+/* The dma-buf's descriptor is closed on execve(). */
+#define PINBUF_CREATE_CLOEXEC		(1U << 0)
+/*
+ * @backing says, range by range, which file and offset the caller believes to
+ * be mapped.  The kernel compares that with the pages that it pinned and
+ * answers EAGAIN when one of them is another's: the mapping changed meanwhile.
+ */
+#define PINBUF_CREATE_CHECK_BACKING	(1U << 1)
+/* Bit 2 is kept for reporting discards under a live buffer; EINVAL until then. */
+#define PINBUF_CREATE_FLAGS \
+	(PINBUF_CREATE_CLOEXEC | PINBUF_CREATE_CHECK_BACKING)
+
+/**
+ * struct pinbuf_create - pin ranges and make them one dma-buf
+ * @size:     sizeof(struct pinbuf_create)
+ * @flags:    PINBUF_CREATE_*
+ * @ranges:   address of @count struct pinbuf_range, in the buffer's order
+ * @count:    ranges, 1 to PINBUF_MAX_RANGES
+ * @reserved: zero
+ * @backing:  address of @count struct pinbuf_backing with
+ *            PINBUF_CREATE_CHECK_BACKING, else zero
+ *
+ * Returns a dma-buf's descriptor, opened O_RDWR.  The buffer holds the pages
+ * that the ranges mapped during the call; ranges may repeat and overlap.  It
+ * stays with these pages until its last user is gone: after munmap(), a hole
+ * punched into the file or MADV_DONTNEED the process sees other pages there,
+ * the buffer does not.  A process that forks should give private memory
+ * MADV_DONTFORK while a buffer of it lives.
+ *
+ * The pages are charged to the caller's user under RLIMIT_MEMLOCK, whichever
+ * process they are released in.
+ *
+ * All or nothing: after an error no page is pinned or charged and no
+ * descriptor is open.
+ *
+ *   EINVAL     no range or too many; a range that is empty, or whose address or
+ *              length is no multiple of the page size
+ *   EOVERFLOW  a range ends beyond the address space, or the sum of the lengths
+ *              overflows
+ *   EFAULT     (of a range) not mapped, not writable, of a kind that the kernel
+ *              does not pin for long (a file on disk mapped shared, device
+ *              memory, memfd_secret), or its backing store is exhausted (a
+ *              hugetlb pool, a full tmpfs).  Map it, or free some.
+ *   ENOMEM     over the memlock limit and over the allowance (PINBUF_QUERY), or
+ *              out of memory.  Raise `ulimit -l`.
+ *   EBUSY      pages lie where nothing may stay pinned (ZONE_MOVABLE, CMA) and
+ *              could not be moved, also after retries.  Try again later.
+ *   EINTR      a fatal signal arrived
+ *   EAGAIN     PINBUF_CREATE_CHECK_BACKING: a page is not the one named
+ *   EBADF      PINBUF_CREATE_CHECK_BACKING: a descriptor is not open
+ *   EMFILE, ENFILE  no descriptor is free
+ *   ENODEV     the module is being unloaded
+ */
+struct pinbuf_create {
+	__u32 size;
+	__u32 flags;
+	__u64 ranges;
+	__u32 count;
+	__u32 reserved;
+	__u64 backing;
+};
+
+/* Buffers map for the CPU with huge page-table entries where they fit. */
+#define PINBUF_FEATURE_HUGE_MMAP	(1ULL << 0)
+/* PINBUF_CREATE_CHECK_BACKING is known. */
+#define PINBUF_FEATURE_CHECK_BACKING	(1ULL << 1)
+
+/* How pages are charged; see struct pinbuf_query and struct pinbuf_info. */
+#define PINBUF_CHARGE_USER	0	/* the user's locked pages, RLIMIT_MEMLOCK */
+#define PINBUF_CHARGE_PROCESS	1	/* the process's pinned pages, RLIMIT_MEMLOCK */
+#define PINBUF_CHARGE_ALLOWANCE	2	/* the user's allowance beyond the limit */
+
+/**
+ * struct pinbuf_query - what this kernel's pinbuf can do
+ * @size:            in: sizeof(struct pinbuf_query); out: the kernel's own size
+ * @version:         PINBUF_VERSION
+ * @features:        PINBUF_FEATURE_*
+ * @create_flags:    the PINBUF_CREATE_* that are known
+ * @max_ranges:      the most ranges a call
+ * @page_size:       bytes; what addresses and lengths must be multiples of
+ * @charge_mode:     PINBUF_CHARGE_USER or PINBUF_CHARGE_PROCESS, for the next
+ *                   create
+ * @memlock_bytes:   the caller's RLIMIT_MEMLOCK; all ones: no limit, or the
+ *                   caller has CAP_IPC_LOCK
+ * @allowance_bytes: what a user may pin beyond it
+ * @allowance_used:  of that, the caller's user's share in live buffers, bytes
+ * @allowance_system: the same for all users together, at most, bytes
+ */
+struct pinbuf_query {
+	__u32 size;
+	__u32 version;
+	__u64 features;
+	__u64 create_flags;
+	__u32 max_ranges;
+	__u32 page_size;
+	__u32 charge_mode;
+	__u32 reserved;
+	__u64 memlock_bytes;
+	__u64 allowance_bytes;
+	__u64 allowance_used;
+	__u64 allowance_system;
+};
+
+/**
+ * struct pinbuf_info - one of pinbuf's dma-bufs
+ * @size:         in: sizeof(struct pinbuf_info); out: the kernel's own size
+ * @fd:           in: the dma-buf's descriptor
+ * @bytes:        the buffer's size
+ * @pages:        the same in pages
+ * @extents:      runs of physically adjacent pages that it consists of
+ * @pins:         page or folio references that it holds
+ * @kernel_bytes: kernel memory kept for its extents
+ * @charged_pages: pages charged
+ * @charge:       PINBUF_CHARGE_*: to what
+ * @mappings:     devices' mappings that live now
+ * @state:        zero; kept for reporting discards
+ * @reserved:     zero
+ *
+ *   EBADF   @fd is not open
+ *   EINVAL  @fd is no dma-buf of pinbuf's
+ */
+struct pinbuf_info {
+	__u32 size;
+	__s32 fd;
+	__u64 bytes;
+	__u64 pages;
+	__u64 extents;
+	__u64 pins;
+	__u64 kernel_bytes;
+	__u64 charged_pages;
+	__u32 charge;
+	__u32 mappings;
+	__u64 state;
+	__u64 reserved[3];
+};
+
+/* 'u' 50-5F: behind udmabuf's 'u' 40-4F, free in ioctl-number.rst. */
+#define PINBUF_IOC_TYPE	'u'
+#define PINBUF_CREATE	_IOW(PINBUF_IOC_TYPE, 0x50, struct pinbuf_create)
+#define PINBUF_QUERY	_IOWR(PINBUF_IOC_TYPE, 0x51, struct pinbuf_query)
+#define PINBUF_INFO	_IOWR(PINBUF_IOC_TYPE, 0x52, struct pinbuf_info)
+
+#endif /* _UAPI_LINUX_PINBUF_H */

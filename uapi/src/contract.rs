@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note
+
+//! The contract between pinbuf's kernel module and user space.
+//!
+//! The Rust twin of `uapi/pinbuf.h`, where each call, field and error is described; the test
+//! `tests/host/uapi_layout.rs` compares the two. The kernel module is compiled from this very file.
+//!
+//! Every struct begins with its own size in bytes and has the same layout for 32-bit and 64-bit
+//! callers: only fixed-width fields, 64-bit ones at multiples of eight.
+
+use core::mem::size_of;
+
+/// The version of this interface.
+pub const VERSION: u32 = 1;
+
+/// The most ranges that one [`CREATE`] takes.
+pub const MAX_RANGES: u32 = 65_536;
+
+/// A range of the caller's address space, laid out as a 64-bit `struct iovec`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Range {
+    /// First byte; a multiple of the page size.
+    pub addr: u64,
+    /// Length in bytes; a multiple of the page size, not zero.
+    pub len: u64,
+}
+
+/// The file that a range is expected to map, for [`CREATE_CHECK_BACKING`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backing {
+    /// A descriptor of the file: a memfd, or a file on tmpfs or hugetlbfs.
+    pub fd: i32,
+    /// Zero.
+    pub reserved: u32,
+    /// The byte of the file that the range's first byte maps.
+    pub offset: u64,
+}
+
+/// The dma-buf's descriptor is closed on `execve`.
+pub const CREATE_CLOEXEC: u32 = 1 << 0;
+/// Answer `EAGAIN` unless the pinned pages are those that [`Create::backing`] names.
+pub const CREATE_CHECK_BACKING: u32 = 1 << 1;
+/// All flags of [`CREATE`] that this version knows.
+pub const CREATE_FLAGS: u32 = CREATE_CLOEXEC | CREATE_CHECK_BACKING;
+
+/// The argument of [`CREATE`]: pin ranges and make them one dma-buf.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Create {
+    /// Size of this struct in bytes, as the caller knows it.
+    pub size: u32,
+    /// `CREATE_*`.
+    pub flags: u32,
+    /// Address of `count` [`Range`]s, in the buffer's order.
+    pub ranges: u64,
+    /// Ranges, 1 to [`MAX_RANGES`].
+    pub count: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Address of `count` [`Backing`]s with [`CREATE_CHECK_BACKING`], else zero.
+    pub backing: u64,
+}
+
+/// Buffers map for the CPU with huge page-table entries where they fit.
+pub const FEATURE_HUGE_MMAP: u64 = 1 << 0;
+/// [`CREATE_CHECK_BACKING`] is known.
+pub const FEATURE_CHECK_BACKING: u64 = 1 << 1;
+
+/// Charged to the user's locked pages, under `RLIMIT_MEMLOCK`.
+pub const CHARGE_USER: u32 = 0;
+/// Charged to the process's pinned pages, under `RLIMIT_MEMLOCK`.
+pub const CHARGE_PROCESS: u32 = 1;
+/// Charged to the user's allowance beyond the limit.
+pub const CHARGE_ALLOWANCE: u32 = 2;
+
+/// The argument of [`QUERY`]: what this kernel's pinbuf can do.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Query {
+    /// In: size of this struct in bytes. Out: the kernel's own.
+    pub size: u32,
+    /// [`VERSION`].
+    pub version: u32,
+    /// `FEATURE_*`.
+    pub features: u64,
+    /// The `CREATE_*` flags that are known.
+    pub create_flags: u64,
+    /// The most ranges a call.
+    pub max_ranges: u32,
+    /// Bytes; what addresses and lengths must be multiples of.
+    pub page_size: u32,
+    /// [`CHARGE_USER`] or [`CHARGE_PROCESS`], for the next create.
+    pub charge_mode: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// The caller's `RLIMIT_MEMLOCK` in bytes; all ones: no limit, or `CAP_IPC_LOCK`.
+    pub memlock_bytes: u64,
+    /// What a user may pin beyond it, bytes.
+    pub allowance_bytes: u64,
+    /// Of that, the share of the caller's user in live buffers, bytes.
+    pub allowance_used: u64,
+    /// The same for all users together, at most, bytes.
+    pub allowance_system: u64,
+}
+
+/// The argument of [`INFO`]: one of pinbuf's dma-bufs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Info {
+    /// In: size of this struct in bytes. Out: the kernel's own.
+    pub size: u32,
+    /// In: the dma-buf's descriptor.
+    pub fd: i32,
+    /// The buffer's size in bytes.
+    pub bytes: u64,
+    /// The same in pages.
+    pub pages: u64,
+    /// Runs of physically adjacent pages that it consists of.
+    pub extents: u64,
+    /// Page or folio references that it holds.
+    pub pins: u64,
+    /// Kernel memory kept for its extents, bytes.
+    pub kernel_bytes: u64,
+    /// Pages charged.
+    pub charged_pages: u64,
+    /// `CHARGE_*`: to what they are charged.
+    pub charge: u32,
+    /// Devices' mappings that live now.
+    pub mappings: u32,
+    /// Zero; kept for reporting discards.
+    pub state: u64,
+    /// Zero.
+    pub reserved: [u64; 3],
+}
+
+/// The type byte of the ioctl numbers, behind udmabuf's `'u' 40-4F`.
+pub const IOC_TYPE: u32 = b'u' as u32;
+/// The number of [`CREATE`] within [`IOC_TYPE`].
+pub const NR_CREATE: u32 = 0x50;
+/// The number of [`QUERY`] within [`IOC_TYPE`].
+pub const NR_QUERY: u32 = 0x51;
+/// The number of [`INFO`] within [`IOC_TYPE`].
+pub const NR_INFO: u32 = 0x52;
+
+const WRITE: u32 = 1;
+const READ_WRITE: u32 = 3;
+
+/// An ioctl number, as `_IOC` of `<asm-generic/ioctl.h>` composes it.
+const fn ioc(direction: u32, nr: u32, size: usize) -> u32 {
+    direction << 30 | (size as u32) << 16 | IOC_TYPE << 8 | nr
+}
+
+/// Pins ranges and returns a dma-buf's descriptor; takes a [`Create`].
+pub const CREATE: u32 = ioc(WRITE, NR_CREATE, size_of::<Create>());
+/// Tells what the kernel can do; takes a [`Query`].
+pub const QUERY: u32 = ioc(READ_WRITE, NR_QUERY, size_of::<Query>());
+/// Describes a dma-buf; takes an [`Info`].
+pub const INFO: u32 = ioc(READ_WRITE, NR_INFO, size_of::<Info>());
+
+// The layout is part of the contract.
+const _: () = assert!(size_of::<Range>() == 16);
+const _: () = assert!(size_of::<Backing>() == 16);
+const _: () = assert!(size_of::<Create>() == 32);
+const _: () = assert!(size_of::<Query>() == 72);
+const _: () = assert!(size_of::<Info>() == 96);

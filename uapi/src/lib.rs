@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note
+
+//! The contract between pinbuf's kernel module and user space: [`contract`], which the kernel
+//! module is compiled from too.
+
+#![no_std]
+
+mod contract;
+
+pub use contract::*;
