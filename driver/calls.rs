@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The calls of `/dev/pinbuf`. What each one means is written in `uapi/pinbuf.h`.
+
+use crate::{
+    buffer::Buffer,
+    charge::{
+        self,
+        Account,
+        Charge, //
+    },
+    kernel_ext::{
+        dma_buf::DmaBuf,
+        misc, //
+    },
+    params,
+    pins::{
+        Expected,
+        Pinner, //
+    },
+    uapi,
+    user_struct::{
+        self,
+        Extensible, //
+    }, //
+};
+use kernel::{
+    alloc::{
+        flags::GFP_KERNEL_ACCOUNT,
+        KVVec, //
+    },
+    ffi::c_long,
+    fs::file::LocalFile,
+    page::{
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
+    prelude::*,
+    sync::aref::ARef,
+    transmute::FromBytes,
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    },
+};
+
+// SAFETY: Fixed-width integers without padding, the first of them the size.
+unsafe impl Extensible for uapi::Create {
+    const FIRST_SIZE: usize = 32;
+}
+
+// SAFETY: As above.
+unsafe impl Extensible for uapi::Query {
+    const FIRST_SIZE: usize = 72;
+}
+
+// SAFETY: As above.
+unsafe impl Extensible for uapi::Info {
+    const FIRST_SIZE: usize = 96;
+}
+
+/// An element of one of the caller's arrays.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Element<T>(T);
+
+// SAFETY: Fixed-width integers: every bit pattern is a value.
+unsafe impl FromBytes for Element<uapi::Range> {}
+// SAFETY: As above.
+unsafe impl FromBytes for Element<uapi::Backing> {}
+
+/// The device's calls.
+pub(crate) struct Calls;
+
+impl misc::Calls for Calls {
+    fn ioctl(command: u32, argument: UserPtr) -> Result<c_long> {
+        // The size in the number is that of the caller's struct, which says it itself too.
+        match command & !SIZE_MASK {
+            CREATE => create(argument),
+            QUERY => query(argument),
+            INFO => info(argument),
+            _ => Err(ENOTTY),
+        }
+    }
+}
+
+/// The bits of an ioctl number that hold the argument's size.
+const SIZE_MASK: u32 = 0x3fff << 16;
+const CREATE: u32 = uapi::CREATE & !SIZE_MASK;
+const QUERY: u32 = uapi::QUERY & !SIZE_MASK;
+const INFO: u32 = uapi::INFO & !SIZE_MASK;
+
+fn create(argument: UserPtr) -> Result<c_long> {
+    let (create, _) = user_struct::read::<uapi::Create>(argument)?;
+    if create.flags & !uapi::CREATE_FLAGS != 0 || create.reserved != 0 {
+        return Err(EINVAL);
+    }
+    let check_backing = create.flags & uapi::CREATE_CHECK_BACKING != 0;
+    if create.backing != 0 && !check_backing {
+        return Err(EINVAL);
+    }
+    if create.count == 0 || create.count > uapi::MAX_RANGES {
+        return Err(EINVAL);
+    }
+    let count = create.count as usize;
+    let ranges = read_array::<uapi::Range>(create.ranges, count)?;
+    let pages = total_pages(&ranges)?;
+    let backings = if check_backing {
+        let backings = read_array::<uapi::Backing>(create.backing, count)?;
+        check_backings(&ranges, &backings)?;
+        Some(backings)
+    } else {
+        None
+    };
+
+    let charge = Charge::new(pages)?;
+    let mut pinner = Pinner::new(pages)?;
+    let mut files = Files(None);
+    for (index, Element(range)) in ranges.iter().enumerate() {
+        let expected = match backings.as_ref().and_then(|all| all.get(index)) {
+            Some(Element(backing)) => Some(Expected {
+                file: files.get(backing.fd)?,
+                page: (backing.offset >> PAGE_SHIFT) as usize,
+            }),
+            None => None,
+        };
+        pinner.pin(range.addr as usize, (range.len >> PAGE_SHIFT) as usize, expected)?;
+    }
+    drop((ranges, backings, files));
+
+    let buffer = Buffer::new(pinner.finish(), charge);
+    let fd = DmaBuf::export(&crate::THIS_MODULE, buffer)?
+        .into_fd(create.flags & uapi::CREATE_CLOEXEC != 0)?;
+    Ok(fd as c_long)
+}
+
+/// Reads `count` elements from the caller's address `address` on, once.
+fn read_array<T>(address: u64, count: usize) -> Result<KVVec<Element<T>>>
+where
+    Element<T>: FromBytes,
+{
+    let bytes = count.checked_mul(size_of::<T>()).ok_or(EOVERFLOW)?;
+    let address = usize::try_from(address).map_err(|_| EFAULT)?;
+    let mut reader = UserSlice::new(UserPtr::from_addr(address), bytes).reader();
+    let mut array = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
+    for _ in 0..count {
+        array.push(reader.read::<Element<T>>()?, GFP_KERNEL_ACCOUNT)?;
+    }
+    Ok(array)
+}
+
+/// The pages of all ranges together, each of which has been checked then.
+fn total_pages(ranges: &[Element<uapi::Range>]) -> Result<usize> {
+    let mut bytes: u64 = 0;
+    for Element(range) in ranges {
+        if range.len == 0 || (range.addr | range.len) % PAGE_SIZE as u64 != 0 {
+            return Err(EINVAL);
+        }
+        range.addr.checked_add(range.len).ok_or(EOVERFLOW)?;
+        bytes = bytes.checked_add(range.len).ok_or(EOVERFLOW)?;
+    }
+    // A file cannot be larger, nor, hence, a dma-buf.
+    let bytes = isize::try_from(bytes).map_err(|_| EOVERFLOW)?;
+    Ok(bytes as usize >> PAGE_SHIFT)
+}
+
+/// Checks what the caller believes to be mapped in the ranges, as far as that is possible.
+fn check_backings(
+    ranges: &[Element<uapi::Range>],
+    backings: &[Element<uapi::Backing>],
+) -> Result {
+    for (Element(range), Element(backing)) in ranges.iter().zip(backings) {
+        if backing.reserved != 0 || backing.offset % PAGE_SIZE as u64 != 0 {
+            return Err(EINVAL);
+        }
+        backing.offset.checked_add(range.len).ok_or(EOVERFLOW)?;
+    }
+    Ok(())
+}
+
+/// The file of the last descriptor that was asked for: callers mostly name one for all ranges.
+struct Files(Option<(i32, ARef<LocalFile>)>);
+
+impl Files {
+    fn get(&mut self, fd: i32) -> Result<&LocalFile> {
+        if self.0.as_ref().is_none_or(|(last, _)| *last != fd) {
+            let number = u32::try_from(fd).map_err(|_| EBADF)?;
+            self.0 = Some((fd, LocalFile::fget(number)?));
+        }
+        self.0.as_ref().map(|(_, file)| &**file).ok_or(EBADF)
+    }
+}
+
+fn query(argument: UserPtr) -> Result<c_long> {
+    let (query, claimed) = user_struct::read::<uapi::Query>(argument)?;
+    if query.reserved != 0 {
+        return Err(EINVAL);
+    }
+    let bytes = |pages: usize| (pages as u64) << PAGE_SHIFT;
+    let answer = uapi::Query {
+        size: size_of::<uapi::Query>() as u32,
+        version: uapi::VERSION,
+        features: uapi::FEATURE_CHECK_BACKING
+            | if cfg!(CONFIG_TRANSPARENT_HUGEPAGE) {
+                uapi::FEATURE_HUGE_MMAP
+            } else {
+                0
+            },
+        create_flags: uapi::CREATE_FLAGS.into(),
+        max_ranges: uapi::MAX_RANGES,
+        page_size: PAGE_SIZE as u32,
+        charge_mode: if params::charge_process() {
+            uapi::CHARGE_PROCESS
+        } else {
+            uapi::CHARGE_USER
+        },
+        reserved: 0,
+        memlock_bytes: charge::limit_bytes(),
+        allowance_bytes: bytes(params::allowance_pages()),
+        allowance_used: bytes(charge::allowance_used()),
+        allowance_system: bytes(params::allowance_system_pages()),
+    };
+    user_struct::write(argument, answer, claimed)?;
+    Ok(0)
+}
+
+fn info(argument: UserPtr) -> Result<c_long> {
+    let (info, claimed) = user_struct::read::<uapi::Info>(argument)?;
+    if info.reserved != [0; 3] {
+        return Err(EINVAL);
+    }
+    let dma_buf = DmaBuf::from_fd(info.fd)?;
+    let (buffer, mappings) = dma_buf.inspect::<Buffer>().ok_or(EINVAL)?;
+    let (pins, charge) = (buffer.pins(), buffer.charge());
+    let pages = pins.map().pages() as u64;
+    let answer = uapi::Info {
+        size: size_of::<uapi::Info>() as u32,
+        fd: info.fd,
+        bytes: pages << PAGE_SHIFT,
+        pages,
+        extents: pins.map().extents() as u64,
+        pins: pins.count() as u64,
+        kernel_bytes: pins.map().bytes() as u64,
+        charged_pages: charge.pages() as u64,
+        charge: match charge.account() {
+            Account::User => uapi::CHARGE_USER,
+            Account::Process => uapi::CHARGE_PROCESS,
+            Account::Allowance => uapi::CHARGE_ALLOWANCE,
+        },
+        mappings: mappings as u32,
+        state: 0,
+        reserved: [0; 3],
+    };
+    user_struct::write(argument, answer, claimed)?;
+    Ok(0)
+}

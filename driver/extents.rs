@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which physical pages a buffer consists of.
+//!
+//! A buffer is a sequence of *extents*: runs of physically adjacent pages. [`ExtentMap`] stores
+//! them in one of two forms, whichever is smaller:
+//!
+//! * *sparse*: 16 bytes an extent (its first page in the buffer, its first page frame), found by
+//!   bisection. A gibibyte of adjacent huge pages is one extent.
+//! * *dense*: 8 bytes a page (its page frame), found by indexing. A fully scattered buffer has as
+//!   many extents as pages.
+//!
+//! So the cost is the smaller of 16 bytes an extent and 8 bytes a page, and a look-up is at most
+//! logarithmic.
+//!
+//! This file knows nothing of pins, pages or locks, and is compiled for the host too, where
+//! `tests/host` holds it against a naive model.
+
+use crate::chunked_vec::ChunkedVec;
+use kernel::{
+    alloc::AllocError,
+    prelude::*, //
+};
+
+/// A number of a physical page frame.
+pub(crate) type Pfn = usize;
+
+/// How the pages of an extent are pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Granularity {
+    /// Each page was pinned for itself.
+    Page,
+    /// One pin was taken in each folio that the extent touches.
+    Folio,
+}
+
+/// Physically adjacent pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    /// The first page frame.
+    pub(crate) pfn: Pfn,
+    /// How many pages.
+    pub(crate) pages: usize,
+    /// How they are pinned.
+    pub(crate) granularity: Granularity,
+}
+
+/// A page frame with two marks in the bits that no page frame uses: physical addresses have at
+/// most 56 bits on any 64-bit machine, hence frames at most 44.
+#[derive(Clone, Copy)]
+struct Frame(u64);
+
+impl Frame {
+    /// Pinned with [`Granularity::Folio`].
+    const FOLIO: u64 = 1 << 63;
+    /// First of its extent (dense form only: neighbours in one extent follow each other there,
+    /// but not all that follow each other are in one extent).
+    const FIRST: u64 = 1 << 62;
+
+    fn new(pfn: Pfn, granularity: Granularity, first: bool) -> Self {
+        let mut word = pfn as u64;
+        if granularity == Granularity::Folio {
+            word |= Self::FOLIO;
+        }
+        if first {
+            word |= Self::FIRST;
+        }
+        Self(word)
+    }
+
+    fn pfn(self) -> Pfn {
+        (self.0 & !(Self::FOLIO | Self::FIRST)) as Pfn
+    }
+
+    fn granularity(self) -> Granularity {
+        if self.0 & Self::FOLIO != 0 {
+            Granularity::Folio
+        } else {
+            Granularity::Page
+        }
+    }
+
+    fn is_first(self) -> bool {
+        self.0 & Self::FIRST != 0
+    }
+}
+
+/// An extent in the sparse form. It ends where the next one begins.
+#[derive(Clone, Copy)]
+struct Extent {
+    /// Its first page, counted in the buffer.
+    start: u64,
+    /// Its first page frame.
+    frame: Frame,
+}
+
+enum Form {
+    Sparse(ChunkedVec<Extent>),
+    Dense(ChunkedVec<Frame>),
+}
+
+/// The extents of a buffer, in the buffer's order.
+///
+/// # Invariants
+///
+/// * Sparse: the extents' starts begin at 0 and rise strictly; the last is below `pages`.
+/// * Dense: there are `pages` frames, and the first one is marked as the first of its extent.
+/// * `extents` is the number of extents in either form.
+pub(crate) struct ExtentMap {
+    form: Form,
+    pages: usize,
+    extents: usize,
+}
+
+impl ExtentMap {
+    /// Extents below which the form is not worth a thought: one page of them.
+    const FEW: usize = 256;
+
+    /// An empty map. Does not allocate.
+    pub(crate) const fn new() -> Self {
+        Self {
+            form: Form::Sparse(ChunkedVec::new()),
+            pages: 0,
+            extents: 0,
+        }
+    }
+
+    /// The buffer's size in pages.
+    pub(crate) fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// The number of extents.
+    pub(crate) fn extents(&self) -> usize {
+        self.extents
+    }
+
+    /// Bytes of memory that the map holds, besides itself.
+    pub(crate) fn bytes(&self) -> usize {
+        match &self.form {
+            Form::Sparse(extents) => extents.bytes(),
+            Form::Dense(frames) => frames.bytes(),
+        }
+    }
+
+    /// Appends a run, which becomes part of the last extent if it follows it physically, is pinned
+    /// in the same way, and is `joinable`: the caller knows of no other reason against it.
+    ///
+    /// After an error the map is as it was.
+    pub(crate) fn push(&mut self, run: Run, joinable: bool) -> Result<(), AllocError> {
+        if run.pages == 0 {
+            return Ok(());
+        }
+        let joins = joinable
+            && self.last_frame().is_some_and(|last| {
+                last.granularity() == run.granularity && last.pfn() + 1 == run.pfn
+            });
+        self.choose_form(run.pages)?;
+        match &mut self.form {
+            Form::Sparse(_) if joins => {}
+            Form::Sparse(extents) => extents.push(Extent {
+                start: self.pages as u64,
+                frame: Frame::new(run.pfn, run.granularity, true),
+            })?,
+            Form::Dense(frames) => {
+                let len = frames.len();
+                for page in 0..run.pages {
+                    let first = page == 0 && !joins;
+                    if let Err(e) = frames.push(Frame::new(run.pfn + page, run.granularity, first))
+                    {
+                        frames.truncate(len);
+                        return Err(e);
+                    }
+                }
+            }
+        }
+        self.pages += run.pages;
+        self.extents += usize::from(!joins);
+        Ok(())
+    }
+
+    /// Takes the smaller form and gives back spare memory, when no more runs will come. Where no
+    /// memory can be had for that, the map stays as it is.
+    pub(crate) fn finish(&mut self) {
+        if let Form::Dense(_) = self.form {
+            if 2 * self.extents <= self.pages {
+                // Failing leaves the dense form, which is right, only larger.
+                let _ = self.make_sparse();
+            }
+        }
+        match &mut self.form {
+            Form::Sparse(extents) => extents.shrink_to_fit(),
+            Form::Dense(frames) => frames.shrink_to_fit(),
+        }
+    }
+
+    /// The pages from `page` on that are in one extent with it: at most `max`, which must not be
+    /// zero. `None` if the buffer ends before `page`.
+    ///
+    /// Costs the logarithm of the number of extents, and in the dense form, where extents are
+    /// shorter than two pages on average, the length of the answer.
+    pub(crate) fn find(&self, page: usize, max: usize) -> Option<Run> {
+        if page >= self.pages {
+            return None;
+        }
+        match &self.form {
+            Form::Sparse(extents) => {
+                let (mut low, mut high) = (0, extents.len());
+                // The last extent that starts at `page` or before is in low..high.
+                while high - low > 1 {
+                    let middle = low + (high - low) / 2;
+                    if extents.get(middle)?.start as usize <= page {
+                        low = middle;
+                    } else {
+                        high = middle;
+                    }
+                }
+                let extent = extents.get(low)?;
+                Some(self.rest_of(extents, low, extent, page, max))
+            }
+            Form::Dense(frames) => {
+                let frame = frames.get(page)?;
+                let pages = 1
+                    + (1..max.min(self.pages - page))
+                        .take_while(|next| {
+                            frames
+                                .get(page + next)
+                                .is_some_and(|frame| !frame.is_first())
+                        })
+                        .count();
+                Some(Run {
+                    pfn: frame.pfn(),
+                    pages,
+                    granularity: frame.granularity(),
+                })
+            }
+        }
+    }
+
+    /// All extents in the buffer's order, in linear time.
+    pub(crate) fn iter(&self) -> Iter<'_> {
+        Iter {
+            map: self,
+            page: 0,
+            index: 0,
+        }
+    }
+
+    fn rest_of(
+        &self,
+        extents: &ChunkedVec<Extent>,
+        index: usize,
+        extent: Extent,
+        page: usize,
+        max: usize,
+    ) -> Run {
+        let end = extents
+            .get(index + 1)
+            .map_or(self.pages, |next| next.start as usize);
+        let skipped = page - extent.start as usize;
+        Run {
+            pfn: extent.frame.pfn() + skipped,
+            pages: (end - page).min(max),
+            granularity: extent.frame.granularity(),
+        }
+    }
+
+    /// The frame of the last page, with its extent's granularity.
+    fn last_frame(&self) -> Option<Frame> {
+        let last = self.pages.checked_sub(1)?;
+        match &self.form {
+            Form::Sparse(extents) => {
+                let extent = extents.get(extents.len() - 1)?;
+                let skipped = last - extent.start as usize;
+                Some(Frame(extent.frame.0 + skipped as u64))
+            }
+            Form::Dense(frames) => frames.get(last),
+        }
+    }
+
+    /// Takes the other form when that has become clearly smaller, before `more` pages of one run
+    /// are appended.
+    ///
+    /// Between a turn and the next one back the number of pages at least quadruples (dense needs
+    /// more than half an extent a page, sparse at most an eighth), so building stays linear.
+    fn choose_form(&mut self, more: usize) -> Result<(), AllocError> {
+        let dense = matches!(self.form, Form::Dense(_));
+        if !dense && self.extents >= Self::FEW && 2 * self.extents > self.pages {
+            self.make_dense()
+        } else if dense && self.pages.saturating_add(more) / 8 > self.extents {
+            self.make_sparse()
+        } else {
+            Ok(())
+        }
+    }
+
+    fn make_dense(&mut self) -> Result<(), AllocError> {
+        let mut frames = ChunkedVec::new();
+        for run in self.iter() {
+            for page in 0..run.pages {
+                frames.push(Frame::new(run.pfn + page, run.granularity, page == 0))?;
+            }
+        }
+        self.form = Form::Dense(frames);
+        Ok(())
+    }
+
+    fn make_sparse(&mut self) -> Result<(), AllocError> {
+        let mut extents = ChunkedVec::new();
+        let mut start = 0;
+        for run in self.iter() {
+            extents.push(Extent {
+                start,
+                frame: Frame::new(run.pfn, run.granularity, true),
+            })?;
+            start += run.pages as u64;
+        }
+        self.form = Form::Sparse(extents);
+        Ok(())
+    }
+}
+
+/// An iterator over the extents of an [`ExtentMap`].
+#[derive(Clone)]
+pub(crate) struct Iter<'a> {
+    map: &'a ExtentMap,
+    page: usize,
+    index: usize,
+}
+
+impl Iterator for Iter<'_> {
+    type Item = Run;
+
+    fn next(&mut self) -> Option<Run> {
+        if self.page >= self.map.pages {
+            return None;
+        }
+        let run = match &self.map.form {
+            Form::Sparse(extents) => {
+                let extent = extents.get(self.index)?;
+                self.map
+                    .rest_of(extents, self.index, extent, self.page, usize::MAX)
+            }
+            Form::Dense(_) => self.map.find(self.page, usize::MAX)?,
+        };
+        self.page += run.pages;
+        self.index += 1;
+        Some(run)
+    }
+}

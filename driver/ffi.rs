@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Prototypes of `driver/helpers.c`; both change together. See there for what each is.
+//!
+//! Only [`crate::kernel_ext`] and [`crate::params`] call these.
+
+use kernel::{
+    bindings,
+    ffi::{
+        c_uint,
+        c_ulong,
+        c_void, //
+    },
+};
+
+/// `struct pinbuf_folio` of `driver/helpers.h`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Folio {
+    /// Pages of the folio.
+    pub(crate) pages: c_ulong,
+    /// Index of the page asked about in the folio.
+    pub(crate) index: c_ulong,
+    /// A folio of hugetlb's.
+    pub(crate) hugetlb: bool,
+    /// A folio of device memory (device-dax and the like).
+    pub(crate) zone_device: bool,
+    /// Anonymous memory or page cache, not a driver's own pages.
+    pub(crate) user: bool,
+}
+
+// Behind these pointers are C's structs, some of them empty in this configuration.
+#[allow(improper_ctypes)]
+extern "C" {
+    pub(crate) fn pinbuf_param_allowance_mb() -> c_uint;
+    pub(crate) fn pinbuf_param_allowance_system_mb() -> c_uint;
+    pub(crate) fn pinbuf_param_charge_process() -> bool;
+    pub(crate) fn pinbuf_param_pin_retries() -> c_uint;
+
+    pub(crate) fn pinbuf_fatal_signal_pending() -> bool;
+    pub(crate) fn pinbuf_cond_resched();
+    pub(crate) fn pinbuf_rlimit_memlock() -> c_ulong;
+    pub(crate) fn pinbuf_get_current_user() -> *mut bindings::user_struct;
+    pub(crate) fn pinbuf_totalram_pages() -> c_ulong;
+
+    pub(crate) fn pinbuf_page_to_pfn(page: *const bindings::page) -> c_ulong;
+    pub(crate) fn pinbuf_pfn_to_page(pfn: c_ulong) -> *mut bindings::page;
+    pub(crate) fn pinbuf_page_address(page: *const bindings::page) -> *mut c_void;
+    pub(crate) fn pinbuf_page_folio(page: *const bindings::page, out: *mut Folio);
+    pub(crate) fn pinbuf_page_is_backed_by(
+        page: *const bindings::page,
+        file: *const bindings::file,
+        index: c_ulong,
+    ) -> bool;
+    pub(crate) fn pinbuf_same_pgmap(a: *const bindings::page, b: *const bindings::page) -> bool;
+
+    pub(crate) fn pinbuf_sg_set_page(
+        sg: *mut bindings::scatterlist,
+        page: *mut bindings::page,
+        len: c_uint,
+    );
+    pub(crate) fn pinbuf_sg_next(sg: *mut bindings::scatterlist) -> *mut bindings::scatterlist;
+    pub(crate) fn pinbuf_dma_get_max_seg_size(dev: *mut bindings::device) -> c_uint;
+    pub(crate) fn pinbuf_dma_get_seg_boundary(dev: *mut bindings::device) -> c_ulong;
+    pub(crate) fn pinbuf_dma_sync_sgtable_for_cpu(
+        dev: *mut bindings::device,
+        sgt: *mut bindings::sg_table,
+        dir: bindings::dma_data_direction,
+    );
+    pub(crate) fn pinbuf_dma_sync_sgtable_for_device(
+        dev: *mut bindings::device,
+        sgt: *mut bindings::sg_table,
+        dir: bindings::dma_data_direction,
+    );
+    pub(crate) fn pinbuf_dma_unmap_sgtable(
+        dev: *mut bindings::device,
+        sgt: *mut bindings::sg_table,
+        dir: bindings::dma_data_direction,
+    );
+
+    pub(crate) fn pinbuf_vmap(pages: *mut *mut bindings::page, count: c_uint) -> *mut c_void;
+    pub(crate) fn pinbuf_vunmap(addr: *const c_void);
+    pub(crate) fn pinbuf_vma_is_shared(vma: *const bindings::vm_area_struct) -> bool;
+    pub(crate) fn pinbuf_vma_is_exec(vma: *const bindings::vm_area_struct) -> bool;
+    pub(crate) fn pinbuf_vma_set_pfnmap(vma: *mut bindings::vm_area_struct);
+    pub(crate) fn pinbuf_set_pte_pfn(
+        vma: *mut bindings::vm_area_struct,
+        addr: c_ulong,
+        pte: *mut bindings::pte_t,
+        pfn: c_ulong,
+    );
+}

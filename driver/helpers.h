@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+#ifndef PINBUF_HELPERS_H
+#define PINBUF_HELPERS_H
+
+#include <linux/types.h>
+#include <linux/dma-direction.h>
+#include <linux/pgtable.h>
+
+struct device;
+struct file;
+struct page;
+struct scatterlist;
+struct sg_table;
+struct user_struct;
+struct vm_area_struct;
+
+/* What a pinned page tells of the folio that it is in. */
+struct pinbuf_folio {
+	unsigned long pages;	/* the folio's */
+	unsigned long index;	/* of the page in the folio, in pages */
+	bool hugetlb;
+	bool zone_device;
+	bool user;		/* anonymous or page cache: not a driver's own */
+};
+
+unsigned int pinbuf_param_allowance_mb(void);
+unsigned int pinbuf_param_allowance_system_mb(void);
+bool pinbuf_param_charge_process(void);
+unsigned int pinbuf_param_pin_retries(void);
+
+bool pinbuf_fatal_signal_pending(void);
+void pinbuf_cond_resched(void);
+unsigned long pinbuf_rlimit_memlock(void);
+struct user_struct *pinbuf_get_current_user(void);
+unsigned long pinbuf_totalram_pages(void);
+
+unsigned long pinbuf_page_to_pfn(const struct page *page);
+struct page *pinbuf_pfn_to_page(unsigned long pfn);
+void *pinbuf_page_address(const struct page *page);
+void pinbuf_page_folio(const struct page *page, struct pinbuf_folio *out);
+bool pinbuf_page_is_backed_by(const struct page *page, const struct file *file,
+			      unsigned long index);
+bool pinbuf_same_pgmap(const struct page *a, const struct page *b);
+
+void pinbuf_sg_set_page(struct scatterlist *sg, struct page *page,
+			unsigned int len);
+struct scatterlist *pinbuf_sg_next(struct scatterlist *sg);
+unsigned int pinbuf_dma_get_max_seg_size(struct device *dev);
+unsigned long pinbuf_dma_get_seg_boundary(struct device *dev);
+void pinbuf_dma_sync_sgtable_for_cpu(struct device *dev, struct sg_table *sgt,
+				     enum dma_data_direction dir);
+void pinbuf_dma_sync_sgtable_for_device(struct device *dev,
+					struct sg_table *sgt,
+					enum dma_data_direction dir);
+void pinbuf_dma_unmap_sgtable(struct device *dev, struct sg_table *sgt,
+			      enum dma_data_direction dir);
+
+void *pinbuf_vmap(struct page **pages, unsigned int count);
+void pinbuf_vunmap(const void *addr);
+bool pinbuf_vma_is_shared(const struct vm_area_struct *vma);
+bool pinbuf_vma_is_exec(const struct vm_area_struct *vma);
+void pinbuf_vma_set_pfnmap(struct vm_area_struct *vma);
+void pinbuf_set_pte_pfn(struct vm_area_struct *vma, unsigned long addr,
+			pte_t *pte, unsigned long pfn);
+
+#endif /* PINBUF_HELPERS_H */

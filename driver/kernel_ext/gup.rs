@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pinning pages of the current process for the long term.
+//!
+//! C headers: [`include/linux/mm.h`](srctree/include/linux/mm.h), and
+//! [`Documentation/core-api/pin_user_pages.rst`](srctree/Documentation/core-api/pin_user_pages.rst).
+
+use crate::{
+    extents::Pfn,
+    ffi, //
+};
+use kernel::{
+    alloc::{
+        flags::GFP_KERNEL_ACCOUNT,
+        KVVec, //
+    },
+    bindings,
+    error::to_result,
+    fs::file::LocalFile,
+    prelude::*, //
+};
+
+/// A page of which the holder of the value owns one pin.
+///
+/// It is a plain value: whoever takes it over from a [`Batch`] has to see to it that
+/// [`unpin_pages`] or [`unpin_folios`] drops the pin, once.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub(crate) struct PinnedPage(*mut bindings::page);
+
+impl PinnedPage {
+    /// The page's frame number.
+    #[inline]
+    pub(crate) fn pfn(self) -> Pfn {
+        // SAFETY: A pinned page is a valid `struct page`.
+        unsafe { ffi::pinbuf_page_to_pfn(self.0) }
+    }
+
+    /// What the page tells of its folio. The folio stays the same while the page is pinned.
+    #[inline]
+    pub(crate) fn folio(self) -> FolioInfo {
+        let mut folio = ffi::Folio::default();
+        // SAFETY: A pinned page is a valid `struct page`, whose folio cannot be split or freed;
+        // `folio` is ours.
+        unsafe { ffi::pinbuf_page_folio(self.0, &mut folio) };
+        FolioInfo {
+            pages: folio.pages,
+            index: folio.index,
+            hugetlb: folio.hugetlb,
+            zone_device: folio.zone_device,
+            user: folio.user,
+        }
+    }
+
+    /// Whether the page was, a moment ago, the page number `index` of `file`.
+    pub(crate) fn is_backed_by(self, file: &LocalFile, index: usize) -> bool {
+        // SAFETY: A pinned page is a valid `struct page`; `file` is a valid `struct file`.
+        unsafe { ffi::pinbuf_page_is_backed_by(self.0, file.as_ptr(), index) }
+    }
+
+    /// Whether the page may share an extent with `other`, the one before it, as far as device
+    /// memory is concerned: not if they belong to different devices.
+    pub(crate) fn same_pgmap(self, other: Self) -> bool {
+        // SAFETY: Pinned pages are valid `struct page`s.
+        unsafe { ffi::pinbuf_same_pgmap(self.0, other.0) }
+    }
+
+    /// Whether `self` is the `n`th page behind `first`, physically.
+    #[inline]
+    pub(crate) fn follows(self, first: Self, n: usize) -> bool {
+        // With a virtual memory map, as on every architecture that has Rust, the `struct page`s of
+        // adjacent frames are adjacent. Elsewhere that holds only within a section.
+        if cfg!(CONFIG_SPARSEMEM) && !cfg!(CONFIG_SPARSEMEM_VMEMMAP) {
+            self.pfn() == first.pfn() + n
+        } else {
+            self.0 == first.0.wrapping_add(n)
+        }
+    }
+}
+
+/// What a pinned page tells of the folio that it belongs to.
+#[derive(Clone, Copy)]
+pub(crate) struct FolioInfo {
+    /// The folio's size in pages.
+    pub(crate) pages: usize,
+    /// The page's index in the folio.
+    pub(crate) index: usize,
+    /// It belongs to hugetlb, where it can only be mapped whole and at its own alignment.
+    pub(crate) hugetlb: bool,
+    /// It is memory of a device.
+    pub(crate) zone_device: bool,
+    /// It is anonymous memory or page cache, not pages that a driver allocated for itself.
+    pub(crate) user: bool,
+}
+
+/// Room for the result of one call of [`Batch::pin`], used again and again.
+///
+/// # Invariants
+///
+/// The first `len` entries of `pages` are pages that are pinned, each once, by this batch.
+pub(crate) struct Batch {
+    pages: KVVec<PinnedPage>,
+}
+
+impl Batch {
+    /// The most pages that one call pins: an array of one page, which stays in the cache, and
+    /// 2 MiB of address space, which GUP's fast path walks with interrupts disabled.
+    pub(crate) const MAX: usize = 512;
+
+    /// A batch with room for `capacity` pages, at most [`Batch::MAX`].
+    pub(crate) fn new(capacity: usize) -> Result<Self> {
+        Ok(Self {
+            pages: KVVec::with_capacity(capacity.clamp(1, Self::MAX), GFP_KERNEL_ACCOUNT)?,
+        })
+    }
+
+    /// Pins up to `pages` pages of the current process from the address `addr` on, for writing
+    /// and for the long term, and returns how many it pinned, one at least.
+    ///
+    /// May sleep for long: until memory has been written back, a userfault has been answered or
+    /// the task is killed. No lock may be held that somebody else waits for.
+    ///
+    /// Errors are GUP's own.
+    pub(crate) fn pin(&mut self, addr: usize, pages: usize) -> Result<usize> {
+        self.pin_with(addr, pages, bindings::FOLL_WRITE | bindings::FOLL_LONGTERM)
+    }
+
+    /// Whether the `pages` pages from `addr` on can be had for a short time, that is, without
+    /// moving them. Keeps none.
+    pub(crate) fn can_pin_briefly(&mut self, addr: usize, pages: usize) -> bool {
+        let pages = pages.min(self.pages.capacity());
+        let pinned = self.pin_with(addr, pages, bindings::FOLL_WRITE);
+        self.unpin_from(0);
+        pinned == Ok(pages)
+    }
+
+    fn pin_with(&mut self, addr: usize, pages: usize, flags: u32) -> Result<usize> {
+        self.unpin_from(0);
+        let pages = pages.min(self.pages.capacity());
+        // SAFETY: The vector has room for `pages` pointers, and `PinnedPage` is one. The current
+        // task has a memory map, since only system calls lead here.
+        let pinned = unsafe {
+            bindings::pin_user_pages_fast(
+                addr,
+                pages as c_int,
+                flags,
+                self.pages.as_mut_ptr().cast(),
+            )
+        };
+        to_result(pinned)?;
+        if pinned == 0 {
+            return Err(EAGAIN);
+        }
+        // SAFETY: `pinned` is at most `pages`, for which there is capacity, and so many entries
+        // were written. INVARIANT: they are pinned once each.
+        unsafe { self.pages.inc_len(pinned as usize) };
+        Ok(pinned as usize)
+    }
+
+    /// The pages that the last call of [`Batch::pin`] pinned.
+    #[inline]
+    pub(crate) fn pages(&self) -> &[PinnedPage] {
+        &self.pages
+    }
+
+    /// Hands the first `taken` pins over to the caller and drops the others.
+    pub(crate) fn keep(&mut self, taken: usize) {
+        self.unpin_from(taken);
+        self.pages.clear();
+    }
+
+    /// Drops the pins from the entry `from` on.
+    fn unpin_from(&mut self, from: usize) {
+        if let Some(rest) = self.pages.get(from..) {
+            for page in rest {
+                // SAFETY: By the type invariant the page is pinned once by us, and it is forgotten
+                // below. Nothing was written through the pin.
+                unsafe { bindings::unpin_user_page_range_dirty_lock(page.0, 1, false) };
+            }
+        }
+        self.pages.truncate(from);
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        self.unpin_from(0);
+    }
+}
+
+/// Drops one pin of each of the `pages` pages from the frame `pfn` on, after marking their folios
+/// dirty: a device may have written to them without leaving a trace in any page table.
+///
+/// # Safety
+///
+/// The caller owns a pin of each of these pages, and gives it up.
+pub(crate) unsafe fn unpin_pages(pfn: Pfn, pages: usize) {
+    // SAFETY: The frame belongs to a pinned page.
+    let page = unsafe { ffi::pinbuf_pfn_to_page(pfn) };
+    // SAFETY: By the function's requirements.
+    unsafe { bindings::unpin_user_page_range_dirty_lock(page, pages, true) };
+}
+
+/// Drops one pin of the folio that the frame `pfn` is in, after marking it dirty, and returns how
+/// many pages of it there are from that frame on.
+///
+/// # Safety
+///
+/// The caller owns one pin of that folio, and gives it up.
+pub(crate) unsafe fn unpin_folio(pfn: Pfn) -> usize {
+    // SAFETY: The frame belongs to a pinned folio.
+    let page = PinnedPage(unsafe { ffi::pinbuf_pfn_to_page(pfn) });
+    let folio = page.folio();
+    // SAFETY: By the function's requirements; dropping one page's pin drops one of its folio's.
+    unsafe { bindings::unpin_user_page_range_dirty_lock(page.0, 1, true) };
+    folio.pages - folio.index
+}

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Kernel mappings of pages that somebody else keeps in place.
+//!
+//! C header: [`include/linux/vmalloc.h`](srctree/include/linux/vmalloc.h).
+
+use super::sched::cond_resched;
+use crate::ffi;
+use core::{
+    ffi::c_void,
+    ptr::NonNull, //
+};
+use kernel::{
+    alloc::{
+        flags::GFP_KERNEL_ACCOUNT,
+        KVVec, //
+    },
+    bindings,
+    prelude::*, //
+};
+
+/// Maps the pages of `runs`, pairs of a first page frame and a number of pages, one behind the
+/// other. May sleep.
+///
+/// Costs eight bytes a page while it runs, charged to the caller's memory cgroup. Fails with
+/// `ENOMEM`, also where the pages are more than one such mapping can have (2^28, a tebibyte).
+///
+/// # Safety
+///
+/// The frames have `struct page`s, and these stay where they are until [`unmap`].
+pub(crate) unsafe fn map(
+    runs: impl Iterator<Item = (usize, usize)>,
+    pages: usize,
+) -> Result<NonNull<c_void>> {
+    // The kernel warns of requests beyond this, rather than refusing them.
+    const MOST: usize = i32::MAX as usize / size_of::<*mut bindings::page>();
+    if pages > MOST {
+        return Err(ENOMEM);
+    }
+    let mut array = KVVec::with_capacity(pages, GFP_KERNEL_ACCOUNT)?;
+    for (pfn, pages) in runs {
+        for n in 0..pages {
+            // SAFETY: The frame has a `struct page`, by the function's requirements.
+            array.push(unsafe { ffi::pinbuf_pfn_to_page(pfn + n) }, GFP_KERNEL_ACCOUNT)?;
+        }
+        if pages > 512 {
+            cond_resched();
+        }
+    }
+    // SAFETY: The array holds so many pointers to pages that stay in place.
+    let address = unsafe { ffi::pinbuf_vmap(array.as_mut_ptr(), array.len() as u32) };
+    NonNull::new(address).ok_or(ENOMEM)
+}
+
+/// Undoes [`map`].
+///
+/// # Safety
+///
+/// `address` came from [`map`], is used no more, and is unmapped once.
+pub(crate) unsafe fn unmap(address: NonNull<c_void>) {
+    // SAFETY: By the function's requirements.
+    unsafe { ffi::pinbuf_vunmap(address.as_ptr()) };
+}
+
+/// The address of the frame `pfn` in the kernel's direct map, if it is in there: then physically
+/// adjacent frames follow it there too.
+///
+/// # Safety
+///
+/// The frame has a `struct page`.
+pub(crate) unsafe fn direct(pfn: usize) -> Option<NonNull<c_void>> {
+    // SAFETY: By the function's requirements.
+    let page = unsafe { ffi::pinbuf_pfn_to_page(pfn) };
+    // SAFETY: A valid page.
+    NonNull::new(unsafe { ffi::pinbuf_page_address(page) })
+}

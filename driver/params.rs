@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The module's parameters, which root may change at run time. Declared in `driver/helpers.c`.
+
+use crate::{
+    ffi,
+    kernel_ext::user, //
+};
+
+/// Pages of a mebibyte.
+const PAGES_PER_MIB: usize = user::pages_in(1 << 20);
+
+/// Pages that a user may pin beyond `RLIMIT_MEMLOCK`.
+pub(crate) fn allowance_pages() -> usize {
+    // SAFETY: Reads a parameter.
+    let mib = unsafe { ffi::pinbuf_param_allowance_mb() };
+    (mib as usize).saturating_mul(PAGES_PER_MIB)
+}
+
+/// The same for all users together.
+pub(crate) fn allowance_system_pages() -> usize {
+    // SAFETY: Reads a parameter.
+    match unsafe { ffi::pinbuf_param_allowance_system_mb() } {
+        0 => user::total_pages() / 16,
+        mib => (mib as usize).saturating_mul(PAGES_PER_MIB),
+    }
+}
+
+/// Whether a process's own pins are compared with the limit, rather than its user's.
+pub(crate) fn charge_process() -> bool {
+    // SAFETY: Reads a parameter.
+    unsafe { ffi::pinbuf_param_charge_process() }
+}
+
+/// How often to try again when pages cannot be moved. The pauses double, from a millisecond: with
+/// 16, the last one takes half a minute.
+pub(crate) fn pin_retries() -> u32 {
+    // SAFETY: Reads a parameter.
+    unsafe { ffi::pinbuf_param_pin_retries() }.min(16)
+}

@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pinning the ranges of a call, and unpinning them.
+//!
+//! # What may happen meanwhile
+//!
+//! GUP runs without any lock of ours, and other threads of the caller may map and unmap as they
+//! like. What counts is what was pinned: every page was, at the moment of its pin, mapped writable
+//! at its address in the caller's address space. Nothing is concluded from a VMA.
+//!
+//! # One pin for a huge page
+//!
+//! A hugetlb folio is mapped whole and aligned, or not at all, and belongs to one owner as a
+//! whole. So a pin of one of its pages, once GUP has given it, proves that its neighbours too were
+//! mapped at the neighbouring addresses; and a pin keeps the whole folio. It suffices then to pin
+//! one page of each, provided that the page itself says it is hugetlb, and that its place in the
+//! folio is its address's place in the huge page. Transparent huge pages can be mapped
+//! in part, and shared page by page: there every page is pinned.
+//!
+//! # Patience
+//!
+//! Pages that lie in `ZONE_MOVABLE` or CMA are migrated by GUP before it pins them. That fails
+//! while somebody else holds a reference, for a moment (direct I/O, a pipe) or a page that would
+//! have to be split or allocated; GUP gives up at the first such failure, with `ENOMEM`. We try
+//! again, with pauses of 1, 2, 4, … ms, up to `pin_retries` times for the same pages, and no more
+//! than [`TRIES_IN_ALL`] times that in one call.
+
+use crate::{
+    extents::{
+        ExtentMap,
+        Granularity,
+        Run, //
+    },
+    kernel_ext::{
+        gup::{
+            self,
+            Batch,
+            PinnedPage, //
+        },
+        sched, //
+    },
+    params, //
+};
+use kernel::{
+    error::code,
+    fs::file::LocalFile,
+    page::PAGE_SHIFT,
+    prelude::*, //
+};
+
+/// In one call, at most so many times `pin_retries` new tries.
+const TRIES_IN_ALL: u32 = 4;
+
+/// Pages between two looks at whether somebody else should run, or the task be killed.
+const STRIDE: usize = Batch::MAX;
+
+/// Pinned pages, in a buffer's order.
+///
+/// # Invariants
+///
+/// Of each page in an extent of `map` with [`Granularity::Page`] one pin is held, and of each
+/// folio in one with [`Granularity::Folio`]. Extents of the latter kind end at the end of a folio
+/// or where the next one was pinned anew: each piece of a folio in an extent is one pin.
+pub(crate) struct Pins {
+    map: ExtentMap,
+    pins: usize,
+}
+
+impl Pins {
+    const fn new() -> Self {
+        Self {
+            map: ExtentMap::new(),
+            pins: 0,
+        }
+    }
+
+    /// Which pages they are.
+    pub(crate) fn map(&self) -> &ExtentMap {
+        &self.map
+    }
+
+    /// How many pins are held.
+    pub(crate) fn count(&self) -> usize {
+        self.pins
+    }
+
+    /// Takes over the pins of `run`: of every page, or one in its only folio. They are dropped
+    /// after an error.
+    fn push(&mut self, run: Run, joinable: bool) -> Result {
+        if let Err(error) = self.map.push(run, joinable) {
+            match run.granularity {
+                // SAFETY: The caller gave us these pins.
+                Granularity::Page => unsafe { gup::unpin_pages(run.pfn, run.pages) },
+                Granularity::Folio => {
+                    // SAFETY: The caller gave us this pin.
+                    unsafe { gup::unpin_folio(run.pfn) };
+                }
+            }
+            return Err(error.into());
+        }
+        self.pins += match run.granularity {
+            Granularity::Page => run.pages,
+            Granularity::Folio => 1,
+        };
+        Ok(())
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        for run in self.map.iter() {
+            let mut done = 0;
+            while done < run.pages {
+                let pfn = run.pfn + done;
+                done += match run.granularity {
+                    Granularity::Page => {
+                        let pages = (run.pages - done).min(STRIDE);
+                        // SAFETY: By the type invariant we hold these pins, and drop them once.
+                        unsafe { gup::unpin_pages(pfn, pages) };
+                        pages
+                    }
+                    // SAFETY: As above; folios are taken whole or to the end of the extent.
+                    Granularity::Folio => unsafe { gup::unpin_folio(pfn) },
+                };
+                sched::cond_resched();
+            }
+        }
+    }
+}
+
+/// The file that a range is expected to map.
+pub(crate) struct Expected<'a> {
+    /// The file.
+    pub(crate) file: &'a LocalFile,
+    /// The page of it that the range's first page maps.
+    pub(crate) page: usize,
+}
+
+/// Pins range after range.
+pub(crate) struct Pinner {
+    pins: Pins,
+    batch: Batch,
+    /// The last page was hugetlb's, so the next one is pinned alone. At first we do not know, and
+    /// ask with one page.
+    hugetlb: bool,
+    /// The last page pinned, to see whether the next may join its extent.
+    last: Option<PinnedPage>,
+    /// New tries that this call still has.
+    patience: u32,
+}
+
+impl Pinner {
+    /// A pinner for `pages` pages in all.
+    pub(crate) fn new(pages: usize) -> Result<Self> {
+        Ok(Self {
+            pins: Pins::new(),
+            batch: Batch::new(pages)?,
+            hugetlb: true,
+            last: None,
+            patience: TRIES_IN_ALL * params::pin_retries(),
+        })
+    }
+
+    /// Pins `pages` pages of the current process from the address `addr` on.
+    pub(crate) fn pin(
+        &mut self,
+        mut addr: usize,
+        mut pages: usize,
+        mut expected: Option<Expected<'_>>,
+    ) -> Result {
+        while pages > 0 {
+            sched::breathe()?;
+            let want = if self.hugetlb { 1 } else { pages };
+            self.pin_batch(addr, want)?;
+            let done = self.take_batch(addr, pages, expected.as_ref())?;
+            addr += done << PAGE_SHIFT;
+            pages -= done;
+            if let Some(expected) = &mut expected {
+                expected.page += done;
+            }
+        }
+        Ok(())
+    }
+
+    /// All that was pinned.
+    pub(crate) fn finish(mut self) -> Pins {
+        self.pins.map.finish();
+        self.pins
+    }
+
+    /// Pins up to `want` pages into the batch, with patience, and translates errors.
+    fn pin_batch(&mut self, addr: usize, want: usize) -> Result {
+        let mut tries = params::pin_retries().min(self.patience);
+        let mut pause_ms = 1;
+        loop {
+            let error = match self.batch.pin(addr, want) {
+                Ok(_) => return Ok(()),
+                Err(error) => error,
+            };
+            if sched::fatal_signal_pending() {
+                return Err(EINTR);
+            }
+            if !may_pass(error) {
+                return Err(contract(error));
+            }
+            if tries == 0 {
+                // GUP says ENOMEM for both. If the pages can be had when they need not move, there
+                // was memory enough for them.
+                return Err(if error != ENOMEM || self.batch.can_pin_briefly(addr, want) {
+                    EBUSY
+                } else {
+                    ENOMEM
+                });
+            }
+            tries -= 1;
+            self.patience -= 1;
+            sched::sleep_killable(pause_ms)?;
+            pause_ms *= 2;
+        }
+    }
+
+    /// Moves the batch, which begins at the address `addr`, to the pins, and returns how many
+    /// pages of the range's `left` that makes.
+    fn take_batch(
+        &mut self,
+        addr: usize,
+        left: usize,
+        expected: Option<&Expected<'_>>,
+    ) -> Result<usize> {
+        let count = self.batch.pages().len();
+        let mut done = 0;
+        while done < count {
+            let pages = self.batch.pages();
+            let first = pages[done];
+            let folio = first.folio();
+            // Of the folio's pages those that the batch has in this order.
+            let most = (folio.pages - folio.index).min(count - done);
+            let mut run = Run {
+                pfn: first.pfn(),
+                pages: 1 + (1..most)
+                    .take_while(|n| pages[done + n].follows(first, *n))
+                    .count(),
+                granularity: Granularity::Page,
+            };
+
+            // A folio is one of the page cache or anonymous as a whole.
+            let verdict = if !folio.user && !folio.zone_device {
+                Err(EFAULT)
+            } else if expected
+                .is_some_and(|it| !first.is_backed_by(it.file, it.page + done))
+            {
+                Err(EAGAIN)
+            } else {
+                Ok(())
+            };
+            if let Err(error) = verdict {
+                self.batch.keep(done);
+                return Err(error);
+            }
+
+            let mut joinable = !folio.zone_device || self.last.is_none_or(|it| first.same_pgmap(it));
+            let place = (addr >> PAGE_SHIFT) + done;
+            if count == 1 && folio.hugetlb && place & (folio.pages - 1) == folio.index {
+                run.pages = left.min(folio.pages - folio.index);
+                run.granularity = Granularity::Folio;
+                // Else two pins of one folio would look like one.
+                joinable = folio.index == 0;
+            }
+            self.hugetlb = folio.hugetlb;
+
+            let taken = done + run.pages.min(count - done);
+            self.last = Some(pages[taken - 1]);
+            if let Err(error) = self.pins.push(run, joinable) {
+                // `push` has dropped this run's pins; the batch drops those behind it.
+                self.batch.keep(taken);
+                return Err(error);
+            }
+            done += run.pages;
+        }
+        self.batch.keep(count);
+        Ok(done)
+    }
+}
+
+/// Whether a failure of GUP's may pass by itself.
+fn may_pass(error: Error) -> bool {
+    error == ENOMEM || error == EAGAIN || error == EBUSY
+}
+
+/// GUP's errors that do not pass, in the contract's terms: whatever it does not pin is `EFAULT`.
+fn contract(error: Error) -> Error {
+    if error == EINTR || error == code::ERESTARTSYS {
+        EINTR
+    } else {
+        EFAULT
+    }
+}

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Reading and writing the caller's structs, which begin with their own size and may be shorter or
+//! longer than ours.
+
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*,
+    transmute::{
+        AsBytes,
+        FromBytes, //
+    },
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    },
+};
+
+/// A struct of `pinbuf_uapi` that begins with its size.
+///
+/// # Safety
+///
+/// The type is `repr(C)`, consists of integers without padding, and its first field is the `u32`
+/// size.
+pub(crate) unsafe trait Extensible: Copy + Default {
+    /// The size of the first version of the struct, in bytes.
+    const FIRST_SIZE: usize;
+}
+
+/// A copy of `T` that the kernel crate may read and write as bytes.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Bytes<T>(T);
+
+// SAFETY: Integers alone, by `Extensible`: every bit pattern is a value.
+unsafe impl<T: Extensible> FromBytes for Bytes<T> {}
+// SAFETY: No padding, by `Extensible`.
+unsafe impl<T: Extensible> AsBytes for Bytes<T> {}
+
+/// Reads the struct at `user`, and returns it with the size that its caller gave.
+///
+/// Fields that the caller does not know read as zero. `EINVAL` if it is shorter than the first
+/// version, `E2BIG` if there is something in the part that we do not know or it is longer than a
+/// page, `EFAULT` if it cannot be read. Each byte is read once.
+pub(crate) fn read<T: Extensible>(user: UserPtr) -> Result<(T, usize)> {
+    let claimed = UserSlice::new(user, size_of::<u32>()).reader().read::<u32>()? as usize;
+    if claimed < T::FIRST_SIZE {
+        return Err(EINVAL);
+    }
+    if claimed > PAGE_SIZE {
+        return Err(E2BIG);
+    }
+    let known = claimed.min(size_of::<T>());
+
+    let mut value = Bytes(T::default());
+    let mut reader = UserSlice::new(user, claimed).reader();
+    let bytes = value.as_bytes_mut();
+    reader.read_slice(&mut bytes[..known])?;
+    // The size may have changed since; what was checked counts.
+    bytes[..size_of::<u32>()].copy_from_slice(&(claimed as u32).to_ne_bytes());
+
+    let mut tail = [0; 64];
+    while !reader.is_empty() {
+        let part = reader.len().min(tail.len());
+        reader.read_slice(&mut tail[..part])?;
+        if tail[..part].iter().any(|byte| *byte != 0) {
+            return Err(E2BIG);
+        }
+    }
+    Ok((value.0, claimed))
+}
+
+/// Writes as much of `value` to `user` as a caller with a struct of `claimed` bytes knows, and
+/// zeroes into the rest of that.
+pub(crate) fn write<T: Extensible>(user: UserPtr, value: T, claimed: usize) -> Result {
+    let known = claimed.min(size_of::<T>());
+    let mut writer = UserSlice::new(user, claimed).writer();
+    let bytes = Bytes(value);
+    writer.write_slice(&bytes.as_bytes()[..known])?;
+    while !writer.is_empty() {
+        let part = writer.len().min(64);
+        writer.write_slice(&[0; 64][..part])?;
+    }
+    Ok(())
+}
