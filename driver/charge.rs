@@ -39,6 +39,7 @@
 use crate::{
     kernel_ext::user::{
         self,
+        LockedPages,
         User, //
     },
     params, //
@@ -80,11 +81,9 @@ impl Charge {
         let user = User::current();
         // A kernel thread has no pages to pin.
         let mm = user::current_mm().ok_or(EFAULT)?;
-        let limit = limit_pages();
-
         // INVARIANT: Each branch charges what it names.
         if params::charge_process() {
-            if user::pinned_vm(&mm).try_add(pages, limit) {
+            if within_limit(&user::pinned_vm(&mm), pages) {
                 return Ok(Self {
                     user,
                     mm,
@@ -92,7 +91,7 @@ impl Charge {
                     account: Account::Process,
                 });
             }
-        } else if user.locked_vm().try_add(pages, limit) {
+        } else if within_limit(&user.locked_vm(), pages) {
             user::pinned_vm(&mm).add(pages);
             return Ok(Self {
                 user,
@@ -133,20 +132,25 @@ impl Drop for Charge {
     }
 }
 
-/// The caller's limit in pages; `usize::MAX` if none applies.
-fn limit_pages() -> usize {
-    match user::rlimit_memlock() {
+/// Adds `pages` to `counter` if the caller's limit has room for them, or if none applies. Asks for
+/// the capability last, as security modules may write that down.
+fn within_limit(counter: &LockedPages<'_>, pages: usize) -> bool {
+    let limit = match user::rlimit_memlock() {
         usize::MAX => usize::MAX,
-        _ if user::may_lock_without_limit() => usize::MAX,
         bytes => user::pages_in(bytes),
-    }
+    };
+    counter.try_add(pages, limit)
+        || (limit != usize::MAX
+            && user::may_lock_without_limit()
+            && counter.try_add(pages, usize::MAX))
 }
 
 /// The caller's limit in bytes; `u64::MAX` if none applies.
 pub(crate) fn limit_bytes() -> u64 {
-    match limit_pages() {
+    match user::rlimit_memlock() {
         usize::MAX => u64::MAX,
-        _ => user::rlimit_memlock() as u64,
+        _ if user::may_lock_without_limit() => u64::MAX,
+        bytes => bytes as u64,
     }
 }
 

@@ -47,7 +47,7 @@ pub(crate) struct Run {
 
 /// A page frame with two marks in the bits that no page frame uses: physical addresses have at
 /// most 56 bits on any 64-bit machine, hence frames at most 44.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Frame(u64);
 
 impl Frame {
@@ -106,10 +106,12 @@ enum Form {
 /// * Sparse: the extents' starts begin at 0 and rise strictly; the last is below `pages`.
 /// * Dense: there are `pages` frames, and the first one is marked as the first of its extent.
 /// * `extents` is the number of extents in either form.
+/// * `next` is the frame, without marks of a first, that would continue the last extent.
 pub(crate) struct ExtentMap {
     form: Form,
     pages: usize,
     extents: usize,
+    next: Option<Frame>,
 }
 
 impl ExtentMap {
@@ -122,6 +124,7 @@ impl ExtentMap {
             form: Form::Sparse(ChunkedVec::new()),
             pages: 0,
             extents: 0,
+            next: None,
         }
     }
 
@@ -151,10 +154,7 @@ impl ExtentMap {
         if run.pages == 0 {
             return Ok(());
         }
-        let joins = joinable
-            && self.last_frame().is_some_and(|last| {
-                last.granularity() == run.granularity && last.pfn() + 1 == run.pfn
-            });
+        let joins = joinable && self.next == Some(Frame::new(run.pfn, run.granularity, false));
         self.choose_form(run.pages)?;
         match &mut self.form {
             Form::Sparse(_) if joins => {}
@@ -176,6 +176,7 @@ impl ExtentMap {
         }
         self.pages += run.pages;
         self.extents += usize::from(!joins);
+        self.next = Some(Frame::new(run.pfn + run.pages, run.granularity, false));
         Ok(())
     }
 
@@ -262,19 +263,6 @@ impl ExtentMap {
             pfn: extent.frame.pfn() + skipped,
             pages: (end - page).min(max),
             granularity: extent.frame.granularity(),
-        }
-    }
-
-    /// The frame of the last page, with its extent's granularity.
-    fn last_frame(&self) -> Option<Frame> {
-        let last = self.pages.checked_sub(1)?;
-        match &self.form {
-            Form::Sparse(extents) => {
-                let extent = extents.get(extents.len() - 1)?;
-                let skipped = last - extent.start as usize;
-                Some(Frame(extent.frame.0 + skipped as u64))
-            }
-            Form::Dense(frames) => frames.get(last),
         }
     }
 

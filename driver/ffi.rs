@@ -13,21 +13,11 @@ use kernel::{
     },
 };
 
-/// `struct pinbuf_folio` of `driver/helpers.h`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Folio {
-    /// Pages of the folio.
-    pub(crate) pages: c_ulong,
-    /// Index of the page asked about in the folio.
-    pub(crate) index: c_ulong,
-    /// A folio of hugetlb's.
-    pub(crate) hugetlb: bool,
-    /// A folio of device memory (device-dax and the like).
-    pub(crate) zone_device: bool,
-    /// Anonymous memory or page cache, not a driver's own pages.
-    pub(crate) user: bool,
-}
+/// `PINBUF_PAGE_HUGETLB` of `driver/helpers.h`, and so on.
+pub(crate) const PAGE_HUGETLB: c_ulong = 1 << 0;
+pub(crate) const PAGE_DEVICE: c_ulong = 1 << 1;
+pub(crate) const PAGE_USER: c_ulong = 1 << 2;
+pub(crate) const PAGE_LEFT_SHIFT: u32 = 3;
 
 // Behind these pointers are C's structs, some of them empty in this configuration.
 #[allow(improper_ctypes)]
@@ -46,7 +36,8 @@ extern "C" {
     pub(crate) fn pinbuf_page_to_pfn(page: *const bindings::page) -> c_ulong;
     pub(crate) fn pinbuf_pfn_to_page(pfn: c_ulong) -> *mut bindings::page;
     pub(crate) fn pinbuf_page_address(page: *const bindings::page) -> *mut c_void;
-    pub(crate) fn pinbuf_page_folio(page: *const bindings::page, out: *mut Folio);
+    pub(crate) fn pinbuf_page_describe(page: *const bindings::page) -> c_ulong;
+    pub(crate) fn pinbuf_page_folio_pages(page: *const bindings::page) -> c_ulong;
     pub(crate) fn pinbuf_page_is_backed_by(
         page: *const bindings::page,
         file: *const bindings::file,

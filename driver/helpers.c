@@ -110,23 +110,33 @@ void *pinbuf_page_address(const struct page *page)
 	return page_address(page);
 }
 
-void pinbuf_page_folio(const struct page *page, struct pinbuf_folio *out)
+unsigned long pinbuf_page_describe(const struct page *page)
 {
 	const struct folio *folio = page_folio(page);
+	unsigned long out;
 
-	out->pages = folio_nr_pages(folio);
-	out->index = folio_page_idx(folio, page);
-	out->hugetlb = folio_test_hugetlb(folio);
-	out->zone_device = folio_is_zone_device(folio);
+	out = (folio_nr_pages(folio) - folio_page_idx(folio, page)) <<
+	      PINBUF_PAGE_LEFT_SHIFT;
+	if (folio_test_hugetlb(folio))
+		out |= PINBUF_PAGE_HUGETLB;
+	if (folio_is_zone_device(folio))
+		out |= PINBUF_PAGE_DEVICE;
 	/*
 	 * Anonymous memory and page cache (shmem, hugetlbfs, files) have a
-	 * mapping and belong to user space.  What has none was allocated by a driver and mapped with
-	 * vm_insert_page(): its memory type and lifetime are that driver's.  A
-	 * page that was truncated meanwhile has lost its mapping, but shmem's
-	 * stays swap-backed and hugetlb's stays hugetlb.
+	 * mapping and belong to user space.  What has none was allocated by a
+	 * driver and mapped with vm_insert_page(): its memory type and lifetime
+	 * are that driver's.  A page that was truncated meanwhile has lost its
+	 * mapping, but shmem's stays swap-backed and hugetlb's stays hugetlb.
 	 */
-	out->user = READ_ONCE(folio->mapping) || folio_test_swapbacked(folio) ||
-		    folio_test_hugetlb(folio);
+	if (READ_ONCE(folio->mapping) || folio_test_swapbacked(folio) ||
+	    folio_test_hugetlb(folio))
+		out |= PINBUF_PAGE_USER;
+	return out;
+}
+
+unsigned long pinbuf_page_folio_pages(const struct page *page)
+{
+	return folio_nr_pages(page_folio(page));
 }
 
 bool pinbuf_page_is_backed_by(const struct page *page, const struct file *file,

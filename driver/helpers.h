@@ -14,14 +14,14 @@ struct sg_table;
 struct user_struct;
 struct vm_area_struct;
 
-/* What a pinned page tells of the folio that it is in. */
-struct pinbuf_folio {
-	unsigned long pages;	/* the folio's */
-	unsigned long index;	/* of the page in the folio, in pages */
-	bool hugetlb;
-	bool zone_device;
-	bool user;		/* anonymous or page cache: not a driver's own */
-};
+/*
+ * What pinbuf_page_describe() tells of a page: these bits, and above them how
+ * many pages of its folio there are from it on.
+ */
+#define PINBUF_PAGE_HUGETLB	(1UL << 0)
+#define PINBUF_PAGE_DEVICE	(1UL << 1)	/* in ZONE_DEVICE */
+#define PINBUF_PAGE_USER	(1UL << 2)	/* not a driver's own page */
+#define PINBUF_PAGE_LEFT_SHIFT	3
 
 unsigned int pinbuf_param_allowance_mb(void);
 unsigned int pinbuf_param_allowance_system_mb(void);
@@ -37,7 +37,8 @@ unsigned long pinbuf_totalram_pages(void);
 unsigned long pinbuf_page_to_pfn(const struct page *page);
 struct page *pinbuf_pfn_to_page(unsigned long pfn);
 void *pinbuf_page_address(const struct page *page);
-void pinbuf_page_folio(const struct page *page, struct pinbuf_folio *out);
+unsigned long pinbuf_page_describe(const struct page *page);
+unsigned long pinbuf_page_folio_pages(const struct page *page);
 bool pinbuf_page_is_backed_by(const struct page *page, const struct file *file,
 			      unsigned long index);
 bool pinbuf_same_pgmap(const struct page *a, const struct page *b);

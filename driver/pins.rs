@@ -35,6 +35,7 @@ use crate::{
         gup::{
             self,
             Batch,
+            Description,
             PinnedPage, //
         },
         sched, //
@@ -108,21 +109,27 @@ impl Pins {
 
 impl Drop for Pins {
     fn drop(&mut self) {
+        let mut since = 0;
         for run in self.map.iter() {
             let mut done = 0;
             while done < run.pages {
                 let pfn = run.pfn + done;
-                done += match run.granularity {
+                let (pages, calls) = match run.granularity {
                     Granularity::Page => {
                         let pages = (run.pages - done).min(STRIDE);
                         // SAFETY: By the type invariant we hold these pins, and drop them once.
                         unsafe { gup::unpin_pages(pfn, pages) };
-                        pages
+                        (pages, pages)
                     }
                     // SAFETY: As above; folios are taken whole or to the end of the extent.
-                    Granularity::Folio => unsafe { gup::unpin_folio(pfn) },
+                    Granularity::Folio => (unsafe { gup::unpin_folio(pfn) }, 1),
                 };
-                sched::cond_resched();
+                done += pages;
+                since += calls;
+                if since >= STRIDE {
+                    since = 0;
+                    sched::cond_resched();
+                }
             }
         }
     }
@@ -230,49 +237,49 @@ impl Pinner {
         let count = self.batch.pages().len();
         let mut done = 0;
         while done < count {
-            let pages = self.batch.pages();
-            let first = pages[done];
-            let folio = first.folio();
-            // Of the folio's pages those that the batch has in this order.
-            let most = (folio.pages - folio.index).min(count - done);
+            let pages = &self.batch.pages()[done..];
+            let first = pages[0];
+            let kind = first.describe();
+            self.hugetlb = kind.is_hugetlb();
+
+            // The rest of the folio, as far as the batch has it in this order.
+            let mut taken = 1;
+            let most = kind.left().min(pages.len());
+            while taken < most && pages[taken].follows(first, taken) {
+                taken += 1;
+            }
             let mut run = Run {
                 pfn: first.pfn(),
-                pages: 1 + (1..most)
-                    .take_while(|n| pages[done + n].follows(first, *n))
-                    .count(),
+                pages: taken,
                 granularity: Granularity::Page,
             };
+            let mut joinable = true;
+            if count == 1 && kind.is_hugetlb() && in_place(first, kind, addr) {
+                run.pages = left.min(kind.left());
+                run.granularity = Granularity::Folio;
+                // Two pins of one folio must not look like one.
+                joinable = kind.left() == first.folio_pages();
+            } else if kind.is_device() {
+                joinable = self.last.is_none_or(|last| first.same_pgmap(last));
+            }
 
-            // A folio is one of the page cache or anonymous as a whole.
-            let verdict = if !folio.user && !folio.zone_device {
-                Err(EFAULT)
-            } else if expected
-                .is_some_and(|it| !first.is_backed_by(it.file, it.page + done))
-            {
-                Err(EAGAIN)
+            // A folio is one file's, or anonymous, as a whole.
+            let refused = if !kind.is_user() && !kind.is_device() {
+                Some(EFAULT)
+            } else if expected.is_some_and(|it| !first.is_backed_by(it.file, it.page + done)) {
+                Some(EAGAIN)
             } else {
-                Ok(())
+                None
             };
-            if let Err(error) = verdict {
+            if let Some(error) = refused {
                 self.batch.keep(done);
                 return Err(error);
             }
 
-            let mut joinable = !folio.zone_device || self.last.is_none_or(|it| first.same_pgmap(it));
-            let place = (addr >> PAGE_SHIFT) + done;
-            if count == 1 && folio.hugetlb && place & (folio.pages - 1) == folio.index {
-                run.pages = left.min(folio.pages - folio.index);
-                run.granularity = Granularity::Folio;
-                // Else two pins of one folio would look like one.
-                joinable = folio.index == 0;
-            }
-            self.hugetlb = folio.hugetlb;
-
-            let taken = done + run.pages.min(count - done);
             self.last = Some(pages[taken - 1]);
             if let Err(error) = self.pins.push(run, joinable) {
                 // `push` has dropped this run's pins; the batch drops those behind it.
-                self.batch.keep(taken);
+                self.batch.keep(done + taken);
                 return Err(error);
             }
             done += run.pages;
@@ -280,6 +287,13 @@ impl Pinner {
         self.batch.keep(count);
         Ok(done)
     }
+}
+
+/// Whether the place of a hugetlb page in its folio is that of its address in a huge page of that
+/// size, as it must be where hugetlb mapped it.
+fn in_place(page: PinnedPage, kind: Description, addr: usize) -> bool {
+    let pages = page.folio_pages();
+    (addr >> PAGE_SHIFT) & (pages - 1) == pages - kind.left()
 }
 
 /// Whether a failure of GUP's may pass by itself.

@@ -36,20 +36,17 @@ impl PinnedPage {
         unsafe { ffi::pinbuf_page_to_pfn(self.0) }
     }
 
-    /// What the page tells of its folio. The folio stays the same while the page is pinned.
+    /// What the page tells of the folio it is in, which stays the same while the page is pinned.
     #[inline]
-    pub(crate) fn folio(self) -> FolioInfo {
-        let mut folio = ffi::Folio::default();
-        // SAFETY: A pinned page is a valid `struct page`, whose folio cannot be split or freed;
-        // `folio` is ours.
-        unsafe { ffi::pinbuf_page_folio(self.0, &mut folio) };
-        FolioInfo {
-            pages: folio.pages,
-            index: folio.index,
-            hugetlb: folio.hugetlb,
-            zone_device: folio.zone_device,
-            user: folio.user,
-        }
+    pub(crate) fn describe(self) -> Description {
+        // SAFETY: A pinned page is a valid `struct page`, whose folio cannot be split or freed.
+        Description(unsafe { ffi::pinbuf_page_describe(self.0) })
+    }
+
+    /// The size of the page's folio in pages.
+    pub(crate) fn folio_pages(self) -> usize {
+        // SAFETY: As in `describe`.
+        unsafe { ffi::pinbuf_page_folio_pages(self.0) }
     }
 
     /// Whether the page was, a moment ago, the page number `index` of `file`.
@@ -78,19 +75,34 @@ impl PinnedPage {
     }
 }
 
-/// What a pinned page tells of the folio that it belongs to.
+/// What a pinned page tells of the folio it is in.
 #[derive(Clone, Copy)]
-pub(crate) struct FolioInfo {
-    /// The folio's size in pages.
-    pub(crate) pages: usize,
-    /// The page's index in the folio.
-    pub(crate) index: usize,
+pub(crate) struct Description(usize);
+
+impl Description {
+    /// How many pages of the folio there are from this one on; physically, they follow it.
+    #[inline]
+    pub(crate) fn left(self) -> usize {
+        self.0 >> ffi::PAGE_LEFT_SHIFT
+    }
+
     /// It belongs to hugetlb, where it can only be mapped whole and at its own alignment.
-    pub(crate) hugetlb: bool,
+    #[inline]
+    pub(crate) fn is_hugetlb(self) -> bool {
+        self.0 & ffi::PAGE_HUGETLB != 0
+    }
+
     /// It is memory of a device.
-    pub(crate) zone_device: bool,
+    #[inline]
+    pub(crate) fn is_device(self) -> bool {
+        self.0 & ffi::PAGE_DEVICE != 0
+    }
+
     /// It is anonymous memory or page cache, not pages that a driver allocated for itself.
-    pub(crate) user: bool,
+    #[inline]
+    pub(crate) fn is_user(self) -> bool {
+        self.0 & ffi::PAGE_USER != 0
+    }
 }
 
 /// Room for the result of one call of [`Batch::pin`], used again and again.
@@ -210,8 +222,8 @@ pub(crate) unsafe fn unpin_pages(pfn: Pfn, pages: usize) {
 pub(crate) unsafe fn unpin_folio(pfn: Pfn) -> usize {
     // SAFETY: The frame belongs to a pinned folio.
     let page = PinnedPage(unsafe { ffi::pinbuf_pfn_to_page(pfn) });
-    let folio = page.folio();
+    let left = page.describe().left();
     // SAFETY: By the function's requirements; dropping one page's pin drops one of its folio's.
     unsafe { bindings::unpin_user_page_range_dirty_lock(page.0, 1, true) };
-    folio.pages - folio.index
+    left
 }
