@@ -124,7 +124,11 @@ fn create(argument: UserPtr) -> Result<c_long> {
             }),
             None => None,
         };
-        pinner.pin(range.addr as usize, (range.len >> PAGE_SHIFT) as usize, expected)?;
+        pinner.pin(
+            range.addr as usize,
+            (range.len >> PAGE_SHIFT) as usize,
+            expected,
+        )?;
     }
     drop((ranges, backings, files));
 
@@ -165,10 +169,7 @@ fn total_pages(ranges: &[Element<uapi::Range>]) -> Result<usize> {
 }
 
 /// Checks what the caller believes to be mapped in the ranges, as far as that is possible.
-fn check_backings(
-    ranges: &[Element<uapi::Range>],
-    backings: &[Element<uapi::Backing>],
-) -> Result {
+fn check_backings(ranges: &[Element<uapi::Range>], backings: &[Element<uapi::Backing>]) -> Result {
     for (Element(range), Element(backing)) in ranges.iter().zip(backings) {
         if backing.reserved != 0 || backing.offset % PAGE_SIZE as u64 != 0 {
             return Err(EINVAL);

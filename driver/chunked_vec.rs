@@ -8,13 +8,10 @@
 //! stays constant-time.
 
 use core::mem::size_of;
-use kernel::{
-    alloc::{
-        flags::GFP_KERNEL_ACCOUNT,
-        AllocError,
-        KVVec, //
-    },
-    prelude::*,
+use kernel::alloc::{
+    flags::GFP_KERNEL_ACCOUNT,
+    AllocError,
+    KVVec, //
 };
 
 /// Bytes of a full chunk.

@@ -17,10 +17,7 @@
 //! `tests/host` holds it against a naive model.
 
 use crate::chunked_vec::ChunkedVec;
-use kernel::{
-    alloc::AllocError,
-    prelude::*, //
-};
+use kernel::alloc::AllocError;
 
 /// A number of a physical page frame.
 pub(crate) type Pfn = usize;

@@ -213,11 +213,13 @@ impl Pinner {
             if tries == 0 {
                 // GUP says ENOMEM for both. If the pages can be had when they need not move, there
                 // was memory enough for them.
-                return Err(if error != ENOMEM || self.batch.can_pin_briefly(addr, want) {
-                    EBUSY
-                } else {
-                    ENOMEM
-                });
+                return Err(
+                    if error != ENOMEM || self.batch.can_pin_briefly(addr, want) {
+                        EBUSY
+                    } else {
+                        ENOMEM
+                    },
+                );
             }
             tries -= 1;
             self.patience -= 1;

@@ -43,7 +43,9 @@ unsafe impl<T: Extensible> AsBytes for Bytes<T> {}
 /// version, `E2BIG` if there is something in the part that we do not know or it is longer than a
 /// page, `EFAULT` if it cannot be read. Each byte is read once.
 pub(crate) fn read<T: Extensible>(user: UserPtr) -> Result<(T, usize)> {
-    let claimed = UserSlice::new(user, size_of::<u32>()).reader().read::<u32>()? as usize;
+    let claimed = UserSlice::new(user, size_of::<u32>())
+        .reader()
+        .read::<u32>()? as usize;
     if claimed < T::FIRST_SIZE {
         return Err(EINVAL);
     }

@@ -147,10 +147,7 @@ impl<'a, P: Pages> Fault<'a, P> {
         let block = self.address & !(TABLE_SIZE - 1);
         let low = block.max(self.start);
         let high = (block + TABLE_SIZE).min(self.end);
-        let Some(first) = self
-            .page
-            .checked_sub((self.address - low) >> PAGE_SHIFT)
-        else {
+        let Some(first) = self.page.checked_sub((self.address - low) >> PAGE_SHIFT) else {
             return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
         };
         let mut cursor = Cursor {

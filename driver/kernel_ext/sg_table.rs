@@ -154,11 +154,7 @@ impl Drop for MappedTable {
         // SAFETY: Mapped for this device in this direction, by the type invariant, and used no
         // more.
         unsafe {
-            ffi::pinbuf_dma_unmap_sgtable(
-                raw(&self.dev),
-                &mut self.table,
-                self.direction.into(),
-            )
+            ffi::pinbuf_dma_unmap_sgtable(raw(&self.dev), &mut self.table, self.direction.into())
         };
         // SAFETY: Allocated, by the type invariant, and used no more.
         unsafe { bindings::sg_free_table(&mut self.table) };

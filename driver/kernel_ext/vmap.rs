@@ -41,7 +41,10 @@ pub(crate) unsafe fn map(
     for (pfn, pages) in runs {
         for n in 0..pages {
             // SAFETY: The frame has a `struct page`, by the function's requirements.
-            array.push(unsafe { ffi::pinbuf_pfn_to_page(pfn + n) }, GFP_KERNEL_ACCOUNT)?;
+            array.push(
+                unsafe { ffi::pinbuf_pfn_to_page(pfn + n) },
+                GFP_KERNEL_ACCOUNT,
+            )?;
         }
         if pages > 512 {
             cond_resched();

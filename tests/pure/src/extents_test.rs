@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `ExtentMap` against a list of pages.
+
+use crate::extents::{ExtentMap, Granularity, Run};
+use kernel::alloc::fail_after;
+use proptest::prelude::*;
+
+/// What a buffer consists of, page by page, and where its extents begin.
+#[derive(Default)]
+struct Model {
+    pages: Vec<(usize, Granularity)>,
+    firsts: Vec<bool>,
+}
+
+impl Model {
+    fn push(&mut self, run: Run, joinable: bool) {
+        for n in 0..run.pages {
+            let page = (run.pfn + n, run.granularity);
+            let follows = self
+                .pages
+                .last()
+                .is_some_and(|last| (last.0 + 1, last.1) == page);
+            self.firsts.push(!(follows && (n > 0 || joinable)));
+            self.pages.push(page);
+        }
+    }
+
+    fn extents(&self) -> usize {
+        self.firsts.iter().filter(|first| **first).count()
+    }
+
+    fn find(&self, page: usize, max: usize) -> Option<Run> {
+        let (pfn, granularity) = *self.pages.get(page)?;
+        let pages = 1
+            + (page + 1..self.pages.len().min(page.saturating_add(max)))
+                .take_while(|next| !self.firsts[*next])
+                .count();
+        Some(Run {
+            pfn,
+            pages,
+            granularity,
+        })
+    }
+}
+
+/// Bytes that the larger of the tables of chunks may take, and what the last chunk may waste.
+const SLACK: usize = 4096;
+
+fn check(map: &ExtentMap, model: &Model, lookups: &[(usize, usize)]) {
+    assert_eq!(map.pages(), model.pages.len());
+    assert_eq!(map.extents(), model.extents());
+    let mut page = 0;
+    let mut extents = 0;
+    for run in map.iter() {
+        assert_eq!(
+            Some(run),
+            model.find(page, usize::MAX),
+            "extent at page {page}"
+        );
+        page += run.pages;
+        extents += 1;
+    }
+    assert_eq!((page, extents), (map.pages(), map.extents()));
+    for (page, max) in lookups {
+        let page = page % (model.pages.len() + 2);
+        let max = max % 600 + 1;
+        assert_eq!(
+            map.find(page, max),
+            model.find(page, max),
+            "page {page}, at most {max}"
+        );
+    }
+    for page in [0, model.pages.len().saturating_sub(1), model.pages.len()] {
+        assert_eq!(map.find(page, usize::MAX), model.find(page, usize::MAX));
+    }
+}
+
+fn check_size(map: &ExtentMap) {
+    let bound = (8 * map.pages()).min(16 * map.extents()) + SLACK;
+    assert!(
+        map.bytes() <= bound,
+        "{} bytes for {} pages in {} extents",
+        map.bytes(),
+        map.pages(),
+        map.extents()
+    );
+}
+
+/// Runs that often touch each other: `(gap, pages, folio, joinable)`.
+fn runs() -> impl Strategy<Value = Vec<(Run, bool)>> {
+    let length = prop_oneof![4 => 1usize..3, 2 => 1usize..40, 1 => 512usize..513];
+    let gap = prop_oneof![3 => Just(0usize), 2 => 1usize..1000];
+    proptest::collection::vec((gap, length, any::<bool>(), any::<bool>(), 0u8..8), 1..900).prop_map(
+        |steps| {
+            let mut next = 1 << 20;
+            let mut folio = false;
+            steps
+                .into_iter()
+                .map(|(gap, pages, back, joinable, kind)| {
+                    if kind == 0 {
+                        folio = !folio;
+                    }
+                    // Also backwards, as physical memory comes.
+                    let pfn = if back && gap > 0 {
+                        next - gap
+                    } else {
+                        next + gap
+                    };
+                    next = pfn + pages;
+                    let granularity = if folio {
+                        Granularity::Folio
+                    } else {
+                        Granularity::Page
+                    };
+                    (
+                        Run {
+                            pfn,
+                            pages,
+                            granularity,
+                        },
+                        joinable,
+                    )
+                })
+                .collect()
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn map_agrees_with_a_list_of_pages(
+        runs in runs(),
+        lookups in proptest::collection::vec((any::<usize>(), any::<usize>()), 30),
+    ) {
+        let mut map = ExtentMap::new();
+        let mut model = Model::default();
+        for (run, joinable) in runs {
+            map.push(run, joinable).unwrap();
+            model.push(run, joinable);
+        }
+        check(&map, &model, &lookups);
+        map.finish();
+        check(&map, &model, &lookups);
+        check_size(&map);
+    }
+
+    #[test]
+    fn a_failed_push_changes_nothing(runs in runs(), allocations in 0usize..60) {
+        let mut map = ExtentMap::new();
+        let mut model = Model::default();
+        fail_after(Some(allocations));
+        for (run, joinable) in runs {
+            if map.push(run, joinable).is_ok() {
+                model.push(run, joinable);
+            } else {
+                break;
+            }
+        }
+        check(&map, &model, &[]);
+        // Shrinking is not allowed to need memory.
+        map.finish();
+        fail_after(None);
+        check(&map, &model, &[]);
+    }
+}
+
+fn page(pfn: usize) -> Run {
+    Run {
+        pfn,
+        pages: 1,
+        granularity: Granularity::Page,
+    }
+}
+
+#[test]
+fn scattered_pages_cost_eight_bytes_each() {
+    let mut map = ExtentMap::new();
+    for n in 0..1 << 20 {
+        map.push(page(2 * n), true).unwrap();
+    }
+    map.finish();
+    assert_eq!(map.extents(), 1 << 20);
+    // The table of chunks is a 2,700th of it.
+    assert!(map.bytes() <= (8 << 20) + 8192, "{}", map.bytes());
+}
+
+#[test]
+fn adjacent_huge_pages_cost_next_to_nothing() {
+    let mut map = ExtentMap::new();
+    for n in 0..512 {
+        let run = Run {
+            pfn: 512 * n,
+            pages: 512,
+            granularity: Granularity::Folio,
+        };
+        map.push(run, true).unwrap();
+    }
+    map.finish();
+    assert_eq!((map.extents(), map.pages()), (1, 262_144));
+    assert!(map.bytes() <= 256, "{}", map.bytes());
+}
+
+#[test]
+fn two_pins_of_one_folio_stay_two_extents() {
+    let mut map = ExtentMap::new();
+    for (pfn, joinable) in [(1024, true), (1280, false)] {
+        let run = Run {
+            pfn,
+            pages: 256,
+            granularity: Granularity::Folio,
+        };
+        map.push(run, joinable).unwrap();
+    }
+    assert_eq!(map.extents(), 2);
+}
+
+#[test]
+fn a_long_run_after_scattered_pages_does_not_stay_dense() {
+    let mut map = ExtentMap::new();
+    for n in 0..1000 {
+        map.push(page(2 * n), true).unwrap();
+    }
+    let huge = Run {
+        pfn: 1 << 30,
+        pages: 1 << 28,
+        granularity: Granularity::Folio,
+    };
+    // Dense, this would take 2 GiB meanwhile.
+    map.push(huge, true).unwrap();
+    assert!(map.bytes() < 1 << 20, "{}", map.bytes());
+    assert_eq!(
+        map.find(1000 + (1 << 27), usize::MAX).unwrap().pfn,
+        (1 << 30) + (1 << 27)
+    );
+}
