@@ -21,10 +21,10 @@ const CHUNK_BYTES: usize = 64 * 1024;
 ///
 /// # Invariants
 ///
-/// Every chunk but the last holds exactly [`Self::PER_CHUNK`] values; no chunk is empty.
+/// Every chunk in `full` holds exactly [`Self::PER_CHUNK`] values, and `tail` at most that many.
 pub(crate) struct ChunkedVec<T: Copy> {
-    chunks: KVVec<KVVec<T>>,
-    len: usize,
+    full: KVVec<KVVec<T>>,
+    tail: KVVec<T>,
 }
 
 impl<T: Copy> ChunkedVec<T> {
@@ -34,63 +34,61 @@ impl<T: Copy> ChunkedVec<T> {
     /// An empty vector. Does not allocate.
     pub(crate) const fn new() -> Self {
         Self {
-            chunks: KVVec::new(),
-            len: 0,
+            full: KVVec::new(),
+            tail: KVVec::new(),
         }
     }
 
     /// The number of values.
+    #[inline]
     pub(crate) fn len(&self) -> usize {
-        self.len
+        self.full.len() * Self::PER_CHUNK + self.tail.len()
     }
 
     /// The value at `index`.
+    #[inline]
     pub(crate) fn get(&self, index: usize) -> Option<T> {
-        let chunk = self.chunks.get(index / Self::PER_CHUNK)?;
+        let chunk = self.full.get(index / Self::PER_CHUNK).unwrap_or(&self.tail);
+        if index >= self.len() {
+            return None;
+        }
         chunk.get(index % Self::PER_CHUNK).copied()
     }
 
     /// Appends a value. The memory is charged to the caller's memory cgroup.
-    pub(crate) fn push(&mut self, value: T) -> Result<(), AllocError> {
-        if self.len % Self::PER_CHUNK == 0 {
-            // The first chunk doubles as it fills, since most buffers are small; the later ones
-            // are allocated whole.
-            let mut chunk = if self.len == 0 {
-                KVVec::new()
-            } else {
-                KVVec::with_capacity(Self::PER_CHUNK, GFP_KERNEL_ACCOUNT)?
-            };
-            chunk.push(value, GFP_KERNEL_ACCOUNT)?;
-            self.chunks.push(chunk, GFP_KERNEL_ACCOUNT)?;
-        } else if let Some(chunk) = self.chunks.last_mut() {
-            chunk.push(value, GFP_KERNEL_ACCOUNT)?;
+    ///
+    /// `most` is the number of values that the caller will append at most, this one included: it
+    /// limits how much is allocated ahead.
+    #[inline]
+    pub(crate) fn push(&mut self, value: T, most: usize) -> Result<(), AllocError> {
+        if self.tail.len() == self.tail.capacity() {
+            self.grow(most)?;
         }
-        self.len += 1;
-        Ok(())
+        // There is room, so nothing is allocated.
+        self.tail.push(value, GFP_KERNEL_ACCOUNT)
     }
 
     /// Drops the values from `len` on.
     pub(crate) fn truncate(&mut self, len: usize) {
-        if len >= self.len {
-            return;
+        while len < self.full.len() * Self::PER_CHUNK {
+            let Some(chunk) = self.full.pop() else {
+                return;
+            };
+            self.tail = chunk;
         }
-        self.chunks.truncate(len.div_ceil(Self::PER_CHUNK));
-        if let Some(last) = self.chunks.last_mut() {
-            last.truncate((len - 1) % Self::PER_CHUNK + 1);
-        }
-        self.len = len;
+        self.tail.truncate(len - self.full.len() * Self::PER_CHUNK);
     }
 
     /// Gives back what the last chunk does not use. Keeps it when no memory can be had for that.
     pub(crate) fn shrink_to_fit(&mut self) {
-        let Some(last) = self.chunks.last_mut() else {
-            return;
-        };
-        if last.len() < last.capacity() {
-            if let Ok(mut exact) = KVVec::with_capacity(last.len(), GFP_KERNEL_ACCOUNT) {
+        if self.tail.len() < self.tail.capacity() {
+            if let Ok(mut exact) = KVVec::with_capacity(self.tail.len(), GFP_KERNEL_ACCOUNT) {
                 // Cannot fail: the capacity is there.
-                if exact.extend_from_slice(last, GFP_KERNEL_ACCOUNT).is_ok() {
-                    *last = exact;
+                if exact
+                    .extend_from_slice(&self.tail, GFP_KERNEL_ACCOUNT)
+                    .is_ok()
+                {
+                    self.tail = exact;
                 }
             }
         }
@@ -98,9 +96,33 @@ impl<T: Copy> ChunkedVec<T> {
 
     /// Bytes of memory that the vector holds.
     pub(crate) fn bytes(&self) -> usize {
-        let table = self.chunks.capacity() * size_of::<KVVec<T>>();
-        self.chunks
-            .iter()
-            .fold(table, |sum, chunk| sum + chunk.capacity() * size_of::<T>())
+        self.full.capacity() * size_of::<KVVec<T>>()
+            + (self.full.len() * Self::PER_CHUNK + self.tail.capacity()) * size_of::<T>()
+    }
+
+    /// Makes room for one more value at least.
+    #[cold]
+    fn grow(&mut self, most: usize) -> Result<(), AllocError> {
+        let len = self.tail.len();
+        // Chunks double as they fill, since most buffers are small; after the first one they are
+        // allocated whole.
+        let room = if !self.full.is_empty() || len == Self::PER_CHUNK {
+            Self::PER_CHUNK
+        } else {
+            (2 * len).clamp(4, Self::PER_CHUNK)
+        };
+        if len == Self::PER_CHUNK {
+            let fresh = KVVec::with_capacity(room.min(most), GFP_KERNEL_ACCOUNT)?;
+            self.full.reserve(1, GFP_KERNEL_ACCOUNT)?;
+            // There is room, so nothing can fail, and nothing is lost.
+            return self.full.push(
+                core::mem::replace(&mut self.tail, fresh),
+                GFP_KERNEL_ACCOUNT,
+            );
+        }
+        let mut larger = KVVec::with_capacity(room.min(len + most), GFP_KERNEL_ACCOUNT)?;
+        larger.extend_from_slice(&self.tail, GFP_KERNEL_ACCOUNT)?;
+        self.tail = larger;
+        Ok(())
     }
 }

@@ -77,6 +77,11 @@ impl Frame {
         }
     }
 
+    /// The frame behind this one, in the same extent.
+    fn next(self) -> Self {
+        Self((self.0 & !Self::FIRST) + 1)
+    }
+
     fn is_first(self) -> bool {
         self.0 & Self::FIRST != 0
     }
@@ -106,6 +111,7 @@ enum Form {
 /// * `next` is the frame, without marks of a first, that would continue the last extent.
 pub(crate) struct ExtentMap {
     form: Form,
+    expected: usize,
     pages: usize,
     extents: usize,
     next: Option<Frame>,
@@ -115,10 +121,11 @@ impl ExtentMap {
     /// Extents below which the form is not worth a thought: one page of them.
     const FEW: usize = 256;
 
-    /// An empty map. Does not allocate.
-    pub(crate) const fn new() -> Self {
+    /// An empty map for a buffer of `expected` pages: never more are appended. Does not allocate.
+    pub(crate) const fn new(expected: usize) -> Self {
         Self {
             form: Form::Sparse(ChunkedVec::new()),
+            expected,
             pages: 0,
             extents: 0,
             next: None,
@@ -153,21 +160,24 @@ impl ExtentMap {
         }
         let joins = joinable && self.next == Some(Frame::new(run.pfn, run.granularity, false));
         self.choose_form(run.pages)?;
+        let most = self.expected.saturating_sub(self.pages).max(1);
         match &mut self.form {
             Form::Sparse(_) if joins => {}
-            Form::Sparse(extents) => extents.push(Extent {
-                start: self.pages as u64,
-                frame: Frame::new(run.pfn, run.granularity, true),
-            })?,
+            Form::Sparse(extents) => {
+                let extent = Extent {
+                    start: self.pages as u64,
+                    frame: Frame::new(run.pfn, run.granularity, true),
+                };
+                extents.push(extent, most)?;
+            }
             Form::Dense(frames) => {
-                let len = frames.len();
+                let mut frame = Frame::new(run.pfn, run.granularity, !joins);
                 for page in 0..run.pages {
-                    let first = page == 0 && !joins;
-                    if let Err(e) = frames.push(Frame::new(run.pfn + page, run.granularity, first))
-                    {
-                        frames.truncate(len);
-                        return Err(e);
+                    if let Err(error) = frames.push(frame, most - page.min(most - 1)) {
+                        frames.truncate(self.pages);
+                        return Err(error);
                     }
+                    frame = frame.next();
                 }
             }
         }
@@ -218,14 +228,11 @@ impl ExtentMap {
             }
             Form::Dense(frames) => {
                 let frame = frames.get(page)?;
-                let pages = 1
-                    + (1..max.min(self.pages - page))
-                        .take_while(|next| {
-                            frames
-                                .get(page + next)
-                                .is_some_and(|frame| !frame.is_first())
-                        })
-                        .count();
+                let most = max.min(self.pages - page);
+                let mut pages = 1;
+                while pages < most && frames.get(page + pages).is_some_and(|it| !it.is_first()) {
+                    pages += 1;
+                }
                 Some(Run {
                     pfn: frame.pfn(),
                     pages,
@@ -281,9 +288,13 @@ impl ExtentMap {
 
     fn make_dense(&mut self) -> Result<(), AllocError> {
         let mut frames = ChunkedVec::new();
+        let mut most = self.expected.max(self.pages);
         for run in self.iter() {
-            for page in 0..run.pages {
-                frames.push(Frame::new(run.pfn + page, run.granularity, page == 0))?;
+            let mut frame = Frame::new(run.pfn, run.granularity, true);
+            for _ in 0..run.pages {
+                frames.push(frame, most)?;
+                frame = frame.next();
+                most -= 1;
             }
         }
         self.form = Form::Dense(frames);
@@ -294,10 +305,11 @@ impl ExtentMap {
         let mut extents = ChunkedVec::new();
         let mut start = 0;
         for run in self.iter() {
-            extents.push(Extent {
+            let extent = Extent {
                 start,
                 frame: Frame::new(run.pfn, run.granularity, true),
-            })?;
+            };
+            extents.push(extent, self.extents + 1)?;
             start += run.pages as u64;
         }
         self.form = Form::Sparse(extents);

@@ -113,12 +113,14 @@ void *pinbuf_page_address(const struct page *page)
 unsigned long pinbuf_page_describe(const struct page *page)
 {
 	const struct folio *folio = page_folio(page);
-	unsigned long out;
+	unsigned long out = 1UL << PINBUF_PAGE_LEFT_SHIFT;
 
-	out = (folio_nr_pages(folio) - folio_page_idx(folio, page)) <<
-	      PINBUF_PAGE_LEFT_SHIFT;
-	if (folio_test_hugetlb(folio))
-		out |= PINBUF_PAGE_HUGETLB;
+	if (folio_test_large(folio)) {
+		out = (folio_nr_pages(folio) - folio_page_idx(folio, page)) <<
+		      PINBUF_PAGE_LEFT_SHIFT;
+		if (folio_test_hugetlb(folio))
+			out |= PINBUF_PAGE_HUGETLB | PINBUF_PAGE_USER;
+	}
 	if (folio_is_zone_device(folio))
 		out |= PINBUF_PAGE_DEVICE;
 	/*
@@ -128,8 +130,7 @@ unsigned long pinbuf_page_describe(const struct page *page)
 	 * are that driver's.  A page that was truncated meanwhile has lost its
 	 * mapping, but shmem's stays swap-backed and hugetlb's stays hugetlb.
 	 */
-	if (READ_ONCE(folio->mapping) || folio_test_swapbacked(folio) ||
-	    folio_test_hugetlb(folio))
+	if (READ_ONCE(folio->mapping) || folio_test_swapbacked(folio))
 		out |= PINBUF_PAGE_USER;
 	return out;
 }

@@ -68,9 +68,9 @@ pub(crate) struct Pins {
 }
 
 impl Pins {
-    const fn new() -> Self {
+    const fn new(expected: usize) -> Self {
         Self {
-            map: ExtentMap::new(),
+            map: ExtentMap::new(expected),
             pins: 0,
         }
     }
@@ -160,7 +160,7 @@ impl Pinner {
     /// A pinner for `pages` pages in all.
     pub(crate) fn new(pages: usize) -> Result<Self> {
         Ok(Self {
-            pins: Pins::new(),
+            pins: Pins::new(pages),
             batch: Batch::new(pages)?,
             hugetlb: true,
             last: None,
@@ -237,6 +237,8 @@ impl Pinner {
         expected: Option<&Expected<'_>>,
     ) -> Result<usize> {
         let count = self.batch.pages().len();
+        let origin = self.batch.pages()[0];
+        let origin_pfn = origin.pfn();
         let mut done = 0;
         while done < count {
             let pages = &self.batch.pages()[done..];
@@ -251,7 +253,7 @@ impl Pinner {
                 taken += 1;
             }
             let mut run = Run {
-                pfn: first.pfn(),
+                pfn: first.pfn_from(origin, origin_pfn),
                 pages: taken,
                 granularity: Granularity::Page,
             };

@@ -96,9 +96,9 @@ struct pinbuf_backing {
  *
  *   EINVAL     no range or too many; a range that is empty, or whose address or
  *              length is no multiple of the page size
- *   EOVERFLOW  a range ends beyond the address space, or the sum of the lengths
- *              overflows
- *   EFAULT     (of a range) not mapped, not writable, of a kind that the kernel
+ *   EOVERFLOW  the end of a range does not fit into 64 bits, or the sum of the
+ *              lengths not into 63
+ *   EFAULT     (of a range) not mapped, or beyond what can be mapped, not writable, of a kind that the kernel
  *              does not pin for long (a file on disk mapped shared, device
  *              memory, memfd_secret), or its backing store is exhausted (a
  *              hugetlb pool, a full tmpfs).  Map it, or free some.

@@ -62,15 +62,28 @@ impl PinnedPage {
         unsafe { ffi::pinbuf_same_pgmap(self.0, other.0) }
     }
 
+    /// With one memory map for all frames, as on every architecture that has Rust, the `struct
+    /// page`s of adjacent frames are adjacent. Elsewhere that holds only within a section.
+    const ONE_MAP: bool = !cfg!(CONFIG_SPARSEMEM) || cfg!(CONFIG_SPARSEMEM_VMEMMAP);
+
+    /// The page's frame number, reckoned from that of another page.
+    #[inline]
+    pub(crate) fn pfn_from(self, other: Self, pfn: Pfn) -> Pfn {
+        if Self::ONE_MAP {
+            let bytes = (self.0 as isize).wrapping_sub(other.0 as isize);
+            pfn.wrapping_add_signed(bytes / size_of::<bindings::page>() as isize)
+        } else {
+            self.pfn()
+        }
+    }
+
     /// Whether `self` is the `n`th page behind `first`, physically.
     #[inline]
     pub(crate) fn follows(self, first: Self, n: usize) -> bool {
-        // With a virtual memory map, as on every architecture that has Rust, the `struct page`s of
-        // adjacent frames are adjacent. Elsewhere that holds only within a section.
-        if cfg!(CONFIG_SPARSEMEM) && !cfg!(CONFIG_SPARSEMEM_VMEMMAP) {
-            self.pfn() == first.pfn() + n
-        } else {
+        if Self::ONE_MAP {
             self.0 == first.0.wrapping_add(n)
+        } else {
+            self.pfn() == first.pfn() + n
         }
     }
 }

@@ -133,7 +133,7 @@ proptest! {
         runs in runs(),
         lookups in proptest::collection::vec((any::<usize>(), any::<usize>()), 30),
     ) {
-        let mut map = ExtentMap::new();
+        let mut map = ExtentMap::new(runs.iter().map(|(run, _)| run.pages).sum());
         let mut model = Model::default();
         for (run, joinable) in runs {
             map.push(run, joinable).unwrap();
@@ -147,7 +147,7 @@ proptest! {
 
     #[test]
     fn a_failed_push_changes_nothing(runs in runs(), allocations in 0usize..60) {
-        let mut map = ExtentMap::new();
+        let mut map = ExtentMap::new(runs.iter().map(|(run, _)| run.pages).sum());
         let mut model = Model::default();
         fail_after(Some(allocations));
         for (run, joinable) in runs {
@@ -175,7 +175,7 @@ fn page(pfn: usize) -> Run {
 
 #[test]
 fn scattered_pages_cost_eight_bytes_each() {
-    let mut map = ExtentMap::new();
+    let mut map = ExtentMap::new(1 << 20);
     for n in 0..1 << 20 {
         map.push(page(2 * n), true).unwrap();
     }
@@ -187,7 +187,7 @@ fn scattered_pages_cost_eight_bytes_each() {
 
 #[test]
 fn adjacent_huge_pages_cost_next_to_nothing() {
-    let mut map = ExtentMap::new();
+    let mut map = ExtentMap::new(512 * 512);
     for n in 0..512 {
         let run = Run {
             pfn: 512 * n,
@@ -203,7 +203,7 @@ fn adjacent_huge_pages_cost_next_to_nothing() {
 
 #[test]
 fn two_pins_of_one_folio_stay_two_extents() {
-    let mut map = ExtentMap::new();
+    let mut map = ExtentMap::new(512);
     for (pfn, joinable) in [(1024, true), (1280, false)] {
         let run = Run {
             pfn,
@@ -217,7 +217,7 @@ fn two_pins_of_one_folio_stay_two_extents() {
 
 #[test]
 fn a_long_run_after_scattered_pages_does_not_stay_dense() {
-    let mut map = ExtentMap::new();
+    let mut map = ExtentMap::new(1000 + (1 << 28));
     for n in 0..1000 {
         map.push(page(2 * n), true).unwrap();
     }

@@ -78,6 +78,20 @@ pub mod alloc {
             self.capacity
         }
 
+        /// Makes room for `additional` more values.
+        pub fn reserve(&mut self, additional: usize, _: Flags) -> Result<(), AllocError> {
+            if self.inner.len() + additional > self.capacity {
+                allocate()?;
+                self.capacity = (self.capacity * 2).max(self.inner.len() + additional).max(4);
+            }
+            Ok(())
+        }
+
+        /// Takes the last value off.
+        pub fn pop(&mut self) -> Option<T> {
+            self.inner.pop()
+        }
+
         /// Appends a value.
         pub fn push(&mut self, value: T, _: Flags) -> Result<(), AllocError> {
             if self.inner.len() == self.capacity {
