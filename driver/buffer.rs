@@ -75,6 +75,10 @@ unsafe impl pfn_map::Pages for Buffer {
         let run = self.pins.map().find(page, max)?;
         Some((run.pfn, run.pages))
     }
+
+    fn frames(&self, page: usize, out: &mut [usize]) -> usize {
+        self.pins.map().frames(page, out)
+    }
 }
 
 static OPERATIONS: Operations<Buffer> = Operations::new();

@@ -11,7 +11,8 @@ use crate::{
     },
     kernel_ext::{
         dma_buf::DmaBuf,
-        misc, //
+        misc,
+        pfn_map, //
     },
     params,
     pins::{
@@ -202,7 +203,7 @@ fn query(argument: UserPtr) -> Result<c_long> {
         size: size_of::<uapi::Query>() as u32,
         version: uapi::VERSION,
         features: uapi::FEATURE_CHECK_BACKING
-            | if cfg!(CONFIG_TRANSPARENT_HUGEPAGE) {
+            | if pfn_map::huge_entries_allowed() {
                 uapi::FEATURE_HUGE_MMAP
             } else {
                 0
@@ -244,9 +245,10 @@ fn info(argument: UserPtr) -> Result<c_long> {
         kernel_bytes: pins.map().bytes() as u64,
         charged_pages: charge.pages() as u64,
         charge: match charge.account() {
-            Account::User => uapi::CHARGE_USER,
+            Account::User(_) => uapi::CHARGE_USER,
             Account::Process => uapi::CHARGE_PROCESS,
-            Account::Allowance => uapi::CHARGE_ALLOWANCE,
+            Account::Allowance(_) => uapi::CHARGE_ALLOWANCE,
+            Account::Nothing => uapi::CHARGE_NONE,
         },
         mappings: mappings as u32,
         state: 0,

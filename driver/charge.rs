@@ -19,27 +19,31 @@
 //!    (iommufd compares `mm->locked_vm` in that mode. RDMA compares `pinned_vm`, as here: it takes
 //!    no mmap lock, which a release in task work could not wait for, and it does not count
 //!    what vfio type1 charges for the same memory, so that a virtual machine with both needs no
-//!    more than each needs.) `CAP_IPC_LOCK` lifts the limit.
-//! 2. *The allowance.* A buffer for which the limit has no room may be charged to an allowance of
+//!    more than each needs. All that io_uring, iommufd and pinbuf pinned for the process is in it.)
+//! 2. *The capability.* Who has `CAP_IPC_LOCK` may go on without a limit. What it pins then is not
+//!    added to `locked_vm`, as nobody adds it there: it would take the room of processes of the
+//!    same user that lack the capability, root's containers for example.
+//! 3. *The allowance.* A buffer for which there is no room may be charged to an allowance of
 //!    its user, by default 128 MiB, as long as all users together stay below a cap, by default a
 //!    sixteenth of memory. udmabuf charges nothing; with Debian's default limit of 8 MiB a
-//!    desktop user would lose the 4K framebuffers (32 MiB) that it gives. It is safe: what any
-//!    number of users (65,536 subordinate ones for each are common) can pin beyond their limits is
-//!    bounded by the cap, the pages are charged to their memory cgroup as ever, and who wants none
-//!    of it sets `allowance_mb=0`. These pages are not added to `locked_vm`, or a user's
-//!    framebuffers would keep io_uring from its own few pages.
+//!    desktop user would lose the 4K framebuffers (32 MiB) that it gives. It is safe: what all
+//!    users can pin beyond their limits is bounded by the cap, one user cannot have it all (in a
+//!    user namespace, allowances are those of who made it, so that subordinate users bring
+//!    none of their own), the pages are charged to their memory cgroup as ever, and who wants
+//!    none of it sets `allowance_mb=0`. These pages are not added to `locked_vm` either, or a
+//!    user's framebuffers would keep io_uring from its own few pages.
 //!
 //! In every case they are added to the process's `pinned_vm`, `VmPin` in `/proc/PID/status`, as
 //! io_uring's and iommufd's are.
 //!
 //! # Locks
 //!
-//! [`ALLOWANCES`] is a leaf: nothing else is taken under it, and it is held for a look-up.
+//! [`ALLOWANCES`] is a leaf: nothing else is taken under it, no memory is allocated or freed, and
+//! it is held for a look-up.
 
 use crate::{
     kernel_ext::user::{
         self,
-        LockedPages,
         User, //
     },
     params, //
@@ -47,29 +51,32 @@ use crate::{
 use kernel::{
     mm::Mm,
     prelude::*,
-    rbtree::RBTree,
+    rbtree::{
+        RBTree,
+        RBTreeNode,
+        RBTreeNodeReservation, //
+    },
     sync::aref::ARef, //
 };
 
-/// To what pages are charged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// To what pages are charged, besides the process's `pinned_vm`.
 pub(crate) enum Account {
     /// The user's locked pages, under the limit.
-    User,
+    User(User),
     /// The process's pinned pages, under the limit.
     Process,
-    /// The user's allowance beyond the limit.
-    Allowance,
+    /// The allowance, beyond the limit, of the user of this number.
+    Allowance(u32),
+    /// Nothing: the limit had no room, and the capability lifts it.
+    Nothing,
 }
 
 /// Pages charged to somebody, until the value is dropped.
 ///
 /// # Invariants
 ///
-/// `pages` pages are charged to `mm`'s `pinned_vm` and, according to `account`, to `user`'s
-/// `locked_vm` or allowance.
+/// `pages` pages are charged to `mm`'s `pinned_vm` and to what `account` names.
 pub(crate) struct Charge {
-    user: User,
     mm: ARef<Mm>,
     pages: usize,
     account: Account,
@@ -78,36 +85,39 @@ pub(crate) struct Charge {
 impl Charge {
     /// Charges `pages` to the current process, or fails with `ENOMEM`.
     pub(crate) fn new(pages: usize) -> Result<Self> {
-        let user = User::current();
         // A kernel thread has no pages to pin.
         let mm = user::current_mm().ok_or(EFAULT)?;
+        let pinned = user::pinned_vm(&mm);
+        let limit = limit_pages();
+
         // INVARIANT: Each branch charges what it names.
-        if params::charge_process() {
-            if within_limit(&user::pinned_vm(&mm), pages) {
-                return Ok(Self {
-                    user,
-                    mm,
-                    pages,
-                    account: Account::Process,
-                });
+        let account = if params::charge_process() && pinned.try_add(pages, limit) {
+            Account::Process
+        } else {
+            let account = Self::charge_user(pages, limit)?;
+            pinned.add(pages);
+            account
+        };
+        Ok(Self { mm, pages, account })
+    }
+
+    fn charge_user(pages: usize, limit: usize) -> Result<Account> {
+        if !params::charge_process() {
+            let user = User::current();
+            if user.locked_vm().try_add(pages, limit) {
+                return Ok(Account::User(user));
             }
-        } else if within_limit(&user.locked_vm(), pages) {
-            user::pinned_vm(&mm).add(pages);
-            return Ok(Self {
-                user,
-                mm,
-                pages,
-                account: Account::User,
-            });
         }
-        ALLOWANCES.lock().take(user.id(), pages)?;
-        user::pinned_vm(&mm).add(pages);
-        Ok(Self {
-            user,
-            mm,
-            pages,
-            account: Account::Allowance,
-        })
+        if user::may_lock_without_limit() {
+            return Ok(Account::Nothing);
+        }
+        let uid = user::current_host_uid();
+        let spare = RBTreeNodeReservation::new(GFP_KERNEL_ACCOUNT)?;
+        let (result, spare) = ALLOWANCES.lock().take(uid, pages, spare);
+        // Freed, if it was not needed, without the lock.
+        drop(spare);
+        result?;
+        Ok(Account::Allowance(uid))
     }
 
     /// The pages charged.
@@ -116,33 +126,32 @@ impl Charge {
     }
 
     /// To what they are charged.
-    pub(crate) fn account(&self) -> Account {
-        self.account
+    pub(crate) fn account(&self) -> &Account {
+        &self.account
     }
 }
 
 impl Drop for Charge {
     fn drop(&mut self) {
         user::pinned_vm(&self.mm).sub(self.pages);
-        match self.account {
-            Account::User => self.user.locked_vm().sub(self.pages),
-            Account::Process => {}
-            Account::Allowance => ALLOWANCES.lock().give_back(self.user.id(), self.pages),
+        match &self.account {
+            Account::User(user) => user.locked_vm().sub(self.pages),
+            Account::Allowance(uid) => {
+                let node = ALLOWANCES.lock().give_back(*uid, self.pages);
+                // Freed without the lock.
+                drop(node);
+            }
+            Account::Process | Account::Nothing => {}
         }
     }
 }
 
-/// Adds `pages` to `counter` if the caller's limit has room for them, or if none applies. Asks for
-/// the capability last, as security modules may write that down.
-fn within_limit(counter: &LockedPages<'_>, pages: usize) -> bool {
-    let limit = match user::rlimit_memlock() {
+/// The caller's limit in pages; `usize::MAX` for none.
+fn limit_pages() -> usize {
+    match user::rlimit_memlock() {
         usize::MAX => usize::MAX,
         bytes => user::pages_in(bytes),
-    };
-    counter.try_add(pages, limit)
-        || (limit != usize::MAX
-            && user::may_lock_without_limit()
-            && counter.try_add(pages, usize::MAX))
+    }
 }
 
 /// The caller's limit in bytes; `u64::MAX` if none applies.
@@ -156,7 +165,7 @@ pub(crate) fn limit_bytes() -> u64 {
 
 /// The pages that the current user has of its allowance.
 pub(crate) fn allowance_used() -> usize {
-    ALLOWANCES.lock().used_by(User::current().id())
+    ALLOWANCES.lock().used_by(user::current_host_uid())
 }
 
 kernel::sync::global_lock! {
@@ -176,9 +185,9 @@ pub(crate) unsafe fn init() {
 
 /// What users have of their allowances.
 struct Allowances {
-    /// Pages by [`User::id`]; `None` until the first (a tree cannot be made at compile time). A user is here while it has some; the charges then hold the user, so
-    /// that its number is not another's.
-    users: Option<RBTree<usize, usize>>,
+    /// Pages by user; a user is here while it has some. `None` until the first (a tree cannot be
+    /// made at compile time).
+    users: Option<RBTree<u32, usize>>,
     /// The sum.
     total: usize,
 }
@@ -191,38 +200,48 @@ impl Allowances {
         }
     }
 
-    fn used_by(&self, user: usize) -> usize {
-        let pages = self.users.as_ref().and_then(|users| users.get(&user));
+    fn used_by(&self, uid: u32) -> usize {
+        let pages = self.users.as_ref().and_then(|users| users.get(&uid));
         pages.copied().unwrap_or(0)
     }
 
-    fn take(&mut self, user: usize, pages: usize) -> Result {
-        let total = self.total.checked_add(pages).ok_or(ENOMEM)?;
-        let used = self.used_by(user).checked_add(pages).ok_or(ENOMEM)?;
+    /// Gives `pages` to a user, for whom `spare` becomes an entry if it has none; returns `spare`
+    /// otherwise.
+    fn take(
+        &mut self,
+        uid: u32,
+        pages: usize,
+        spare: RBTreeNodeReservation<u32, usize>,
+    ) -> (Result, Option<RBTreeNodeReservation<u32, usize>>) {
+        let (Some(total), Some(used)) = (
+            self.total.checked_add(pages),
+            self.used_by(uid).checked_add(pages),
+        ) else {
+            return (Err(ENOMEM), Some(spare));
+        };
         if total > params::allowance_system_pages() || used > params::allowance_pages() {
-            return Err(ENOMEM);
-        }
-        let users = self.users.get_or_insert_with(RBTree::new);
-        match users.get_mut(&user) {
-            Some(entry) => *entry = used,
-            None => {
-                users.try_create_and_insert(user, used, GFP_KERNEL_ACCOUNT)?;
-            }
+            return (Err(ENOMEM), Some(spare));
         }
         self.total = total;
-        Ok(())
+        let users = self.users.get_or_insert_with(RBTree::new);
+        if let Some(entry) = users.get_mut(&uid) {
+            *entry = used;
+            return (Ok(()), Some(spare));
+        }
+        users.insert(spare.into_node(uid, used));
+        (Ok(()), None)
     }
 
-    fn give_back(&mut self, user: usize, pages: usize) {
+    /// Takes `pages` back, and returns the user's entry if that were all.
+    fn give_back(&mut self, uid: u32, pages: usize) -> Option<RBTreeNode<u32, usize>> {
         self.total -= pages;
-        let used = self.used_by(user) - pages;
-        let Some(users) = &mut self.users else {
-            return;
-        };
-        if used == 0 {
-            users.remove(&user);
-        } else if let Some(entry) = users.get_mut(&user) {
-            *entry = used;
+        let users = self.users.as_mut()?;
+        let entry = users.get_mut(&uid)?;
+        *entry -= pages;
+        if *entry == 0 {
+            users.remove_node(&uid)
+        } else {
+            None
         }
     }
 }

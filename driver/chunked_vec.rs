@@ -45,6 +45,16 @@ impl<T: Copy> ChunkedVec<T> {
         self.full.len() * Self::PER_CHUNK + self.tail.len()
     }
 
+    /// The values from `index` on that lie in one piece; none behind the end.
+    #[inline]
+    pub(crate) fn piece(&self, index: usize) -> &[T] {
+        let chunk = self.full.get(index / Self::PER_CHUNK).unwrap_or(&self.tail);
+        if index >= self.len() {
+            return &[];
+        }
+        chunk.get(index % Self::PER_CHUNK..).unwrap_or(&[])
+    }
+
     /// The value at `index`.
     #[inline]
     pub(crate) fn get(&self, index: usize) -> Option<T> {
@@ -64,8 +74,12 @@ impl<T: Copy> ChunkedVec<T> {
         if self.tail.len() == self.tail.capacity() {
             self.grow(most)?;
         }
-        // There is room, so nothing is allocated.
-        self.tail.push(value, GFP_KERNEL_ACCOUNT)
+        if let Some(slot) = self.tail.spare_capacity_mut().first_mut() {
+            slot.write(value);
+            // SAFETY: There was room, and the value was written.
+            unsafe { self.tail.inc_len(1) };
+        }
+        Ok(())
     }
 
     /// Drops the values from `len` on.

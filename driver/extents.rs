@@ -3,15 +3,17 @@
 //! Which physical pages a buffer consists of.
 //!
 //! A buffer is a sequence of *extents*: runs of physically adjacent pages. [`ExtentMap`] stores
-//! them in one of two forms, whichever is smaller:
+//! them in one of two forms:
 //!
 //! * *sparse*: 16 bytes an extent (its first page in the buffer, its first page frame), found by
 //!   bisection. A gibibyte of adjacent huge pages is one extent.
 //! * *dense*: 8 bytes a page (its page frame), found by indexing. A fully scattered buffer has as
 //!   many extents as pages.
 //!
-//! So the cost is the smaller of 16 bytes an extent and 8 bytes a page, and a look-up is at most
-//! logarithmic.
+//! Dense is at most twice the cost of sparse, and neither is more than 8 bytes a page; a look-up is
+//! at most logarithmic.
+//!
+//! Page frames are numbers of 64 bits, with marks in the uppermost.
 //!
 //! This file knows nothing of pins, pages or locks, and is compiled for the host too, where
 //! `tests/host` holds it against a naive model.
@@ -187,11 +189,11 @@ impl ExtentMap {
         Ok(())
     }
 
-    /// Takes the smaller form and gives back spare memory, when no more runs will come. Where no
-    /// memory can be had for that, the map stays as it is.
+    /// Gives back spare memory, when no more runs will come, and turns sparse where that halves the
+    /// cost. Where no memory can be had for that, the map stays as it is.
     pub(crate) fn finish(&mut self) {
         if let Form::Dense(_) = self.form {
-            if 2 * self.extents <= self.pages {
+            if 4 * self.extents <= self.pages {
                 // Failing leaves the dense form, which is right, only larger.
                 let _ = self.make_sparse();
             }
@@ -213,25 +215,25 @@ impl ExtentMap {
         }
         match &self.form {
             Form::Sparse(extents) => {
-                let (mut low, mut high) = (0, extents.len());
-                // The last extent that starts at `page` or before is in low..high.
-                while high - low > 1 {
-                    let middle = low + (high - low) / 2;
-                    if extents.get(middle)?.start as usize <= page {
-                        low = middle;
-                    } else {
-                        high = middle;
-                    }
-                }
-                let extent = extents.get(low)?;
-                Some(self.rest_of(extents, low, extent, page, max))
+                let index = self.index_of(extents, page);
+                let extent = extents.get(index)?;
+                Some(self.rest_of(extents, index, extent, page, max))
             }
             Form::Dense(frames) => {
                 let frame = frames.get(page)?;
                 let most = max.min(self.pages - page);
                 let mut pages = 1;
-                while pages < most && frames.get(page + pages).is_some_and(|it| !it.is_first()) {
-                    pages += 1;
+                'count: loop {
+                    let piece = frames.piece(page + pages);
+                    if piece.is_empty() {
+                        break;
+                    }
+                    for next in piece {
+                        if pages == most || next.is_first() {
+                            break 'count;
+                        }
+                        pages += 1;
+                    }
                 }
                 Some(Run {
                     pfn: frame.pfn(),
@@ -242,6 +244,36 @@ impl ExtentMap {
         }
     }
 
+    /// Writes the page frames from `page` on to `out`, and returns how many: fewer than there is
+    /// room for where the map, or one of its pieces, ends.
+    pub(crate) fn frames(&self, page: usize, out: &mut [Pfn]) -> usize {
+        if let Form::Dense(frames) = &self.form {
+            let piece = frames.piece(page);
+            for (out, frame) in out.iter_mut().zip(piece) {
+                *out = frame.pfn();
+            }
+            return piece.len().min(out.len());
+        }
+        let Form::Sparse(extents) = &self.form else {
+            return 0;
+        };
+        let mut count = 0;
+        let mut index = self.index_of(extents, page);
+        while let Some(extent) = extents.get(index) {
+            let at = page + count;
+            if at >= self.pages || count == out.len() {
+                break;
+            }
+            let run = self.rest_of(extents, index, extent, at, out.len() - count);
+            for (n, out) in out[count..][..run.pages].iter_mut().enumerate() {
+                *out = run.pfn + n;
+            }
+            count += run.pages;
+            index += 1;
+        }
+        count
+    }
+
     /// All extents in the buffer's order, in linear time.
     pub(crate) fn iter(&self) -> Iter<'_> {
         Iter {
@@ -249,6 +281,20 @@ impl ExtentMap {
             page: 0,
             index: 0,
         }
+    }
+
+    /// The extent that `page` is in, if it is in any.
+    fn index_of(&self, extents: &ChunkedVec<Extent>, page: usize) -> usize {
+        let (mut low, mut high) = (0, extents.len());
+        // The last extent that starts at `page` or before is in low..high.
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            match extents.get(middle) {
+                Some(extent) if extent.start as usize <= page => low = middle,
+                _ => high = middle,
+            }
+        }
+        low
     }
 
     fn rest_of(

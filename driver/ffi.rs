@@ -31,12 +31,18 @@ extern "C" {
     pub(crate) fn pinbuf_cond_resched();
     pub(crate) fn pinbuf_rlimit_memlock() -> c_ulong;
     pub(crate) fn pinbuf_get_current_user() -> *mut bindings::user_struct;
+    pub(crate) fn pinbuf_capable_ipc_lock_noaudit() -> bool;
+    pub(crate) fn pinbuf_current_host_uid() -> c_uint;
     pub(crate) fn pinbuf_totalram_pages() -> c_ulong;
 
     pub(crate) fn pinbuf_page_to_pfn(page: *const bindings::page) -> c_ulong;
     pub(crate) fn pinbuf_pfn_to_page(pfn: c_ulong) -> *mut bindings::page;
     pub(crate) fn pinbuf_page_address(page: *const bindings::page) -> *mut c_void;
-    pub(crate) fn pinbuf_page_describe(page: *const bindings::page) -> c_ulong;
+    pub(crate) fn pinbuf_pages_describe(
+        pages: *const *mut bindings::page,
+        count: c_ulong,
+        out: *mut c_ulong,
+    );
     pub(crate) fn pinbuf_page_folio_pages(page: *const bindings::page) -> c_ulong;
     pub(crate) fn pinbuf_page_is_backed_by(
         page: *const bindings::page,
@@ -74,6 +80,7 @@ extern "C" {
     pub(crate) fn pinbuf_vma_is_shared(vma: *const bindings::vm_area_struct) -> bool;
     pub(crate) fn pinbuf_vma_is_exec(vma: *const bindings::vm_area_struct) -> bool;
     pub(crate) fn pinbuf_vma_set_pfnmap(vma: *mut bindings::vm_area_struct);
+    pub(crate) fn pinbuf_huge_pfns_allowed() -> bool;
     pub(crate) fn pinbuf_set_pte_pfn(
         vma: *mut bindings::vm_area_struct,
         addr: c_ulong,

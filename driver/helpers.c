@@ -18,10 +18,12 @@
 #include <linux/memremap.h>
 #include <linux/mm.h>
 #include <linux/moduleparam.h>
+#include <linux/page_table_check.h>
 #include <linux/pgtable.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/user.h>
 #include <linux/scatterlist.h>
+#include <linux/user_namespace.h>
 #include <linux/vmalloc.h>
 
 #include "helpers.h"
@@ -88,6 +90,30 @@ struct user_struct *pinbuf_get_current_user(void)
 	return get_uid(current_user());
 }
 
+/*
+ * io_uring and the like do not want a security module to log that somebody has
+ * no need for a capability.
+ */
+bool pinbuf_capable_ipc_lock_noaudit(void)
+{
+	return ns_capable_noaudit(&init_user_ns, CAP_IPC_LOCK);
+}
+
+/*
+ * The user of the initial user namespace that the current task belongs to: its
+ * own, or, in a user namespace, the owner of the outermost one.
+ */
+unsigned int pinbuf_current_host_uid(void)
+{
+	const struct user_namespace *ns = current_user_ns();
+
+	if (ns == &init_user_ns)
+		return __kuid_val(current_uid());
+	while (ns->parent && ns->parent != &init_user_ns)
+		ns = ns->parent;
+	return __kuid_val(ns->owner);
+}
+
 unsigned long pinbuf_totalram_pages(void)
 {
 	return totalram_pages();
@@ -110,7 +136,7 @@ void *pinbuf_page_address(const struct page *page)
 	return page_address(page);
 }
 
-unsigned long pinbuf_page_describe(const struct page *page)
+static unsigned long page_describe(const struct page *page)
 {
 	const struct folio *folio = page_folio(page);
 	unsigned long out = 1UL << PINBUF_PAGE_LEFT_SHIFT;
@@ -133,6 +159,13 @@ unsigned long pinbuf_page_describe(const struct page *page)
 	if (READ_ONCE(folio->mapping) || folio_test_swapbacked(folio))
 		out |= PINBUF_PAGE_USER;
 	return out;
+}
+
+void pinbuf_pages_describe(struct page *const *pages, unsigned long count,
+			   unsigned long *out)
+{
+	while (count--)
+		*out++ = page_describe(*pages++);
 }
 
 unsigned long pinbuf_page_folio_pages(const struct page *page)
@@ -224,7 +257,22 @@ bool pinbuf_vma_is_exec(const struct vm_area_struct *vma)
 
 void pinbuf_vma_set_pfnmap(struct vm_area_struct *vma)
 {
-	vm_flags_mod(vma, VM_PFNMAP | VM_DONTEXPAND | VM_DONTDUMP, VM_MAYEXEC);
+	vm_flags_mod(vma, VM_PFNMAP | VM_DONTEXPAND | VM_DONTDUMP,
+		     VM_MIXEDMAP | VM_MAYEXEC);
+}
+
+/*
+ * The page-table checker overlooks special PTEs, but counts special PMDs and
+ * PUDs as mappings of their pages, and takes a second writable one of an
+ * anonymous page for a bug (up to 7.3 at least).
+ */
+bool pinbuf_huge_pfns_allowed(void)
+{
+#ifdef CONFIG_PAGE_TABLE_CHECK
+	return static_branch_likely(&page_table_check_disabled);
+#else
+	return true;
+#endif
 }
 
 /* Called under the page table's lock; leaves entries alone that are present. */

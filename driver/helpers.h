@@ -15,7 +15,7 @@ struct user_struct;
 struct vm_area_struct;
 
 /*
- * What pinbuf_page_describe() tells of a page: these bits, and above them how
+ * What pinbuf_pages_describe() tells of a page: these bits, and above them how
  * many pages of its folio there are from it on.
  */
 #define PINBUF_PAGE_HUGETLB	(1UL << 0)
@@ -32,12 +32,15 @@ bool pinbuf_fatal_signal_pending(void);
 void pinbuf_cond_resched(void);
 unsigned long pinbuf_rlimit_memlock(void);
 struct user_struct *pinbuf_get_current_user(void);
+bool pinbuf_capable_ipc_lock_noaudit(void);
+unsigned int pinbuf_current_host_uid(void);
 unsigned long pinbuf_totalram_pages(void);
 
 unsigned long pinbuf_page_to_pfn(const struct page *page);
 struct page *pinbuf_pfn_to_page(unsigned long pfn);
 void *pinbuf_page_address(const struct page *page);
-unsigned long pinbuf_page_describe(const struct page *page);
+void pinbuf_pages_describe(struct page *const *pages, unsigned long count,
+			   unsigned long *out);
 unsigned long pinbuf_page_folio_pages(const struct page *page);
 bool pinbuf_page_is_backed_by(const struct page *page, const struct file *file,
 			      unsigned long index);
@@ -61,6 +64,7 @@ void pinbuf_vunmap(const void *addr);
 bool pinbuf_vma_is_shared(const struct vm_area_struct *vma);
 bool pinbuf_vma_is_exec(const struct vm_area_struct *vma);
 void pinbuf_vma_set_pfnmap(struct vm_area_struct *vma);
+bool pinbuf_huge_pfns_allowed(void);
 void pinbuf_set_pte_pfn(struct vm_area_struct *vma, unsigned long addr,
 			pte_t *pte, unsigned long pfn);
 

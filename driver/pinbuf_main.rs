@@ -28,6 +28,9 @@
 
 use kernel::prelude::*;
 
+#[cfg(not(CONFIG_64BIT))]
+compile_error!("page frames and counters of locked pages are taken for numbers of 64 bits");
+
 mod buffer;
 mod calls;
 mod charge;

@@ -29,6 +29,7 @@ use crate::{
     extents::{
         ExtentMap,
         Granularity,
+        Pfn,
         Run, //
     },
     kernel_ext::{
@@ -85,15 +86,18 @@ impl Pins {
         self.pins
     }
 
-    /// Takes over the pins of `run`: of every page, or one in its only folio. They are dropped
-    /// after an error.
-    fn push(&mut self, run: Run, joinable: bool) -> Result {
+    /// Takes over the pins of `run`. They are dropped after an error.
+    ///
+    /// # Safety
+    ///
+    /// The caller owns these pins, of every page or one in the run's only folio, and gives them up.
+    unsafe fn push(&mut self, run: Run, joinable: bool) -> Result {
         if let Err(error) = self.map.push(run, joinable) {
             match run.granularity {
-                // SAFETY: The caller gave us these pins.
+                // SAFETY: By the function's requirements.
                 Granularity::Page => unsafe { gup::unpin_pages(run.pfn, run.pages) },
                 Granularity::Folio => {
-                    // SAFETY: The caller gave us this pin.
+                    // SAFETY: By the function's requirements.
                     unsafe { gup::unpin_folio(run.pfn) };
                 }
             }
@@ -150,8 +154,8 @@ pub(crate) struct Pinner {
     /// The last page was hugetlb's, so the next one is pinned alone. At first we do not know, and
     /// ask with one page.
     hugetlb: bool,
-    /// The last page pinned, to see whether the next may join its extent.
-    last: Option<PinnedPage>,
+    /// The last frame in `pins`, if it is device memory.
+    device: Option<Pfn>,
     /// New tries that this call still has.
     patience: u32,
 }
@@ -163,7 +167,7 @@ impl Pinner {
             pins: Pins::new(pages),
             batch: Batch::new(pages)?,
             hugetlb: true,
-            last: None,
+            device: None,
             patience: TRIES_IN_ALL * params::pin_retries(),
         })
     }
@@ -236,20 +240,19 @@ impl Pinner {
         left: usize,
         expected: Option<&Expected<'_>>,
     ) -> Result<usize> {
-        let count = self.batch.pages().len();
-        let origin = self.batch.pages()[0];
+        let (pages, kinds) = self.batch.describe();
+        let count = pages.len();
+        let origin = pages[0];
         let origin_pfn = origin.pfn();
         let mut done = 0;
         while done < count {
-            let pages = &self.batch.pages()[done..];
-            let first = pages[0];
-            let kind = first.describe();
+            let (first, kind) = (pages[done], kinds[done]);
             self.hugetlb = kind.is_hugetlb();
 
             // The rest of the folio, as far as the batch has it in this order.
             let mut taken = 1;
-            let most = kind.left().min(pages.len());
-            while taken < most && pages[taken].follows(first, taken) {
+            let most = kind.left().min(count - done);
+            while taken < most && pages[done + taken].follows(first, taken) {
                 taken += 1;
             }
             let mut run = Run {
@@ -263,8 +266,11 @@ impl Pinner {
                 run.granularity = Granularity::Folio;
                 // Two pins of one folio must not look like one.
                 joinable = kind.left() == first.folio_pages();
-            } else if kind.is_device() {
-                joinable = self.last.is_none_or(|last| first.same_pgmap(last));
+            } else if kind.is_device() || self.device.is_some() {
+                // SAFETY: The frame is in `pins`, hence pinned.
+                joinable = self
+                    .device
+                    .is_some_and(|last| unsafe { first.same_pgmap(last) });
             }
 
             // A folio is one file's, or anonymous, as a whole.
@@ -280,8 +286,10 @@ impl Pinner {
                 return Err(error);
             }
 
-            self.last = Some(pages[taken - 1]);
-            if let Err(error) = self.pins.push(run, joinable) {
+            self.device = kind.is_device().then_some(run.pfn);
+            // SAFETY: The batch pinned these pages, and gives them up below in any case.
+            let pushed = unsafe { self.pins.push(run, joinable) };
+            if let Err(error) = pushed {
                 // `push` has dropped this run's pins; the batch drops those behind it.
                 self.batch.keep(done + taken);
                 return Err(error);
@@ -295,7 +303,7 @@ impl Pinner {
 
 /// Whether the place of a hugetlb page in its folio is that of its address in a huge page of that
 /// size, as it must be where hugetlb mapped it.
-fn in_place(page: PinnedPage, kind: Description, addr: usize) -> bool {
+fn in_place(page: PinnedPage<'_>, kind: Description, addr: usize) -> bool {
     let pages = page.folio_pages();
     (addr >> PAGE_SHIFT) & (pages - 1) == pages - kind.left()
 }

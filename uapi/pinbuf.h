@@ -130,6 +130,7 @@ struct pinbuf_create {
 #define PINBUF_CHARGE_USER	0	/* the user's locked pages, RLIMIT_MEMLOCK */
 #define PINBUF_CHARGE_PROCESS	1	/* the process's pinned pages, RLIMIT_MEMLOCK */
 #define PINBUF_CHARGE_ALLOWANCE	2	/* the user's allowance beyond the limit */
+#define PINBUF_CHARGE_NONE	3	/* beyond the limit, by CAP_IPC_LOCK */
 
 /**
  * struct pinbuf_query - what this kernel's pinbuf can do

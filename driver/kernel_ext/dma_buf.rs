@@ -38,7 +38,11 @@ use kernel::{
         from_err_ptr,
         from_result, //
     },
-    ffi::c_int,
+    ffi::{
+        c_int,
+        c_long,
+        c_ulong, //
+    },
     prelude::*,
     rbtree::{
         RBTree,
@@ -277,6 +281,21 @@ unsafe extern "C" fn begin_cpu_access<E: Exporter>(
     let exported = unsafe { exported::<E>(buf) };
     from_result(|| {
         let direction = direction(raw)?;
+        // The core waits for the devices too, but only afterwards; until they are done there may
+        // be nothing to sync yet. A reader waits for writers, a writer for all.
+        let usage = if direction == DataDirection::FromDevice {
+            bindings::dma_resv_usage_DMA_RESV_USAGE_WRITE
+        } else {
+            bindings::dma_resv_usage_DMA_RESV_USAGE_READ
+        };
+        // SAFETY: The buffer's `dma_resv` lives as long as it, and is not locked by the caller, by
+        // the rules for this callback.
+        let left = unsafe {
+            bindings::dma_resv_wait_timeout((*buf).resv, usage, true, c_long::MAX as c_ulong)
+        };
+        if left < 0 {
+            return Err(Error::from_errno(left as c_int));
+        }
         for table in exported.mappings.lock().values() {
             table.sync_for_cpu(direction);
         }

@@ -9,6 +9,7 @@ use crate::{
     extents::Pfn,
     ffi, //
 };
+use core::marker::PhantomData;
 use kernel::{
     alloc::{
         flags::GFP_KERNEL_ACCOUNT,
@@ -20,15 +21,21 @@ use kernel::{
     prelude::*, //
 };
 
-/// A page of which the holder of the value owns one pin.
-///
-/// It is a plain value: whoever takes it over from a [`Batch`] has to see to it that
-/// [`unpin_pages`] or [`unpin_folios`] drops the pin, once.
-#[derive(Clone, Copy, PartialEq, Eq)]
-#[repr(transparent)]
-pub(crate) struct PinnedPage(*mut bindings::page);
+// Runs of frames are taken for runs of `struct page`s below, and their numbers are reckoned from one
+// another. With one memory map that is so; without, it is so only within a section.
+#[cfg(all(CONFIG_SPARSEMEM, not(CONFIG_SPARSEMEM_VMEMMAP)))]
+compile_error!("needs CONFIG_SPARSEMEM_VMEMMAP or CONFIG_FLATMEM");
 
-impl PinnedPage {
+/// A page that is pinned for as long as the value can be used: `'a` is the life of the pin.
+///
+/// # Invariants
+///
+/// The pointer is that of a page that stays pinned for `'a`.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct PinnedPage<'a>(*mut bindings::page, PhantomData<&'a Batch>);
+
+impl PinnedPage<'_> {
     /// The page's frame number.
     #[inline]
     pub(crate) fn pfn(self) -> Pfn {
@@ -36,16 +43,16 @@ impl PinnedPage {
         unsafe { ffi::pinbuf_page_to_pfn(self.0) }
     }
 
-    /// What the page tells of the folio it is in, which stays the same while the page is pinned.
+    /// The page's frame number, reckoned from that of another page.
     #[inline]
-    pub(crate) fn describe(self) -> Description {
-        // SAFETY: A pinned page is a valid `struct page`, whose folio cannot be split or freed.
-        Description(unsafe { ffi::pinbuf_page_describe(self.0) })
+    pub(crate) fn pfn_from(self, other: Self, pfn: Pfn) -> Pfn {
+        let bytes = (self.0 as isize).wrapping_sub(other.0 as isize);
+        pfn.wrapping_add_signed(bytes / size_of::<bindings::page>() as isize)
     }
 
     /// The size of the page's folio in pages.
     pub(crate) fn folio_pages(self) -> usize {
-        // SAFETY: As in `describe`.
+        // SAFETY: A pinned page is a valid `struct page`, whose folio cannot be split or freed.
         unsafe { ffi::pinbuf_page_folio_pages(self.0) }
     }
 
@@ -55,41 +62,29 @@ impl PinnedPage {
         unsafe { ffi::pinbuf_page_is_backed_by(self.0, file.as_ptr(), index) }
     }
 
-    /// Whether the page may share an extent with `other`, the one before it, as far as device
-    /// memory is concerned: not if they belong to different devices.
-    pub(crate) fn same_pgmap(self, other: Self) -> bool {
+    /// Whether the page may share an extent with the frame `pfn`, as far as device memory is
+    /// concerned: not if they belong to different devices, or one of them to none.
+    ///
+    /// # Safety
+    ///
+    /// The frame is that of a page that is pinned.
+    pub(crate) unsafe fn same_pgmap(self, pfn: Pfn) -> bool {
+        // SAFETY: By the function's requirements.
+        let other = unsafe { ffi::pinbuf_pfn_to_page(pfn) };
         // SAFETY: Pinned pages are valid `struct page`s.
-        unsafe { ffi::pinbuf_same_pgmap(self.0, other.0) }
-    }
-
-    /// With one memory map for all frames, as on every architecture that has Rust, the `struct
-    /// page`s of adjacent frames are adjacent. Elsewhere that holds only within a section.
-    const ONE_MAP: bool = !cfg!(CONFIG_SPARSEMEM) || cfg!(CONFIG_SPARSEMEM_VMEMMAP);
-
-    /// The page's frame number, reckoned from that of another page.
-    #[inline]
-    pub(crate) fn pfn_from(self, other: Self, pfn: Pfn) -> Pfn {
-        if Self::ONE_MAP {
-            let bytes = (self.0 as isize).wrapping_sub(other.0 as isize);
-            pfn.wrapping_add_signed(bytes / size_of::<bindings::page>() as isize)
-        } else {
-            self.pfn()
-        }
+        unsafe { ffi::pinbuf_same_pgmap(self.0, other) }
     }
 
     /// Whether `self` is the `n`th page behind `first`, physically.
     #[inline]
     pub(crate) fn follows(self, first: Self, n: usize) -> bool {
-        if Self::ONE_MAP {
-            self.0 == first.0.wrapping_add(n)
-        } else {
-            self.pfn() == first.pfn() + n
-        }
+        self.0 == first.0.wrapping_add(n)
     }
 }
 
-/// What a pinned page tells of the folio it is in.
+/// What a pinned page tells of the folio it is in, which stays the same while it is pinned.
 #[derive(Clone, Copy)]
+#[repr(transparent)]
 pub(crate) struct Description(usize);
 
 impl Description {
@@ -122,9 +117,11 @@ impl Description {
 ///
 /// # Invariants
 ///
-/// The first `len` entries of `pages` are pages that are pinned, each once, by this batch.
+/// The entries of `pages` are pages that are pinned, each once, by this batch. There is room for as
+/// many `descriptions` as for pages.
 pub(crate) struct Batch {
-    pages: KVVec<PinnedPage>,
+    pages: KVVec<*mut bindings::page>,
+    descriptions: KVVec<Description>,
 }
 
 impl Batch {
@@ -134,8 +131,10 @@ impl Batch {
 
     /// A batch with room for `capacity` pages, at most [`Batch::MAX`].
     pub(crate) fn new(capacity: usize) -> Result<Self> {
+        let capacity = capacity.clamp(1, Self::MAX);
         Ok(Self {
-            pages: KVVec::with_capacity(capacity.clamp(1, Self::MAX), GFP_KERNEL_ACCOUNT)?,
+            pages: KVVec::with_capacity(capacity, GFP_KERNEL_ACCOUNT)?,
+            descriptions: KVVec::with_capacity(capacity, GFP_KERNEL_ACCOUNT)?,
         })
     }
 
@@ -154,23 +153,18 @@ impl Batch {
     /// moving them. Keeps none.
     pub(crate) fn can_pin_briefly(&mut self, addr: usize, pages: usize) -> bool {
         let pages = pages.min(self.pages.capacity());
+        // If only some can be had, it is not for lack of memory that the next one cannot.
         let pinned = self.pin_with(addr, pages, bindings::FOLL_WRITE);
         self.unpin_from(0);
-        pinned == Ok(pages)
+        pinned.is_ok()
     }
 
     fn pin_with(&mut self, addr: usize, pages: usize, flags: u32) -> Result<usize> {
         self.unpin_from(0);
         let pages = pages.min(self.pages.capacity());
-        // SAFETY: The vector has room for `pages` pointers, and `PinnedPage` is one. The current
-        // task has a memory map, since only system calls lead here.
+        // SAFETY: The vector has room for `pages` pointers. The current task has a memory map, since only system calls lead here.
         let pinned = unsafe {
-            bindings::pin_user_pages_fast(
-                addr,
-                pages as c_int,
-                flags,
-                self.pages.as_mut_ptr().cast(),
-            )
+            bindings::pin_user_pages_fast(addr, pages as c_int, flags, self.pages.as_mut_ptr())
         };
         to_result(pinned)?;
         if pinned == 0 {
@@ -182,10 +176,25 @@ impl Batch {
         Ok(pinned as usize)
     }
 
-    /// The pages that the last call of [`Batch::pin`] pinned.
-    #[inline]
-    pub(crate) fn pages(&self) -> &[PinnedPage] {
-        &self.pages
+    /// The pages that the last call of [`Batch::pin`] pinned, and what each one tells.
+    pub(crate) fn describe(&mut self) -> (&[PinnedPage<'_>], &[Description]) {
+        let count = self.pages.len();
+        self.descriptions.clear();
+        // SAFETY: Pinned pages are valid `struct page`s, whose folios cannot be split or freed.
+        // There is room for so many descriptions, and `Description` is transparent.
+        unsafe {
+            ffi::pinbuf_pages_describe(
+                self.pages.as_ptr(),
+                count,
+                self.descriptions.as_mut_ptr().cast(),
+            )
+        };
+        // SAFETY: So many were written.
+        unsafe { self.descriptions.inc_len(count) };
+        // SAFETY: `PinnedPage` is transparent over the pointer. INVARIANT: The pages stay pinned
+        // while `self` is borrowed, as it takes `&mut self` to unpin them or give them away.
+        let pages = unsafe { core::slice::from_raw_parts(self.pages.as_ptr().cast(), count) };
+        (pages, &self.descriptions)
     }
 
     /// Hands the first `taken` pins over to the caller and drops the others.
@@ -200,7 +209,7 @@ impl Batch {
             for page in rest {
                 // SAFETY: By the type invariant the page is pinned once by us, and it is forgotten
                 // below. Nothing was written through the pin.
-                unsafe { bindings::unpin_user_page_range_dirty_lock(page.0, 1, false) };
+                unsafe { bindings::unpin_user_page_range_dirty_lock(*page, 1, false) };
             }
         }
         self.pages.truncate(from);
@@ -234,9 +243,11 @@ pub(crate) unsafe fn unpin_pages(pfn: Pfn, pages: usize) {
 /// The caller owns one pin of that folio, and gives it up.
 pub(crate) unsafe fn unpin_folio(pfn: Pfn) -> usize {
     // SAFETY: The frame belongs to a pinned folio.
-    let page = PinnedPage(unsafe { ffi::pinbuf_pfn_to_page(pfn) });
-    let left = page.describe().left();
+    let page = unsafe { ffi::pinbuf_pfn_to_page(pfn) };
+    let mut description = Description(0);
+    // SAFETY: A page of a pinned folio; `Description` is transparent.
+    unsafe { ffi::pinbuf_pages_describe(&page, 1, &mut description.0) };
     // SAFETY: By the function's requirements; dropping one page's pin drops one of its folio's.
-    unsafe { bindings::unpin_user_page_range_dirty_lock(page.0, 1, true) };
-    left
+    unsafe { bindings::unpin_user_page_range_dirty_lock(page, 1, true) };
+    description.left()
 }

@@ -9,8 +9,10 @@
 //!
 //! # Context
 //!
-//! Faults run under the mmap lock or the VMA's own, held for reading, and so concurrently. They
-//! only fill in empty entries, so it does not matter which of two comes first. Nothing here takes
+//! Faults run under the mmap lock, held for reading, and so concurrently. They only fill in empty
+//! entries, and whether a block gets a huge entry or a page table is the same for all of them:
+//! what that depends on changes under the mmap lock held for writing alone. (Hence faults under the
+//! VMA's own lock are sent back; `PR_SET_THP_DISABLE` does not wait for these.) Nothing here takes
 //! a lock but the page tables' own.
 //!
 //! C headers: [`include/linux/mm.h`](srctree/include/linux/mm.h),
@@ -38,16 +40,23 @@ use kernel::{
 /// Bytes that one page table maps, and so one huge entry of the lowest level.
 const TABLE_SIZE: usize = 1 << bindings::PMD_SHIFT;
 
+/// Frames that are looked up at once when a page table is filled in: half a kilobyte of stack.
+const AHEAD: usize = 64;
+
 /// Memory to be mapped.
 ///
 /// # Safety
 ///
-/// The frames that [`Pages::run`] tells have `struct page`s, are ordinary write-back memory, and
+/// The frames that the functions tell have `struct page`s, are ordinary write-back memory, and
 /// stay the same, and in place, while the value lives.
 pub(crate) unsafe trait Pages: Send + Sync + 'static {
     /// The frame of the page `page`, and how many pages from it on, at most `max`, follow each
     /// other physically. `None` behind the end.
     fn run(&self, page: usize, max: usize) -> Option<(usize, usize)>;
+
+    /// Writes the frames of the pages from `page` on to `out`, and returns how many; one at least
+    /// unless `page` is behind the end. Called under a spinlock: must not sleep.
+    fn frames(&self, page: usize, out: &mut [usize]) -> usize;
 }
 
 /// Makes `vma` a mapping of `pages`, of which the VMA's page offset is the first page that it
@@ -76,12 +85,18 @@ pub(crate) unsafe fn set_up<P: Pages>(vma: *mut bindings::vm_area_struct, pages:
     Ok(())
 }
 
+/// Whether mappings may get huge entries on this kernel.
+pub(crate) fn huge_entries_allowed() -> bool {
+    // SAFETY: Reads a static key.
+    cfg!(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP) && unsafe { ffi::pinbuf_huge_pfns_allowed() }
+}
+
 struct Operations<P>(PhantomData<P>);
 
 impl<P: Pages> Operations<P> {
     const VTABLE: &'static bindings::vm_operations_struct = &bindings::vm_operations_struct {
         fault: Some(fault::<P>),
-        #[cfg(CONFIG_TRANSPARENT_HUGEPAGE)]
+        #[cfg(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP)]
         huge_fault: Some(huge_fault::<P>),
         ..pin_init::zeroed()
     };
@@ -154,7 +169,9 @@ impl<'a, P: Pages> Fault<'a, P> {
             vma: self.vma,
             pages: self.pages,
             page: first,
-            run: (0, 0),
+            frames: [0; AHEAD],
+            next: 0,
+            count: 0,
         };
         // SAFETY: The range lies in the VMA and in one page table. `set_entry::<P>` gets the
         // pointer to `cursor`, and is called before the function returns.
@@ -183,8 +200,10 @@ struct Cursor<'a, P> {
     pages: &'a P,
     /// The next page of the memory.
     page: usize,
-    /// The next frame, and how many follow it.
-    run: (usize, usize),
+    /// Frames that were asked for ahead: `next` is the next one, `count` how many there are.
+    frames: [usize; AHEAD],
+    next: usize,
+    count: usize,
 }
 
 /// # Safety
@@ -197,15 +216,16 @@ unsafe extern "C" fn set_entry<P: Pages>(
 ) -> c_int {
     // SAFETY: By the function's requirements; the cursor is in use nowhere else meanwhile.
     let cursor = unsafe { &mut *data.cast::<Cursor<'_, P>>() };
-    if cursor.run.1 == 0 {
-        match cursor.pages.run(cursor.page, TABLE_SIZE >> PAGE_SHIFT) {
-            Some(run) => cursor.run = run,
-            None => return EFAULT.to_errno(),
-        }
+    if cursor.next == cursor.count {
+        cursor.count = cursor.pages.frames(cursor.page, &mut cursor.frames);
+        cursor.next = 0;
     }
+    let Some(pfn) = cursor.frames[..cursor.count].get(cursor.next) else {
+        return EFAULT.to_errno();
+    };
     // SAFETY: `pte` belongs to `address` in this VMA, and its lock is held.
-    unsafe { ffi::pinbuf_set_pte_pfn(cursor.vma, address, pte, cursor.run.0) };
-    cursor.run = (cursor.run.0 + 1, cursor.run.1 - 1);
+    unsafe { ffi::pinbuf_set_pte_pfn(cursor.vma, address, pte, *pfn) };
+    cursor.next += 1;
     cursor.page += 1;
     0
 }
@@ -222,20 +242,26 @@ unsafe extern "C" fn fault<P: Pages>(vmf: *mut bindings::vm_fault) -> bindings::
 /// # Safety
 ///
 /// Called by the kernel for a VMA that was given to [`set_up`] with the same `P`.
-#[cfg(CONFIG_TRANSPARENT_HUGEPAGE)]
+#[cfg(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP)]
 unsafe extern "C" fn huge_fault<P: Pages>(
     vmf: *mut bindings::vm_fault,
     order: c_uint,
 ) -> bindings::vm_fault_t {
     // SAFETY: By the function's requirements.
     let fault = unsafe { Fault::<P>::new(vmf) };
-    let Some(pfn) = fault.huge_frame(order) else {
+    let Some(pfn) = fault.huge_frame(order).filter(|_| huge_entries_allowed()) else {
         return bindings::vm_fault_reason_VM_FAULT_FALLBACK;
     };
+    // SAFETY: By the function's requirements.
+    if unsafe { (*vmf).flags } & bindings::fault_flag_FAULT_FLAG_VMA_LOCK != 0 {
+        // SAFETY: The flag says that the VMA's lock is held; whoever answers so gives it up.
+        unsafe { bindings::vma_end_read(fault.vma) };
+        return bindings::vm_fault_reason_VM_FAULT_RETRY;
+    }
     match order {
         // SAFETY: The VMA is a shared `VM_PFNMAP`, and the entry's whole block lies within it.
         bindings::PMD_ORDER => unsafe { bindings::vmf_insert_pfn_pmd(vmf, pfn, fault.write) },
-        #[cfg(CONFIG_HAVE_ARCH_TRANSPARENT_HUGEPAGE_PUD)]
+        #[cfg(CONFIG_ARCH_SUPPORTS_PUD_PFNMAP)]
         // SAFETY: As above.
         bindings::PUD_ORDER => unsafe { bindings::vmf_insert_pfn_pud(vmf, pfn, fault.write) },
         _ => bindings::vm_fault_reason_VM_FAULT_FALLBACK,

@@ -18,7 +18,8 @@ use kernel::{
         PAGE_SIZE, //
     },
     prelude::*,
-    sync::aref::ARef, //
+    sync::aref::ARef,
+    types::Opaque, //
 };
 
 /// What a device can take in one scatterlist entry.
@@ -66,7 +67,7 @@ impl SegmentLimits {
 ///
 /// `table` is allocated and is mapped for `dev` in the direction `direction`.
 pub(crate) struct MappedTable {
-    table: bindings::sg_table,
+    table: Opaque<bindings::sg_table>,
     dev: ARef<Device>,
     direction: DataDirection,
 }
@@ -92,7 +93,8 @@ impl MappedTable {
     ) -> Result<KBox<Self>> {
         let limits = SegmentLimits::of(dev);
         let count = segments(runs.clone(), limits).count();
-        let count = u32::try_from(count).map_err(|_| ENOMEM)?;
+        // The DMA API counts entries in an `int`.
+        let count = i32::try_from(count).map_err(|_| ENOMEM)? as u32;
 
         let mut table = Table::new(count)?;
         table.fill(segments(runs, limits));
@@ -107,7 +109,7 @@ impl MappedTable {
         Ok(KBox::write(
             mapped,
             Self {
-                table: table.into_inner(),
+                table: Opaque::new(table.into_inner()),
                 dev: ARef::from(dev),
                 direction,
             },
@@ -116,7 +118,7 @@ impl MappedTable {
 
     /// The scatterlist, for C. Stays valid, and at the same address, while the box lives.
     pub(crate) fn as_raw(self: &KBox<Self>) -> *mut bindings::sg_table {
-        (&raw const self.table).cast_mut()
+        self.table.get()
     }
 
     /// Makes what the device wrote visible to the CPU, if the CPU's access in `direction` meets
@@ -127,7 +129,7 @@ impl MappedTable {
             unsafe {
                 ffi::pinbuf_dma_sync_sgtable_for_cpu(
                     raw(&self.dev),
-                    (&raw const self.table).cast_mut(),
+                    self.table.get(),
                     self.direction.into(),
                 )
             }
@@ -141,7 +143,7 @@ impl MappedTable {
             unsafe {
                 ffi::pinbuf_dma_sync_sgtable_for_device(
                     raw(&self.dev),
-                    (&raw const self.table).cast_mut(),
+                    self.table.get(),
                     self.direction.into(),
                 )
             }
@@ -154,10 +156,10 @@ impl Drop for MappedTable {
         // SAFETY: Mapped for this device in this direction, by the type invariant, and used no
         // more.
         unsafe {
-            ffi::pinbuf_dma_unmap_sgtable(raw(&self.dev), &mut self.table, self.direction.into())
+            ffi::pinbuf_dma_unmap_sgtable(raw(&self.dev), self.table.get(), self.direction.into())
         };
         // SAFETY: Allocated, by the type invariant, and used no more.
-        unsafe { bindings::sg_free_table(&mut self.table) };
+        unsafe { bindings::sg_free_table(self.table.get()) };
     }
 }
 

@@ -11,7 +11,6 @@ use kernel::{
     bindings,
     mm::Mm,
     page::PAGE_SHIFT,
-    prelude::*,
     sync::{
         aref::ARef,
         atomic::{
@@ -40,11 +39,6 @@ impl User {
         let user = unsafe { ffi::pinbuf_get_current_user() };
         // SAFETY: Every task has a user. INVARIANT: The reference becomes ours.
         Self(unsafe { NonNull::new_unchecked(user) })
-    }
-
-    /// A number that no other live user has.
-    pub(crate) fn id(&self) -> usize {
-        self.0.as_ptr() as usize
     }
 
     /// The pages that count against the user's `RLIMIT_MEMLOCK`, whoever charged them: this
@@ -120,10 +114,17 @@ pub(crate) fn rlimit_memlock() -> usize {
 }
 
 /// Whether the current task has `CAP_IPC_LOCK` in the initial user namespace, which lifts the
-/// limit.
+/// limit. Leaves no trace in an audit log.
 pub(crate) fn may_lock_without_limit() -> bool {
     // SAFETY: Always allowed in process context.
-    unsafe { bindings::capable(bindings::CAP_IPC_LOCK as c_int) }
+    unsafe { ffi::pinbuf_capable_ipc_lock_noaudit() }
+}
+
+/// The number, in the initial user namespace, of the user that the current task belongs to there:
+/// in a user namespace, the one who made it, whatever users it has been given.
+pub(crate) fn current_host_uid() -> u32 {
+    // SAFETY: Always allowed in process context.
+    unsafe { ffi::pinbuf_current_host_uid() }
 }
 
 /// The machine's memory in pages.

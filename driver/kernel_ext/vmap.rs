@@ -12,7 +12,7 @@ use core::{
 };
 use kernel::{
     alloc::{
-        flags::GFP_KERNEL_ACCOUNT,
+        flags::__GFP_NOWARN,
         KVVec, //
     },
     bindings,
@@ -22,7 +22,7 @@ use kernel::{
 /// Maps the pages of `runs`, pairs of a first page frame and a number of pages, one behind the
 /// other. May sleep.
 ///
-/// Costs eight bytes a page while it runs, charged to the caller's memory cgroup. Fails with
+/// Costs eight bytes a page while it runs. Fails with
 /// `ENOMEM`, also where the pages are more than one such mapping can have (2^28, a tebibyte).
 ///
 /// # Safety
@@ -37,17 +37,15 @@ pub(crate) unsafe fn map(
     if pages > MOST {
         return Err(ENOMEM);
     }
-    let mut array = KVVec::with_capacity(pages, GFP_KERNEL_ACCOUNT)?;
+    // Not charged: it is gone before this returns, and the core warns when a memory cgroup is full.
+    let mut array = KVVec::with_capacity(pages, GFP_KERNEL | __GFP_NOWARN)?;
     for (pfn, pages) in runs {
         for n in 0..pages {
+            if array.len() % 4096 == 4095 {
+                cond_resched();
+            }
             // SAFETY: The frame has a `struct page`, by the function's requirements.
-            array.push(
-                unsafe { ffi::pinbuf_pfn_to_page(pfn + n) },
-                GFP_KERNEL_ACCOUNT,
-            )?;
-        }
-        if pages > 512 {
-            cond_resched();
+            array.push(unsafe { ffi::pinbuf_pfn_to_page(pfn + n) }, GFP_KERNEL)?;
         }
     }
     // SAFETY: The array holds so many pointers to pages that stay in place.

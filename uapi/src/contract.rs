@@ -74,6 +74,8 @@ pub const CHARGE_USER: u32 = 0;
 pub const CHARGE_PROCESS: u32 = 1;
 /// Charged to the user's allowance beyond the limit.
 pub const CHARGE_ALLOWANCE: u32 = 2;
+/// Charged to nothing: beyond the limit, by `CAP_IPC_LOCK`.
+pub const CHARGE_NONE: u32 = 3;
 
 /// The argument of [`QUERY`]: what this kernel's pinbuf can do.
 #[repr(C)]

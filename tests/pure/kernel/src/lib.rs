@@ -7,7 +7,7 @@
 
 /// Allocation.
 pub mod alloc {
-    use std::cell::Cell;
+    use std::{cell::Cell, mem::MaybeUninit};
 
     thread_local! {
         static LEFT: Cell<Option<usize>> = const { Cell::new(None) };
@@ -82,9 +82,30 @@ pub mod alloc {
         pub fn reserve(&mut self, additional: usize, _: Flags) -> Result<(), AllocError> {
             if self.inner.len() + additional > self.capacity {
                 allocate()?;
-                self.capacity = (self.capacity * 2).max(self.inner.len() + additional).max(4);
+                self.capacity = (self.capacity * 2)
+                    .max(self.inner.len() + additional)
+                    .max(4);
             }
             Ok(())
+        }
+
+        /// Room for more values.
+        pub fn spare_capacity_mut(&mut self) -> &mut [MaybeUninit<T>] {
+            let room = self.capacity - self.inner.len();
+            self.inner.reserve_exact(room);
+            &mut self.inner.spare_capacity_mut()[..room]
+        }
+
+        /// Takes so many values as there.
+        ///
+        /// # Safety
+        ///
+        /// They have been written to [`Self::spare_capacity_mut`].
+        pub unsafe fn inc_len(&mut self, additional: usize) {
+            let len = self.inner.len() + additional;
+            assert!(len <= self.capacity);
+            // SAFETY: By the function's requirements.
+            unsafe { self.inner.set_len(len) };
         }
 
         /// Takes the last value off.
