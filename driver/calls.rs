@@ -12,6 +12,7 @@ use crate::{
     kernel_ext::{
         dma_buf::DmaBuf,
         misc,
+        module,
         pfn_map, //
     },
     params,
@@ -134,7 +135,7 @@ fn create(argument: UserPtr) -> Result<c_long> {
     drop((ranges, backings, files));
 
     let buffer = Buffer::new(pinner.finish(), charge);
-    let fd = DmaBuf::export(&crate::THIS_MODULE, buffer)?
+    let fd = DmaBuf::export(module::this_module()?, buffer)?
         .into_fd(create.flags & uapi::CREATE_CLOEXEC != 0)?;
     Ok(fd as c_long)
 }

@@ -63,6 +63,7 @@ struct Pinbuf {
 
 impl kernel::InPlaceModule for Pinbuf {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        kernel_ext::module::remember(module);
         // SAFETY: Called once, here, before there is a device.
         unsafe { charge::init() };
         try_pin_init!(Self {

@@ -216,13 +216,17 @@ unsafe fn exported<'a, E: Exporter>(buf: *const bindings::dma_buf) -> &'a Export
     unsafe { &*(*buf).priv_.cast::<Exported<E>>() }
 }
 
+/// The direction as Rust has it. (How C's is represented in Rust differs between 7.2 and 7.3.)
 fn direction(raw: bindings::dma_data_direction) -> Result<DataDirection> {
-    match raw {
-        bindings::dma_data_direction_DMA_BIDIRECTIONAL => Ok(DataDirection::Bidirectional),
-        bindings::dma_data_direction_DMA_TO_DEVICE => Ok(DataDirection::ToDevice),
-        bindings::dma_data_direction_DMA_FROM_DEVICE => Ok(DataDirection::FromDevice),
-        _ => Err(EINVAL),
-    }
+    use DataDirection::{
+        Bidirectional,
+        FromDevice,
+        ToDevice, //
+    };
+    [Bidirectional, ToDevice, FromDevice]
+        .into_iter()
+        .find(|direction| bindings::dma_data_direction::from(*direction) == raw)
+        .ok_or(EINVAL)
 }
 
 /// # Safety

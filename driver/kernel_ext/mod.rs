@@ -10,6 +10,7 @@
 pub(crate) mod dma_buf;
 pub(crate) mod gup;
 pub(crate) mod misc;
+pub(crate) mod module;
 pub(crate) mod pfn_map;
 pub(crate) mod sched;
 pub(crate) mod sg_table;
