@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `demo`: a picture drawn in ordinary memory, shown by a display driver, as QEMU's screen has it.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+use clap::Args;
+use serde_json::json;
+
+use crate::guest::{End, Guest, Options, Outcome, Streams};
+use crate::ui::{say, seconds, step, tail, Step};
+use crate::{paths, vm};
+
+/// What the program prints when its picture is on the screen.
+const SHOWING: &str = "pinbuf-demo: showing";
+
+/// A picture has at least this many colours; an empty screen has one, a console two.
+const COLOURS: usize = 16;
+
+/// Makes build/demo.png: a program in a guest draws into ordinary memory and shows it, through
+/// pinbuf, on the guest's screen.
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// The kernel: default, debug, a series (7.2, 7.2-cloud), or a release as `uname -r` tells it.
+    #[arg(long, value_name = "RELEASE", default_value = "default")]
+    kernel: String,
+    /// Take userspace as it was built last.
+    #[arg(long)]
+    no_build: bool,
+}
+
+impl Demo {
+    /// Runs it, and returns the status to exit with.
+    pub fn run(self) -> Result<i32> {
+        let start = Instant::now();
+        let picture = paths::build().join("demo.png");
+        let _ = fs::remove_file(&picture);
+        let options = Options {
+            kernel: self.kernel,
+            memory: "1G".to_owned(),
+            qemu: ["-device", "bochs-display"].map(str::to_owned).to_vec(),
+            modules: vec!["bochs".to_owned()],
+            command: vec!["pinbuf-demo".to_owned()],
+            build: !self.no_build,
+            timeout: Some(Duration::from_secs(180)),
+            ..Options::default()
+        };
+        // The program runs until its standard input ends.
+        let (input, hold) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+        let (showing, shown) = channel();
+        let streams = Streams {
+            input: Some(Box::new(File::from(input))),
+            output: Box::new(Watcher {
+                showing,
+                line: Vec::new(),
+            }),
+            error: Box::new(io::stderr()),
+        };
+        let guest = Guest::start(&options, streams)?;
+        let outcome = show(guest, hold, &shown, &picture)?;
+        if outcome.end != End::Exited(0) || !outcome.complaints.is_empty() {
+            say(&format!(
+                "--- the end of the kernel's log:\n{}",
+                tail(&outcome.log, 60)
+            ));
+            for complaint in &outcome.complaints {
+                say(&format!("the kernel complained: {complaint}"));
+            }
+            let problem = vm::problem(&outcome)
+                .unwrap_or_else(|| format!("pinbuf-demo ended with {:?}", outcome.end));
+            bail!(
+                "{problem}; the kernel's log: {}",
+                paths::shown(&outcome.log)
+            );
+        }
+        let (width, height, colours) = check(&picture)?;
+        say(&format!("  all: {}", seconds(start.elapsed())));
+        println!(
+            "{} ({width}x{height}, {colours} colours)",
+            paths::shown(&picture)
+        );
+        Ok(0)
+    }
+}
+
+/// Waits for the picture, takes it, and lets the program end.
+fn show(mut guest: Guest, hold: OwnedFd, shown: &Receiver<()>, picture: &Path) -> Result<Outcome> {
+    let boot = Step::begin("guest boots, draws and shows");
+    // The sender goes away with the program's output, that is with the guest.
+    let is_shown = loop {
+        match shown.recv_timeout(Duration::from_millis(100)) {
+            Ok(()) => break true,
+            Err(RecvTimeoutError::Timeout) if !guest.ended() => {}
+            Err(_) => break false,
+        }
+    };
+    if !is_shown {
+        boot.fail();
+        drop(hold);
+        return guest.wait();
+    }
+    boot.end();
+    step("picture of the screen", |_| {
+        let file = guest.directory().join("screen.png");
+        let arguments = json!({"filename": file.display().to_string(), "format": "png"});
+        guest.qmp().execute("screendump", arguments)?;
+        fs::copy(&file, picture).context("QEMU wrote no picture")?;
+        Ok(())
+    })?;
+    drop(hold);
+    guest.wait()
+}
+
+/// Passes the program's output on, and tells when the picture is there.
+struct Watcher {
+    showing: Sender<()>,
+    line: Vec<u8>,
+}
+
+impl Write for Watcher {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        io::stderr().write_all(bytes)?;
+        for &byte in bytes {
+            if byte == b'\n' {
+                if String::from_utf8_lossy(&self.line).starts_with(SHOWING) {
+                    let _ = self.showing.send(());
+                }
+                self.line.clear();
+            } else {
+                self.line.push(byte);
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Makes sure that there is something to see: width, height, number of colours.
+fn check(path: &Path) -> Result<(u32, u32, usize)> {
+    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    let mut reader = png::Decoder::new(BufReader::new(file)).read_info()?;
+    let size = reader
+        .output_buffer_size()
+        .context("the picture is too large")?;
+    let mut buffer = vec![0; size];
+    let info = reader.next_frame(&mut buffer)?;
+    let pixel = info.color_type.samples() * info.bit_depth as usize / 8;
+    let colours: BTreeSet<&[u8]> = buffer[..info.buffer_size()]
+        .chunks_exact(pixel.max(1))
+        .take(8 << 20)
+        .collect();
+    if colours.len() < COLOURS {
+        bail!(
+            "the screen shows only {} colours: that is not the demo's picture; see {}",
+            colours.len(),
+            paths::shown(path)
+        );
+    }
+    Ok((info.width, info.height, colours.len()))
+}

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The file systems that guests run on: read-only layers, which the guest joins to its root.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{bail, Result};
+use walkdir::WalkDir;
+
+use crate::cache::{self, Key};
+use crate::paths;
+use crate::tree::{inside, Tree};
+use crate::ui::Step;
+
+/// The images that guests can run on: a name, and the packages beyond a minimal Debian system.
+const IMAGES: &[(&str, &[&str])] = &[
+    (
+        "base",
+        &[
+            "e2fsprogs",
+            "iproute2",
+            "kmod",
+            "procps",
+            "psmisc",
+            "strace",
+            "udev",
+            "util-linux",
+        ],
+    ),
+    (
+        // For virtual machines inside of the guest.
+        "qemu",
+        &[
+            "e2fsprogs",
+            "iproute2",
+            "kmod",
+            "ovmf",
+            "procps",
+            "psmisc",
+            "qemu-system-x86",
+            "qemu-system-modules-opengl",
+            "qemu-system-modules-spice",
+            "qemu-utils",
+            "socat",
+            "strace",
+            "udev",
+            "util-linux",
+        ],
+    ),
+];
+
+/// What images leave out.
+const LEFT_OUT: &[&str] = &[
+    "var/lib/apt/lists",
+    "var/cache/apt",
+    "usr/share/doc",
+    "usr/share/man",
+    "usr/share/locale",
+];
+
+/// Makes the image of this name, and tells where it is.
+pub fn ensure(tools: &Tree, name: &str) -> Result<PathBuf> {
+    let Some((_, packages)) = IMAGES.iter().find(|(found, _)| *found == name) else {
+        let names: Vec<&str> = IMAGES.iter().map(|(name, _)| *name).collect();
+        bail!(
+            "there is no image `{name}`; there are: {}",
+            names.join(", ")
+        );
+    };
+    let tree = Tree::with_packages(&format!("guest-{name}"), packages)?;
+    let stamp = fs::read_to_string(paths::build().join(format!("stamps/tree/guest-{name}")))?;
+    let image = paths::build().join(format!("images/{name}.img"));
+    let key = Key::new().text("1").text(&stamp);
+    cache::ensure(
+        &format!("image/{name}"),
+        &format!("guest image `{name}`"),
+        key,
+        |step| {
+            for path in LEFT_OUT {
+                crate::tree::remove(&tree.path.join(path))?;
+            }
+            pack(tools, step, &tree.path, &image)
+        },
+    )?;
+    Ok(image)
+}
+
+/// Makes an ext4 file system of everything below a directory.  Both are inside of `build/`.
+pub fn pack(tools: &Tree, step: &Step, directory: &Path, image: &Path) -> Result<()> {
+    let mut bytes: u64 = 0;
+    let mut inodes: u64 = 0;
+    for entry in WalkDir::new(directory) {
+        let entry = entry?;
+        bytes += entry.metadata()?.len().next_multiple_of(4096);
+        inodes += 1;
+    }
+    // Room for the file system's own structures.
+    let blocks = (bytes + bytes / 16 + inodes * 512 + (8 << 20)) / 4096;
+    let new = image.with_extension("new");
+    crate::tree::remove(&new)?;
+    if let Some(parent) = image.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    let mut command = tools.command(&[
+        "mke2fs",
+        "-q",
+        "-t",
+        "ext4",
+        "-b",
+        "4096",
+        "-m",
+        "0",
+        "-O",
+        "^has_journal,^metadata_csum",
+        "-N",
+        &(inodes + 64).to_string(),
+        "-d",
+        &inside(directory)?,
+        &inside(&new)?,
+        &blocks.to_string(),
+    ])?;
+    step.run(&mut command, "images.log")?;
+    fs::rename(&new, image)?;
+    Ok(())
+}

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What `test` runs in guests.  A new row here is a new run.
+
+/// When a run happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    /// With every change.
+    Always,
+    /// Only with `--long`.
+    Long,
+}
+
+/// How a run tells whether it went well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// By KTAP on standard output.
+    Ktap,
+    /// By its exit status: one test.
+    Status,
+}
+
+/// One guest, and what runs in it.
+#[derive(Debug, Clone, Copy)]
+pub struct Run {
+    /// A name for people, and for `--run`.
+    pub name: &'static str,
+    /// When it happens.
+    pub when: When,
+    /// The kernel, as `vm --kernel` takes it.
+    pub kernel: &'static str,
+    /// Memory, as `vm --mem` takes it.
+    pub memory: &'static str,
+    /// Words for the kernel's command line.
+    pub cmdline: &'static str,
+    /// Arguments for QEMU, as in a shell.
+    pub qemu: &'static str,
+    /// The image, as `vm --image` takes it.
+    pub image: &'static str,
+    /// A guest without pinbuf.
+    pub bare: bool,
+    /// Modules that are loaded besides pinbuf.
+    pub modules: &'static [&'static str],
+    /// The command, as in a shell.
+    pub command: &'static str,
+    /// How it tells its result.
+    pub verdict: Verdict,
+    /// Whether the command takes `--filter`.
+    pub filters: bool,
+    /// Seconds until the guest is stopped.
+    pub timeout: u64,
+}
+
+/// The ordinary run; rows say what is different.
+const PLAIN: Run = Run {
+    name: "",
+    when: When::Always,
+    kernel: "default",
+    memory: "5G",
+    // Set aside at the boot: later, no 1 GiB in one piece may be left.
+    cmdline: "hugepagesz=1G hugepages=1",
+    qemu: "",
+    image: "base",
+    bare: false,
+    modules: &["pinbuf_test_importer"],
+    command: "pinbuf-selftest",
+    verdict: Verdict::Ktap,
+    filters: true,
+    timeout: 600,
+};
+
+/// All runs.
+pub const RUNS: &[Run] = &[
+    Run {
+        name: "stock",
+        ..PLAIN
+    },
+    Run {
+        name: "swiotlb",
+        // Every device mapping goes through bounce buffers, and has to be synchronised.
+        cmdline: "swiotlb=force hugepagesz=1G hugepages=1",
+        ..PLAIN
+    },
+    Run {
+        name: "reload",
+        command: "sh -ec 'modprobe -r pinbuf_test_importer pinbuf; ! test -e /dev/pinbuf; \
+                  modprobe pinbuf; test -c /dev/pinbuf'",
+        verdict: Verdict::Status,
+        filters: false,
+        timeout: 120,
+        ..PLAIN
+    },
+    Run {
+        name: "cloud",
+        kernel: "default-cloud",
+        ..PLAIN
+    },
+    Run {
+        name: "next",
+        kernel: "newest",
+        ..PLAIN
+    },
+    Run {
+        name: "memory",
+        memory: "2560M",
+        command: "pinbuf-memtest kinds populate safety discard",
+        ..PLAIN
+    },
+    Run {
+        name: "movable",
+        // With room for a page of 1 GiB outside of ZONE_MOVABLE, which is at the end.
+        memory: "3712M",
+        cmdline: "movablecore=640M hugepagesz=1G hugepages=1",
+        command: "pinbuf-memtest movable passing",
+        ..PLAIN
+    },
+    Run {
+        name: "pinners",
+        memory: "2G",
+        cmdline: "movablecore=640M intel_iommu=on",
+        // A device that no driver takes, behind an IOMMU, for vfio.
+        qemu: "-device intel-iommu,intremap=off -device edu",
+        command: "pinbuf-memtest pinners",
+        ..PLAIN
+    },
+    Run {
+        name: "cma",
+        memory: "2560M",
+        // The kernel must not lie in the only GiB that the area can be.
+        cmdline: "hugetlb_cma=1G nokaslr",
+        command: "pinbuf-memtest cma",
+        ..PLAIN
+    },
+    Run {
+        name: "cma-spare",
+        when: When::Long,
+        memory: "5G",
+        cmdline: "hugetlb_cma=1G nokaslr",
+        command: "pinbuf-memtest cma-spare",
+        ..PLAIN
+    },
+    Run {
+        name: "debug",
+        // Building this kernel alone takes longer than all of the above.
+        when: When::Long,
+        kernel: "debug",
+        // The sanitizers cost time and memory.
+        memory: "6G",
+        timeout: 1800,
+        ..PLAIN
+    },
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_complete() {
+        for (index, run) in RUNS.iter().enumerate() {
+            assert!(!run.name.is_empty() && !run.command.is_empty());
+            assert!(shell_words::split(run.qemu).is_ok(), "{}", run.name);
+            assert!(shell_words::split(run.command).is_ok(), "{}", run.name);
+            assert!(
+                RUNS[..index].iter().all(|other| other.name != run.name),
+                "{}",
+                run.name
+            );
+        }
+    }
+}

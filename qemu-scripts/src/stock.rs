@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Debian's own kernels: what booting them takes, and trees that modules can be built in.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{bail, Context, Result};
+
+use crate::archive::Stock;
+use crate::cache::{self, Key};
+use crate::kernel::directory;
+use crate::paths;
+use crate::tree::{remove, Tree, BUILD};
+use crate::ui::{say, Step};
+
+/// Changes when what is made of a kernel's packages does.
+const FORMAT: &str = "2";
+
+/// Fetches a kernel and its modules.
+pub fn ensure(tools: &Tree, stock: &Stock) -> Result<()> {
+    let release = &stock.release;
+    let packages = [
+        stock.binary.clone(),
+        stock.base.clone(),
+        stock.modules.clone(),
+    ];
+    let key = Key::new().text(FORMAT).texts(&packages);
+    cache::ensure(
+        &format!("kernel/{release}"),
+        &format!("kernel {release}"),
+        key,
+        |step| {
+            let root = directory(release).join("root");
+            remove(&root)?;
+            fs::create_dir_all(&root)?;
+            tools.unpack(step, &packages, &root)
+        },
+    )
+}
+
+/// Unpacks the kernel's source, and tells where it is, as seen in trees.
+pub fn source(tools: &Tree, stock: &Stock) -> Result<String> {
+    let (name, version) = stock
+        .source
+        .split_once('=')
+        .context("source without a version")?;
+    let place = format!("sources/{name}_{version}");
+    let key = Key::new().text(FORMAT).text(&stock.source);
+    cache::ensure(
+        &format!("source/{name}_{version}"),
+        &format!("unpacking {name} {version}"),
+        key,
+        |step| {
+            let target = paths::build().join(&place);
+            let packed = paths::build().join(format!("sources/{name}_{version}.package"));
+            remove(&target)?;
+            remove(&packed)?;
+            fs::create_dir_all(&target)?;
+            fs::create_dir_all(&packed)?;
+            tools.unpack(step, std::slice::from_ref(&stock.source), &packed)?;
+            let tar = format!("{BUILD}/sources/{name}_{version}.package/usr/src/{name}.tar.xz");
+            let mut command = tools.command(&[
+                "tar",
+                "--extract",
+                "--xz",
+                "--strip-components=1",
+                &format!("--file={tar}"),
+                &format!("--directory={BUILD}/{place}"),
+            ])?;
+            step.run(&mut command, "kernels.log")?;
+            remove(&packed)
+        },
+    )?;
+    Ok(format!("{BUILD}/{place}"))
+}
+
+/// Where the tree for modules is.
+fn place(release: &str) -> PathBuf {
+    paths::build().join("kbuild").join(release)
+}
+
+/// Makes a tree that modules for this kernel can be built in.  Debian's packages lack what Rust
+/// needs: it is made from Debian's source, with Debian's configuration, symbols and types.
+pub fn build_tree(tools: &Tree, stock: &Stock) -> Result<(Vec<String>, Key)> {
+    let release = &stock.release;
+    if let Some(mismatch) = stock.source_mismatch() {
+        say(&format!("  warning: {mismatch}"));
+    }
+    let source = source(tools, stock)?;
+    let key = Key::new()
+        .text(FORMAT)
+        .texts([&stock.headers, &stock.source]);
+    let title = format!("tree to build modules for {release}");
+    cache::ensure(&format!("kbuild/{release}"), &title, key.clone(), |step| {
+        make_build_tree(tools, step, stock, &source)
+    })?;
+    Ok((
+        vec![
+            "-C".into(),
+            format!("{BUILD}/kbuild/{release}"),
+            compiler().into(),
+        ],
+        key,
+    ))
+}
+
+/// What Debian builds its kernels with.
+fn compiler() -> &'static str {
+    "CC=x86_64-linux-gnu-gcc-14"
+}
+
+fn make_build_tree(tools: &Tree, step: &Step, stock: &Stock, source: &str) -> Result<()> {
+    let release = &stock.release;
+    let place = place(release);
+    let headers = paths::build()
+        .join("kbuild")
+        .join(format!("{release}.headers"));
+    remove(&place)?;
+    remove(&headers)?;
+    fs::create_dir_all(&place)?;
+    fs::create_dir_all(&headers)?;
+    tools.unpack(step, std::slice::from_ref(&stock.headers), &headers)?;
+    let headers_tree = headers
+        .join("usr/src")
+        .join(format!("linux-headers-{release}"));
+    let copy = |name: &str| {
+        fs::copy(headers_tree.join(name), place.join(name))
+            .with_context(|| format!("{} has no {name}", stock.headers))
+    };
+    copy(".config")?;
+    let config = fs::read_to_string(place.join(".config"))?;
+    let jobs = format!("-j{}", crate::jobs());
+    let mut make = tools.command(&[
+        "make",
+        "-C",
+        source,
+        &format!("O={BUILD}/kbuild/{release}"),
+        &format!("KERNELRELEASE={release}"),
+        compiler(),
+        &jobs,
+        "olddefconfig",
+        "modules_prepare",
+    ])?;
+    step.run(&mut make, "kernels.log")?;
+    check_config(&config, &fs::read_to_string(place.join(".config"))?)?;
+    copy("Module.symvers")?;
+    copy("vmlinux")?;
+    remove(&headers)
+}
+
+/// The configuration must still be Debian's: another one is another layout of structures.
+fn check_config(debian: &str, ours: &str) -> Result<()> {
+    let options = |text: &str| -> Vec<String> {
+        let mut lines: Vec<String> = text
+            .lines()
+            .filter(|line| line.contains("CONFIG_"))
+            .map(str::to_owned)
+            .collect();
+        lines.sort();
+        lines
+    };
+    let (debian, ours) = (options(debian), options(ours));
+    let differ: Vec<String> = ours
+        .iter()
+        .filter(|line| debian.binary_search(line).is_err())
+        .map(|line| format!("+{line}"))
+        .chain(
+            debian
+                .iter()
+                .filter(|line| ours.binary_search(line).is_err())
+                .map(|line| format!("-{line}")),
+        )
+        .filter(|line| !harmless(line))
+        .collect();
+    if !differ.is_empty() {
+        bail!(
+            "the kernel's configuration changed while its tree was made; the tools in \
+             build/trees/tools are not those that Debian builds with:\n{}",
+            differ.join("\n")
+        );
+    }
+    Ok(())
+}
+
+/// What may differ without any effect on the layout of structures.
+fn harmless(line: &str) -> bool {
+    [
+        "_VERSION_TEXT=",
+        "CONFIG_PAHOLE_VERSION=",
+        "CONFIG_BINDGEN_VERSION",
+    ]
+    .iter()
+    .any(|name| line.contains(name))
+}

@@ -1,0 +1,403 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `test`: unit tests on the host, then guests.
+
+use std::io::{stderr, IsTerminal, Write};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+use clap::Args;
+
+use crate::guest::{End, Guest, Options, Streams};
+use crate::ktap;
+use crate::runs::{Run, Verdict, When, RUNS};
+use crate::ui::{say, seconds, tail};
+use crate::{paths, userspace, vm, watch};
+
+/// Reasons for which a test may be skipped.
+const ALLOWED_SKIPS: &str = include_str!("../allowed-skips.txt");
+
+/// How much of the kernel's log is shown when a guest did not end by itself.
+const TAIL: usize = 60;
+
+/// Runs all tests: on the host, then in guests.
+#[derive(Debug, Args)]
+pub struct Test {
+    /// Also what is too slow for every change.
+    #[arg(long)]
+    long: bool,
+    /// Guest runs on this kernel only; may be given several times.
+    #[arg(long, value_name = "RELEASE")]
+    kernel: Vec<String>,
+    /// Only tests whose names contain this; may be given several times.
+    #[arg(long, value_name = "S")]
+    filter: Vec<String>,
+    /// Only the guest run of this name (`host`: the tests on the host); may be given several times.
+    #[arg(long, value_name = "NAME")]
+    run: Vec<String>,
+    /// Names the guest runs, and does nothing.
+    #[arg(long)]
+    list: bool,
+}
+
+/// Counts of all runs.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Counts {
+    passed: usize,
+    failed: usize,
+    skipped: usize,
+}
+
+impl Counts {
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+impl Test {
+    /// Runs them, and returns the status to exit with.
+    pub fn run(self) -> Result<i32> {
+        if self.list {
+            for run in RUNS {
+                let when = if run.when == When::Long {
+                    " (--long)"
+                } else {
+                    ""
+                };
+                println!("{}: {} on {}{when}", run.name, run.command, run.kernel);
+            }
+            return Ok(0);
+        }
+        for name in &self.run {
+            if name != "host" && !RUNS.iter().any(|run| run.name == name) {
+                bail!("there is no run `{name}`: `test --list` names them");
+            }
+        }
+        let start = Instant::now();
+        let mut all = Counts::default();
+        if self.wants("host") && self.kernel.is_empty() {
+            all.add(self.host());
+        }
+        let chosen = RUNS.iter().filter(|run| self.chosen(run));
+        let mut build = true;
+        for run in chosen {
+            let kernels = match self.kernel.as_slice() {
+                [] => vec![run.kernel.to_owned()],
+                kernels => kernels.to_vec(),
+            };
+            for kernel in kernels {
+                all.add(self.guest(run, &kernel, build));
+                build = false;
+            }
+        }
+        say(&format!("all tests: {}", seconds(start.elapsed())));
+        println!(
+            "{} passed, {} failed, {} skipped",
+            all.passed, all.failed, all.skipped
+        );
+        if all.passed == 0 && all.failed == 0 {
+            say("nothing was tested: do --run, --kernel or --filter name what there is?");
+            return Ok(1);
+        }
+        Ok(i32::from(all.failed > 0))
+    }
+
+    fn wants(&self, name: &str) -> bool {
+        self.run.is_empty() || self.run.iter().any(|wanted| wanted == name)
+    }
+
+    fn chosen(&self, run: &Run) -> bool {
+        let named = self.run.iter().any(|name| name == run.name);
+        let by_default = self.run.is_empty() && (self.long || run.when == When::Always);
+        // With kernels given, what differs only by kernel would run twice.
+        let sensible = self.kernel.is_empty() || named || run.kernel == "default";
+        let filtered = self.filter.is_empty() || run.filters;
+        (named || by_default) && sensible && filtered
+    }
+
+    /// `cargo test`.
+    fn host(&self) -> Counts {
+        say("== host: cargo test");
+        let start = Instant::now();
+        let mut counts = Counts::default();
+        match self.cargo_test() {
+            Ok((text, well)) => {
+                counts = read_cargo_test(&text);
+                if !well || counts.failed > 0 {
+                    say(text.trim_end());
+                }
+                if !well && counts.failed == 0 {
+                    // It did not come to running tests.
+                    counts.failed = 1;
+                }
+            }
+            Err(error) => {
+                say(&format!("{error:#}"));
+                counts.failed = 1;
+            }
+        }
+        summary("host", counts, start);
+        counts
+    }
+
+    fn cargo_test(&self) -> Result<(String, bool)> {
+        let mut command = userspace::cargo();
+        command.args([
+            "test",
+            "--workspace",
+            "--no-fail-fast",
+            "--color=never",
+            "--",
+        ]);
+        command.args(&self.filter);
+        let output = command
+            .stdin(Stdio::null())
+            .output()
+            .context("running cargo")?;
+        let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text += &String::from_utf8_lossy(&output.stderr);
+        Ok((text, output.status.success()))
+    }
+
+    /// One guest.
+    fn guest(&self, run: &Run, kernel: &str, build: bool) -> Counts {
+        let title = format!("{} ({kernel})", run.name);
+        say(&format!("== {title}: {}", run.command));
+        let start = Instant::now();
+        let counts = match self.guest_counts(run, kernel, build, &title) {
+            Ok(counts) => counts,
+            Err(error) => {
+                say(&format!("{title}: {error:#}"));
+                Counts {
+                    failed: 1,
+                    ..Counts::default()
+                }
+            }
+        };
+        summary(&title, counts, start);
+        counts
+    }
+
+    fn guest_counts(&self, run: &Run, kernel: &str, build: bool, title: &str) -> Result<Counts> {
+        let output = Arc::new(Mutex::new(Vec::new()));
+        let mut command = shell_words::split(run.command)?;
+        if run.filters {
+            for filter in &self.filter {
+                command.extend(["--filter".to_owned(), filter.clone()]);
+            }
+        }
+        let share = tempfile::Builder::new().prefix("pinbuf-share-").tempdir()?;
+        let options = Options {
+            kernel: kernel.to_owned(),
+            memory: run.memory.to_owned(),
+            cmdline: run.cmdline.to_owned(),
+            qemu: shell_words::split(run.qemu)?,
+            image: run.image.to_owned(),
+            bare: run.bare,
+            build,
+            modules: run.modules.iter().map(|&name| name.to_owned()).collect(),
+            command,
+            timeout: Some(Duration::from_secs(run.timeout)),
+            share: Some(share.path().to_owned()),
+            ..Options::default()
+        };
+        let streams = Streams {
+            input: None,
+            output: Box::new(Collector {
+                output: Arc::clone(&output),
+                shown: show_progress(),
+            }),
+            error: Box::new(Collector {
+                output: Arc::clone(&output),
+                shown: false,
+            }),
+        };
+        let outcome = Guest::start(&options, streams)?.wait()?;
+        let output = output.lock().unwrap_or_else(|error| error.into_inner());
+        let text = String::from_utf8_lossy(&output).into_owned();
+
+        let mut problems = Vec::new();
+        problems.extend(vm::problem(&outcome));
+        if let End::Killed(signal) = outcome.end {
+            problems.push(format!("{} was killed by signal {signal}", run.command));
+        }
+        for complaint in &outcome.complaints {
+            problems.push(format!("the kernel complained: {complaint}"));
+        }
+        let mut counts = Counts::default();
+        match run.verdict {
+            Verdict::Ktap => {
+                let report = ktap::parse(&text);
+                counts.passed = report.passed.len();
+                counts.failed = report.failed.len();
+                for (name, diagnostics) in &report.failed {
+                    say(&format!("FAILED {title}: {name}"));
+                    for line in diagnostics {
+                        say(&format!("    {line}"));
+                    }
+                }
+                for (name, reason) in &report.skipped {
+                    skip(&mut counts, &format!("{title}: {name}"), reason);
+                }
+                problems.extend(report.problems);
+                if outcome.end != End::Exited(0) && report.failed.is_empty() && problems.is_empty()
+                {
+                    problems.push(format!("{} ended with {:?}", run.command, outcome.end));
+                }
+            }
+            Verdict::Status if outcome.end == End::Exited(0) => counts.passed += 1,
+            Verdict::Status => {
+                problems.push(format!("{} ended with {:?}", run.command, outcome.end))
+            }
+        }
+        if !problems.is_empty() {
+            // The machine's own failures count as one test.
+            counts.failed += 1;
+            for problem in &problems {
+                say(&format!("FAILED {title}: {problem}"));
+            }
+            say(&format!(
+                "--- the end of the output:\n{}",
+                last_lines(&text, 40)
+            ));
+            say(&format!(
+                "--- the end of the kernel's log:\n{}",
+                tail(&outcome.log, TAIL)
+            ));
+        }
+        if counts.failed > 0 {
+            say(&format!(
+                "--- the kernel's log: {}",
+                paths::shown(&outcome.log)
+            ));
+        }
+        Ok(counts)
+    }
+}
+
+/// Collects output, and shows how far it is.
+struct Collector {
+    output: Arc<Mutex<Vec<u8>>>,
+    shown: bool,
+}
+
+impl Write for Collector {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.output
+            .lock()
+            .unwrap_or_else(|error| error.into_inner())
+            .extend_from_slice(bytes);
+        if self.shown {
+            let text = String::from_utf8_lossy(bytes);
+            for line in text.lines().filter(|line| line.contains("ok ")) {
+                eprint!("\r\x1b[K  {line:.100}");
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn show_progress() -> bool {
+    stderr().is_terminal() && std::env::var_os("CI").is_none()
+}
+
+fn summary(title: &str, counts: Counts, start: Instant) {
+    if show_progress() {
+        eprint!("\r\x1b[K");
+    }
+    say(&format!(
+        "== {title}: {} passed, {} failed, {} skipped ({})",
+        counts.passed,
+        counts.failed,
+        counts.skipped,
+        seconds(start.elapsed())
+    ));
+}
+
+/// A skipped test is a failed one unless the reason is on the list.
+fn skip(counts: &mut Counts, name: &str, reason: &str) {
+    let allowed = watch::entries(ALLOWED_SKIPS);
+    if allowed
+        .iter()
+        .any(|pattern| watch::matches(pattern, reason))
+    {
+        counts.skipped += 1;
+    } else {
+        counts.failed += 1;
+        say(&format!(
+            "FAILED {name}: skipped, and the reason is not in qemu-scripts/allowed-skips.txt: {reason}"
+        ));
+    }
+}
+
+/// Counts what `cargo test` prints: results by its summaries, reasons for ignored tests by line.
+fn read_cargo_test(text: &str) -> Counts {
+    let mut counts = Counts::default();
+    let mut ignored: i64 = 0;
+    for line in text.lines() {
+        if let Some(summary) = line.strip_prefix("test result: ") {
+            for part in summary.split([';', '.']) {
+                match part.trim().split_once(' ') {
+                    Some((number, "passed")) => counts.passed += number.parse().unwrap_or(0),
+                    Some((number, "failed")) => counts.failed += number.parse().unwrap_or(0),
+                    Some((number, "ignored")) => ignored += number.parse().unwrap_or(0),
+                    _ => {}
+                }
+            }
+        } else if let Some((name, reason)) = line.split_once(" ... ignored") {
+            skip(&mut counts, name, reason.trim_start_matches(", "));
+            ignored -= 1;
+        }
+    }
+    if ignored != 0 {
+        // An ignored test without a line of its own has no reason that could be allowed.
+        counts.failed += 1;
+    }
+    counts
+}
+
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cargo_test_is_counted() {
+        let text = "running 3 tests\ntest a::b ... ok\ntest c ... FAILED\n\
+                    test d ... ignored, no such reason on the list\n\n\
+                    test result: FAILED. 1 passed; 1 failed; 1 ignored; 0 measured\n\
+                    test result: ok. 4 passed; 0 failed; 0 ignored; 0 measured\n";
+        assert_eq!(
+            read_cargo_test(text),
+            Counts {
+                passed: 5,
+                failed: 2,
+                skipped: 0
+            }
+        );
+    }
+
+    #[test]
+    fn every_allowed_skip_has_a_reason() {
+        let mut reason = false;
+        for line in ALLOWED_SKIPS.lines() {
+            match line.trim() {
+                "" => reason = false,
+                remark if remark.starts_with('#') => reason = true,
+                entry => assert!(reason, "no reason is given for: {entry}"),
+            }
+        }
+    }
+}
