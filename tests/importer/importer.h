@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */
+/*
+ * The test importer's calls.  The Rust twin is src/lib.rs next to this file;
+ * tests/host compares the two.
+ *
+ * Every descriptor of /dev/pinbuf_test_importer is one device, which may be
+ * attached to one dma-buf and hold several mappings of it, and one vmap.
+ * Closing it undoes all of that.  mmap() of it gives one page of kernel memory
+ * as VM_PFNMAP, which nothing can pin.
+ */
+#ifndef _PINBUF_TEST_IMPORTER_H
+#define _PINBUF_TEST_IMPORTER_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+/* Mappings that one device holds at once. */
+#define PTI_MAPPINGS 8
+
+/* As enum dma_data_direction. */
+#define PTI_BIDIRECTIONAL	0
+#define PTI_TO_DEVICE		1
+#define PTI_FROM_DEVICE		2
+
+/**
+ * struct pti_attach - make the device and attach it to a dma-buf
+ * @fd:       the dma-buf
+ * @mask_bits: width of the device's addresses, 24 to 64
+ * @max_seg:  the longest segment it takes, bytes; 0: it does not say (64 KiB)
+ * @reserved: zero
+ * @max_mapping: out: the longest segment that the DMA layer can map, bytes
+ */
+struct pti_attach {
+	__s32 fd;
+	__u32 mask_bits;
+	__u32 max_seg;
+	__u32 reserved;
+	__u64 max_mapping;
+};
+
+/**
+ * struct pti_map - map the buffer for the device
+ * @direction: PTI_*
+ * @mapping:   out: the mapping's number
+ * @ns:        out: how long dma_buf_map_attachment() took
+ */
+struct pti_map {
+	__u32 direction;
+	__u32 mapping;
+	__u64 ns;
+};
+
+/**
+ * struct pti_unmap - undo a mapping
+ * @mapping: its number
+ * @reserved: zero
+ * @ns:      out: how long dma_buf_unmap_attachment() took
+ */
+struct pti_unmap {
+	__u32 mapping;
+	__u32 reserved;
+	__u64 ns;
+};
+
+/**
+ * struct pti_entry - what a device sees of one scatterlist entry
+ * @addr: DMA address
+ * @len:  bytes
+ */
+struct pti_entry {
+	__u64 addr;
+	__u64 len;
+};
+
+/**
+ * struct pti_report - the scatterlist of a mapping
+ * @mapping:  its number
+ * @capacity: how many struct pti_entry @entries has room for
+ * @entries:  where to put them
+ * @count:    out: DMA entries
+ * @total:    out: sum of their lengths
+ * @min_len:  out: the shortest
+ * @max_len:  out: the longest
+ * @align:    out: all addresses and lengths, or'ed together
+ * @adjacent: out: entries that begin where the one before them ends
+ */
+struct pti_report {
+	__u32 mapping;
+	__u32 capacity;
+	__u64 entries;
+	__u64 count;
+	__u64 total;
+	__u64 min_len;
+	__u64 max_len;
+	__u64 align;
+	__u64 adjacent;
+};
+
+#define PTI_RW_WRITE	(1U << 0)	/* from @data to the buffer */
+#define PTI_RW_VMAP	(1U << 1)	/* through the vmap, not as the device */
+
+/**
+ * struct pti_rw - read or write as the device does, or through the vmap
+ * @mapping: the mapping's number (not with PTI_RW_VMAP)
+ * @flags:   PTI_RW_*
+ * @offset:  first byte in the buffer
+ * @len:     bytes
+ * @data:    where they go to or come from
+ */
+struct pti_rw {
+	__u32 mapping;
+	__u32 flags;
+	__u64 offset;
+	__u64 len;
+	__u64 data;
+};
+
+/**
+ * struct pti_time - a call without arguments
+ * @ns: out: how long it took
+ */
+struct pti_time {
+	__u64 ns;
+};
+
+#define PTI_CPU_END	(1U << 0)	/* end_cpu_access, else begin_ */
+
+/**
+ * struct pti_cpu - begin or end the kernel's own access
+ * @direction: PTI_*
+ * @flags:     PTI_CPU_*
+ * @ns:        out: how long it took
+ */
+struct pti_cpu {
+	__u32 direction;
+	__u32 flags;
+	__u64 ns;
+};
+
+/**
+ * struct pti_pin - pin a range of the caller's memory and let it go again
+ * @addr:   first byte
+ * @len:    bytes
+ * @stride: pin one page in so many bytes; a multiple of the page size.  The
+ *          page size itself pins in batches, anything else page by page.
+ * @pages:  out: pages pinned
+ * @pin_ns: out: how long pinning took
+ * @unpin_ns: out: how long unpinning took
+ */
+struct pti_pin {
+	__u64 addr;
+	__u64 len;
+	__u64 stride;
+	__u64 pages;
+	__u64 pin_ns;
+	__u64 unpin_ns;
+};
+
+#define PTI_IOC_TYPE	'u'
+#define PTI_ATTACH	_IOWR(PTI_IOC_TYPE, 0xe0, struct pti_attach)
+#define PTI_DETACH	_IO(PTI_IOC_TYPE, 0xe1)
+#define PTI_MAP		_IOWR(PTI_IOC_TYPE, 0xe2, struct pti_map)
+#define PTI_UNMAP	_IOWR(PTI_IOC_TYPE, 0xe3, struct pti_unmap)
+#define PTI_REPORT	_IOWR(PTI_IOC_TYPE, 0xe4, struct pti_report)
+#define PTI_RW		_IOW(PTI_IOC_TYPE, 0xe5, struct pti_rw)
+#define PTI_VMAP	_IOR(PTI_IOC_TYPE, 0xe6, struct pti_time)
+#define PTI_VUNMAP	_IOR(PTI_IOC_TYPE, 0xe7, struct pti_time)
+#define PTI_CPU		_IOWR(PTI_IOC_TYPE, 0xe8, struct pti_cpu)
+#define PTI_PIN		_IOWR(PTI_IOC_TYPE, 0xe9, struct pti_pin)
+
+#endif /* _PINBUF_TEST_IMPORTER_H */

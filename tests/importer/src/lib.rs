@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A device in software that imports dma-bufs: `pinbuf_test_importer.ko`, seen from user space.
+//!
+//! An [`Importer`] is one device. It is attached to one dma-buf, maps it up to [`uapi::MAPPINGS`]
+//! times and reads and writes it at the addresses that the mapping gave, or through a kernel
+//! mapping.
+
+pub mod uapi;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+/// Where the module's device is.
+pub const PATH: &str = "/dev/pinbuf_test_importer";
+
+/// Which way a device moves data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Direction {
+    /// Both ways.
+    Bidirectional = uapi::BIDIRECTIONAL,
+    /// The device reads.
+    ToDevice = uapi::TO_DEVICE,
+    /// The device writes.
+    FromDevice = uapi::FROM_DEVICE,
+}
+
+/// What a device can do.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Width of its addresses.
+    pub mask_bits: u32,
+    /// The longest segment in bytes; zero: it does not say, which means 64 KiB.
+    pub max_segment: u32,
+}
+
+impl Limits {
+    /// No limits.
+    pub const NONE: Self = Self {
+        mask_bits: 64,
+        max_segment: u32::MAX,
+    };
+}
+
+/// The number of a mapping, for this importer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping(u32);
+
+/// One device.
+#[derive(Debug)]
+pub struct Importer {
+    file: OwnedFd,
+    max_mapping: u64,
+}
+
+/// Calls `ioctl` with a struct that the kernel reads and writes.
+fn call<T>(fd: RawFd, command: u32, argument: &mut T) -> io::Result<()> {
+    // SAFETY: every command that this crate passes takes a pointer to the `T` passed with it, whose
+    // pointers and lengths its caller took from live slices.
+    let result = unsafe { libc::ioctl(fd, command.into(), std::ptr::from_mut(argument)) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Opens the module's device, unattached.
+///
+/// # Errors
+/// If it is not there.
+pub fn open() -> io::Result<OwnedFd> {
+    File::options()
+        .read(true)
+        .write(true)
+        .open(PATH)
+        .map(OwnedFd::from)
+}
+
+/// What pinning a range cost.
+#[derive(Clone, Copy, Debug)]
+pub struct PinCost {
+    /// How many pages were pinned.
+    pub pages: u64,
+    /// The time that pinning took.
+    pub pin: Duration,
+    /// The time that unpinning took.
+    pub unpin: Duration,
+}
+
+/// Pins `len` bytes at `addr` of this process, one page in `stride` bytes, and lets them go.
+///
+/// # Errors
+/// As `pin_user_pages_fast` gives them.
+pub fn pin_cost(addr: u64, len: u64, stride: u64) -> io::Result<PinCost> {
+    let device = open()?;
+    let mut argument = uapi::Pin {
+        addr,
+        len,
+        stride,
+        ..Default::default()
+    };
+    call(device.as_raw_fd(), uapi::PIN, &mut argument)?;
+    Ok(PinCost {
+        pages: argument.pages,
+        pin: Duration::from_nanos(argument.pin_ns),
+        unpin: Duration::from_nanos(argument.unpin_ns),
+    })
+}
+
+impl Importer {
+    /// A new device, attached to a dma-buf.
+    ///
+    /// # Errors
+    /// If the module is not loaded, or as `dma_buf_attach` gives them.
+    pub fn attach(buffer: BorrowedFd<'_>, limits: Limits) -> io::Result<Self> {
+        let file = open()?;
+        let mut argument = uapi::Attach {
+            fd: buffer.as_raw_fd(),
+            mask_bits: limits.mask_bits,
+            max_seg: limits.max_segment,
+            ..Default::default()
+        };
+        call(file.as_raw_fd(), uapi::ATTACH, &mut argument)?;
+        Ok(Self {
+            file,
+            max_mapping: argument.max_mapping,
+        })
+    }
+
+    /// An attached device whose descriptor came from elsewhere, another process say.
+    #[must_use]
+    pub fn from_attached(file: OwnedFd) -> Self {
+        Self {
+            file,
+            max_mapping: 0,
+        }
+    }
+
+    /// The longest segment that the DMA layer maps for this device.
+    #[must_use]
+    pub fn max_mapping(&self) -> u64 {
+        self.max_mapping
+    }
+
+    /// Detaches, which unmaps everything.
+    ///
+    /// # Errors
+    /// If the device is not attached.
+    pub fn detach(&self) -> io::Result<()> {
+        self.call(uapi::DETACH, &mut ())
+    }
+
+    /// Maps the buffer and tells how long that took.
+    ///
+    /// # Errors
+    /// As `dma_buf_map_attachment` gives them.
+    pub fn map(&self, direction: Direction) -> io::Result<(Mapping, Duration)> {
+        let mut argument = uapi::Map {
+            direction: direction as u32,
+            ..Default::default()
+        };
+        self.call(uapi::MAP, &mut argument)?;
+        Ok((Mapping(argument.mapping), Duration::from_nanos(argument.ns)))
+    }
+
+    /// Undoes a mapping and tells how long that took.
+    ///
+    /// # Errors
+    /// If there is no such mapping.
+    pub fn unmap(&self, mapping: Mapping) -> io::Result<Duration> {
+        let mut argument = uapi::Unmap {
+            mapping: mapping.0,
+            ..Default::default()
+        };
+        self.call(uapi::UNMAP, &mut argument)?;
+        Ok(Duration::from_nanos(argument.ns))
+    }
+
+    /// The sums of a mapping's scatterlist.
+    ///
+    /// # Errors
+    /// If there is no such mapping.
+    pub fn report(&self, mapping: Mapping) -> io::Result<uapi::Report> {
+        let mut argument = uapi::Report {
+            mapping: mapping.0,
+            ..Default::default()
+        };
+        self.call(uapi::REPORT, &mut argument)?;
+        Ok(argument)
+    }
+
+    /// A mapping's scatterlist, entry by entry.
+    ///
+    /// # Errors
+    /// If there is no such mapping, or it is too long.
+    pub fn entries(&self, mapping: Mapping) -> io::Result<Vec<uapi::Entry>> {
+        let capacity = self.report(mapping)?.count;
+        let mut entries = vec![uapi::Entry::default(); usize::try_from(capacity).unwrap_or(0)];
+        let mut argument = uapi::Report {
+            mapping: mapping.0,
+            capacity: u32::try_from(capacity).map_err(io::Error::other)?,
+            entries: entries.as_mut_ptr() as u64,
+            ..Default::default()
+        };
+        self.call(uapi::REPORT, &mut argument)?;
+        Ok(entries)
+    }
+
+    /// Reads as the device does.
+    ///
+    /// # Errors
+    /// If there is no such mapping, or the buffer ends before.
+    pub fn read(&self, mapping: Mapping, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.transfer(mapping.0, 0, offset, data.as_mut_ptr(), data.len())
+    }
+
+    /// Writes as the device does.
+    ///
+    /// # Errors
+    /// If there is no such mapping, or the buffer ends before.
+    pub fn write(&self, mapping: Mapping, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.transfer(
+            mapping.0,
+            uapi::RW_WRITE,
+            offset,
+            data.as_ptr().cast_mut(),
+            data.len(),
+        )
+    }
+
+    /// Maps the buffer into the kernel and tells how long that took.
+    ///
+    /// # Errors
+    /// As `dma_buf_vmap` gives them.
+    pub fn vmap(&self) -> io::Result<Duration> {
+        let mut argument = uapi::Time::default();
+        self.call(uapi::VMAP, &mut argument)?;
+        Ok(Duration::from_nanos(argument.ns))
+    }
+
+    /// Undoes [`vmap`](Self::vmap) and tells how long that took.
+    ///
+    /// # Errors
+    /// If there is no such mapping.
+    pub fn vunmap(&self) -> io::Result<Duration> {
+        let mut argument = uapi::Time::default();
+        self.call(uapi::VUNMAP, &mut argument)?;
+        Ok(Duration::from_nanos(argument.ns))
+    }
+
+    /// Reads through the kernel's mapping.
+    ///
+    /// # Errors
+    /// If there is none, or the buffer ends before.
+    pub fn vmap_read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.transfer(0, uapi::RW_VMAP, offset, data.as_mut_ptr(), data.len())
+    }
+
+    /// Writes through the kernel's mapping.
+    ///
+    /// # Errors
+    /// If there is none, or the buffer ends before.
+    pub fn vmap_write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let flags = uapi::RW_VMAP | uapi::RW_WRITE;
+        self.transfer(0, flags, offset, data.as_ptr().cast_mut(), data.len())
+    }
+
+    /// Begins the kernel's own access and tells how long that took.
+    ///
+    /// # Errors
+    /// As `dma_buf_begin_cpu_access` gives them.
+    pub fn begin_cpu_access(&self, direction: Direction) -> io::Result<Duration> {
+        self.cpu(direction, 0)
+    }
+
+    /// Ends the kernel's own access and tells how long that took.
+    ///
+    /// # Errors
+    /// As `dma_buf_end_cpu_access` gives them.
+    pub fn end_cpu_access(&self, direction: Direction) -> io::Result<Duration> {
+        self.cpu(direction, uapi::CPU_END)
+    }
+
+    fn cpu(&self, direction: Direction, flags: u32) -> io::Result<Duration> {
+        let mut argument = uapi::Cpu {
+            direction: direction as u32,
+            flags,
+            ns: 0,
+        };
+        self.call(uapi::CPU, &mut argument)?;
+        Ok(Duration::from_nanos(argument.ns))
+    }
+
+    /// Moves `len` bytes at `data`, which its callers take from a slice.
+    fn transfer(
+        &self,
+        mapping: u32,
+        flags: u32,
+        offset: u64,
+        data: *mut u8,
+        len: usize,
+    ) -> io::Result<()> {
+        let mut argument = uapi::Rw {
+            mapping,
+            flags,
+            offset,
+            len: len as u64,
+            data: data as u64,
+        };
+        self.call(uapi::RW, &mut argument)
+    }
+
+    fn call<T>(&self, command: u32, argument: &mut T) -> io::Result<()> {
+        call(self.file.as_raw_fd(), command, argument)
+    }
+}
+
+impl AsFd for Importer {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl From<Importer> for OwnedFd {
+    fn from(importer: Importer) -> Self {
+        importer.file
+    }
+}

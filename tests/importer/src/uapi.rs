@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The Rust twin of `importer.h`, where everything is described; `tests/host` compares the two.
+
+use std::mem::size_of;
+
+/// Mappings that one device holds at once.
+pub const MAPPINGS: u32 = 8;
+
+/// The device reads and writes.
+pub const BIDIRECTIONAL: u32 = 0;
+/// The device reads.
+pub const TO_DEVICE: u32 = 1;
+/// The device writes.
+pub const FROM_DEVICE: u32 = 2;
+
+/// [`ATTACH`]'s argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Attach {
+    /// The dma-buf.
+    pub fd: i32,
+    /// Width of the device's addresses, 24 to 64.
+    pub mask_bits: u32,
+    /// The longest segment, bytes; zero: not said.
+    pub max_seg: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Out: the longest segment that the DMA layer can map, bytes.
+    pub max_mapping: u64,
+}
+
+/// [`MAP`]'s argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Map {
+    /// [`BIDIRECTIONAL`], [`TO_DEVICE`] or [`FROM_DEVICE`].
+    pub direction: u32,
+    /// Out: the mapping's number.
+    pub mapping: u32,
+    /// Out: nanoseconds.
+    pub ns: u64,
+}
+
+/// [`UNMAP`]'s argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Unmap {
+    /// The mapping's number.
+    pub mapping: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Out: nanoseconds.
+    pub ns: u64,
+}
+
+/// One scatterlist entry as the device sees it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Entry {
+    /// DMA address.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// [`REPORT`]'s argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Report {
+    /// The mapping's number.
+    pub mapping: u32,
+    /// How many [`Entry`]s there is room for.
+    pub capacity: u32,
+    /// Where to put them.
+    pub entries: u64,
+    /// Out: entries.
+    pub count: u64,
+    /// Out: sum of their lengths.
+    pub total: u64,
+    /// Out: the shortest.
+    pub min_len: u64,
+    /// Out: the longest.
+    pub max_len: u64,
+    /// Out: all addresses and lengths, or'ed together.
+    pub align: u64,
+    /// Out: entries that begin where the one before them ends.
+    pub adjacent: u64,
+}
+
+/// [`RW`]: from the caller to the buffer.
+pub const RW_WRITE: u32 = 1 << 0;
+/// [`RW`]: through the kernel's mapping.
+pub const RW_VMAP: u32 = 1 << 1;
+
+/// [`RW`]'s argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rw {
+    /// The mapping's number.
+    pub mapping: u32,
+    /// `RW_*`.
+    pub flags: u32,
+    /// First byte in the buffer.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// The caller's memory.
+    pub data: u64,
+}
+
+/// [`VMAP`]'s and [`VUNMAP`]'s argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Time {
+    /// Out: nanoseconds.
+    pub ns: u64,
+}
+
+/// [`CPU`]: end, not begin.
+pub const CPU_END: u32 = 1 << 0;
+
+/// [`CPU`]'s argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cpu {
+    /// [`BIDIRECTIONAL`], [`TO_DEVICE`] or [`FROM_DEVICE`].
+    pub direction: u32,
+    /// `CPU_*`.
+    pub flags: u32,
+    /// Out: nanoseconds.
+    pub ns: u64,
+}
+
+/// [`PIN`]'s argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pin {
+    /// First byte.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u64,
+    /// One page in so many bytes is pinned.
+    pub stride: u64,
+    /// Out: pages pinned.
+    pub pages: u64,
+    /// Out: nanoseconds.
+    pub pin_ns: u64,
+    /// Out: nanoseconds.
+    pub unpin_ns: u64,
+}
+
+const NONE: u32 = 0;
+const WRITE: u32 = 1;
+const READ: u32 = 2;
+
+const fn ioc(direction: u32, nr: u32, size: usize) -> u32 {
+    direction << 30 | (size as u32) << 16 | (b'u' as u32) << 8 | nr
+}
+
+/// Makes a device and attaches it; takes [`Attach`].
+pub const ATTACH: u32 = ioc(READ | WRITE, 0xe0, size_of::<Attach>());
+/// Detaches.
+pub const DETACH: u32 = ioc(NONE, 0xe1, 0);
+/// Maps; takes [`Map`].
+pub const MAP: u32 = ioc(READ | WRITE, 0xe2, size_of::<Map>());
+/// Unmaps; takes [`Unmap`].
+pub const UNMAP: u32 = ioc(READ | WRITE, 0xe3, size_of::<Unmap>());
+/// Describes a mapping; takes [`Report`].
+pub const REPORT: u32 = ioc(READ | WRITE, 0xe4, size_of::<Report>());
+/// Reads or writes; takes [`Rw`].
+pub const RW: u32 = ioc(WRITE, 0xe5, size_of::<Rw>());
+/// Maps into the kernel; takes [`Time`].
+pub const VMAP: u32 = ioc(READ, 0xe6, size_of::<Time>());
+/// Undoes [`VMAP`]; takes [`Time`].
+pub const VUNMAP: u32 = ioc(READ, 0xe7, size_of::<Time>());
+/// Begins or ends the kernel's access; takes [`Cpu`].
+pub const CPU: u32 = ioc(READ | WRITE, 0xe8, size_of::<Cpu>());
+/// Pins and unpins memory; takes [`Pin`].
+pub const PIN: u32 = ioc(READ | WRITE, 0xe9, size_of::<Pin>());

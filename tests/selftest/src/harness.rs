@@ -1,0 +1,385 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Runs subtests, each in a process of its own, and looks for what they left behind.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+use nix::sys::prctl::set_child_subreaper;
+use nix::sys::signal::{killpg, Signal};
+use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
+use nix::unistd::{setpgid, Pid};
+
+use crate::support::process::{become_user, drop_ipc_lock, in_child, set_memlock, Child, USER};
+use crate::support::{kernel, Device, Memory, Skip, PAGE};
+
+/// A subtest.
+#[derive(Clone, Copy, Debug)]
+pub struct Test {
+    /// Theme and name.
+    pub name: &'static str,
+    /// What it does.
+    pub run: fn() -> Result<()>,
+    /// How long it may take.
+    pub timeout: Duration,
+}
+
+/// Makes a file's table of subtests. A time in seconds may follow a name.
+macro_rules! tests {
+    (@timeout) => { 60 };
+    (@timeout $seconds:literal) => { $seconds };
+    ($theme:literal: $($name:ident $(within $seconds:literal)?),* $(,)?) => {
+        /// The subtests of this file.
+        pub const TESTS: &[crate::harness::Test] = &[$(crate::harness::Test {
+            name: concat!($theme, ".", stringify!($name)),
+            run: $name,
+            timeout: std::time::Duration::from_secs(tests!(@timeout $($seconds)?)),
+        }),*];
+    };
+}
+
+pub(crate) use tests;
+
+/// How one subtest ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// As it should.
+    Passed,
+    /// It could not run, for a documented reason.
+    Skipped(String),
+    /// Why it failed, line by line.
+    Failed(Vec<String>),
+}
+
+/// What says "skipped" in what a child says.
+const SKIP_MARK: &str = "\u{1}skip\u{1}";
+
+/// What the kernel still holds, and how the machine is set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct State {
+    pins: i64,
+    dma_bufs: i64,
+    module_references: Option<i64>,
+    bounce_slots: i64,
+    huge_pages: (i64, i64, i64),
+    user_locked: bool,
+    root_locked: bool,
+    user_allowance: u64,
+    root_allowance: u64,
+    system_room: bool,
+    parameters: Vec<(String, String)>,
+}
+
+impl State {
+    fn now() -> Result<Self> {
+        let charges = |uid: u32| -> Result<Charges> { Charges::of(uid) };
+        let (user, root) = (charges(USER)?, charges(0)?);
+        Ok(Self {
+            pins: kernel::pins()?,
+            dma_bufs: kernel::dma_bufs()?,
+            module_references: kernel::module_references()?,
+            bounce_slots: kernel::bounce_slots()?,
+            huge_pages: (
+                kernel::field("/proc/meminfo", "HugePages_Total")?,
+                kernel::field("/proc/meminfo", "HugePages_Free")?,
+                kernel::field("/proc/meminfo", "HugePages_Rsvd")?,
+            ),
+            user_locked: user.locked,
+            root_locked: root.locked,
+            user_allowance: user.allowance,
+            root_allowance: root.allowance,
+            system_room: user.room,
+            parameters: parameters()?,
+        })
+    }
+
+    /// Puts settings back that a test which was killed left behind.
+    fn restore(&self) -> Result<()> {
+        if kernel::field("/proc/meminfo", "HugePages_Total")? != self.huge_pages.0 {
+            kernel::write("/proc/sys/vm/nr_hugepages", self.huge_pages.0)?;
+        }
+        for (name, value) in parameters()? {
+            let before = self.parameters.iter().find(|parameter| parameter.0 == name);
+            if let Some((_, before)) = before.filter(|before| before.1 != value) {
+                kernel::write(format!("{PARAMETERS}/{name}"), before)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What differs, for a person.
+    fn differences(&self, before: &Self) -> Vec<String> {
+        let mut found = Vec::new();
+        macro_rules! compare {
+            ($($field:ident: $what:literal),* $(,)?) => {$(
+                if self.$field != before.$field {
+                    found.push(format!(
+                        "left behind: {}: expected {:?}, seen {:?}",
+                        $what, before.$field, self.$field
+                    ));
+                }
+            )*};
+        }
+        compare! {
+            pins: "pinned pages in the system",
+            dma_bufs: "dma-bufs in the system",
+            module_references: "references on the module",
+            bounce_slots: "bounce buffer slots",
+            huge_pages: "huge pages (total, free, reserved)",
+            user_locked: "locked pages of the test's user",
+            root_locked: "locked pages of root",
+            user_allowance: "allowance used by the test's user",
+            root_allowance: "allowance used by root",
+            system_room: "room in the allowance of all users",
+            parameters: "the module's parameters",
+        }
+        found
+    }
+}
+
+/// What a user is charged for, as far as the module tells or shows.
+#[derive(Debug)]
+struct Charges {
+    /// Any locked page at all, of whoever counts them per user.
+    locked: bool,
+    /// Bytes of the allowance.
+    allowance: u64,
+    /// Whether one more page fits under the system-wide allowance.
+    room: bool,
+}
+
+impl Charges {
+    /// Asks in a child that becomes the user. A page is charged to the user's locked pages while
+    /// they stay within `RLIMIT_MEMLOCK`: with a limit of one page, only if there was none.
+    fn of(uid: u32) -> Result<Self> {
+        let answer = Memory::map(
+            PAGE,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+            None,
+            0,
+        )?;
+        in_child(|| {
+            let device = Device::open()?;
+            if uid == 0 {
+                drop_ipc_lock()?;
+            } else {
+                become_user(uid)?;
+            }
+            set_memlock(PAGE)?;
+            answer.set(0, device.query()?.allowance_used);
+            let memory = Memory::anonymous(PAGE)?;
+            let buffer = device.create(&[memory.range()]);
+            let charge = match &buffer {
+                Ok(buffer) => u64::from(device.describe(buffer)?.charge),
+                Err(_) => u64::MAX,
+            };
+            answer.set(8, charge);
+            drop(buffer);
+            set_memlock(0)?;
+            let buffer = device.create(&[memory.range()]);
+            answer.set(16, u64::from(buffer.is_ok()));
+            Ok(())
+        })
+        .context("asking for charges")?;
+        Ok(Self {
+            locked: answer.get(8) != u64::from(pinbuf_uapi::CHARGE_USER),
+            allowance: answer.get(0),
+            room: answer.get(16) != 0,
+        })
+    }
+}
+
+/// Where the module's parameters are.
+const PARAMETERS: &str = "/sys/module/pinbuf/parameters";
+
+/// The module's parameters.
+fn parameters() -> Result<Vec<(String, String)>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(PARAMETERS)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        found.push((name, kernel::read(entry.path())?.trim().to_owned()));
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Descriptors and accounts of this process.
+fn own_state() -> Result<(Vec<String>, i64, i64)> {
+    Ok((kernel::descriptors()?, kernel::vm_pin()?, kernel::vm_lck()?))
+}
+
+/// The kernel's log from here on.
+struct Log(File);
+
+impl Log {
+    /// What no test may cause.
+    const BAD: &'static [&'static str] = &[
+        "WARNING:",
+        "BUG:",
+        "Oops",
+        "kernel BUG",
+        "DMA-API:",
+        "general protection",
+        "KASAN",
+        "INFO: task",
+        "INFO: rcu",
+        "refcount_t:",
+        "Bad page",
+        "bad page",
+        "Call Trace",
+        "possible recursive locking",
+        "unable to handle",
+    ];
+
+    fn open() -> Result<Self> {
+        let mut file = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/kmsg")
+            .context("opening /dev/kmsg")?;
+        file.seek(SeekFrom::End(0))?;
+        Ok(Self(file))
+    }
+
+    fn bad_lines(&mut self) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut killer = false;
+        let mut record = [0; 8192];
+        loop {
+            match self.0.read(&mut record) {
+                Ok(0) => break,
+                Ok(count) => {
+                    let text = String::from_utf8_lossy(&record[..count]);
+                    let line = text.split_once(';').map_or(&*text, |parts| parts.1);
+                    let line = line.lines().next().unwrap_or_default();
+                    if line.contains("invoked oom-killer") {
+                        // Which a test may want; it shows where, too.
+                        killer = true;
+                    } else if killer && line.contains("Call Trace") {
+                        killer = false;
+                    } else if Self::BAD.iter().any(|bad| line.contains(bad)) {
+                        found.push(format!("the kernel says: {line}"));
+                    }
+                }
+                // Records that were overwritten before they were read.
+                Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => {
+                    found.push(format!("reading the kernel's log: {error}"));
+                    break;
+                }
+            }
+        }
+        found
+    }
+}
+
+/// Runs subtests one after the other.
+pub struct Runner {
+    log: Log,
+    check_leaks: bool,
+}
+
+impl Runner {
+    /// How long the kernel may take to let go of what a test held.
+    const SETTLE: Duration = Duration::from_secs(3);
+
+    /// Gets ready.
+    pub fn new(check_leaks: bool) -> Result<Self> {
+        set_child_subreaper(true).context("PR_SET_CHILD_SUBREAPER")?;
+        Ok(Self {
+            log: Log::open()?,
+            check_leaks,
+        })
+    }
+
+    /// Runs one.
+    pub fn run(&mut self, test: &Test) -> Outcome {
+        self.try_run(test)
+            .unwrap_or_else(|error| Outcome::Failed(vec![format!("{error:#}")]))
+    }
+
+    fn try_run(&mut self, test: &Test) -> Result<Outcome> {
+        let before = if self.check_leaks {
+            Some(State::now().context("before")?)
+        } else {
+            None
+        };
+        let mut outcome = Self::run_alone(test)?;
+        let mut faults = Vec::new();
+        if let Some(before) = before {
+            faults.extend(Self::left_behind(&before)?);
+            before.restore()?;
+        }
+        faults.extend(self.log.bad_lines());
+        if !faults.is_empty() {
+            let mut lines = match outcome {
+                Outcome::Failed(lines) => lines,
+                Outcome::Passed | Outcome::Skipped(_) => Vec::new(),
+            };
+            lines.extend(faults);
+            outcome = Outcome::Failed(lines);
+        }
+        Ok(outcome)
+    }
+
+    /// Runs it in a process group of its own, which does not outlive it.
+    fn run_alone(test: &Test) -> Result<Outcome> {
+        let child = Child::run(|| {
+            setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
+            let before = own_state()?;
+            if let Err(error) = (test.run)() {
+                if let Some(Skip(reason)) = error.downcast_ref::<Skip>() {
+                    bail!("{SKIP_MARK}{reason}");
+                }
+                return Err(error);
+            }
+            let after = own_state()?;
+            if before != after {
+                bail!(
+                    "left behind in the process (descriptors, VmPin, VmLck): \
+                     expected {before:?}, seen {after:?}"
+                );
+            }
+            Ok(())
+        })?;
+        let group = child.pid();
+        // The child does the same; whoever is first.
+        let _ = setpgid(group, group);
+        let ended = child.end(test.timeout);
+        // A child that is still there is dropped, hence killed, by now.
+        let _ = killpg(group, Signal::SIGKILL);
+        while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive)
+        {
+        }
+        Ok(match ended {
+            Ok((WaitStatus::Exited(_, 0), _)) => Outcome::Passed,
+            Ok((WaitStatus::Exited(..), said)) => match said.strip_prefix(SKIP_MARK) {
+                Some(reason) => Outcome::Skipped(reason.to_owned()),
+                None => Outcome::Failed(said.lines().map(str::to_owned).collect()),
+            },
+            Ok((status, said)) => Outcome::Failed(vec![format!("ended by {status:?} {said}")]),
+            Err(error) => Outcome::Failed(vec![format!("{error:#}")]),
+        })
+    }
+
+    /// Waits for all to be as it was, and says what never is.
+    fn left_behind(before: &State) -> Result<Vec<String>> {
+        let deadline = Instant::now() + Self::SETTLE;
+        loop {
+            while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive)
+            {
+            }
+            let found = State::now().context("after")?.differences(before);
+            if found.is_empty() || Instant::now() > deadline {
+                return Ok(found);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}

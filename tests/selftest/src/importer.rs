@@ -1,0 +1,852 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Devices that import a buffer: what they are given, and that they and the CPU see the same.
+//!
+//! These also run with `swiotlb=force`, where a device sees a copy of the memory that only
+//! synchronization brings up to date.
+
+use std::os::fd::AsFd;
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use pinbuf_test_importer::{Direction, Importer, Limits, Mapping};
+use pinbuf_uapi::Range;
+
+use crate::harness::tests;
+use crate::support::device::sync_raw;
+use crate::support::kernel::HugePool;
+use crate::support::memory::{pattern, HUGE, PAGE, RW};
+use crate::support::process::{Child, Link};
+use crate::support::view::{
+    agree, agree_sampled, holds, same, DeviceView, KernelView, Mapped, Source, View,
+};
+use crate::support::{check, check_eq, kernel, Buffer, Device, Memory, Sync};
+
+tests! { "importer":
+    device_reads,
+    device_writes,
+    both_ways_scattered,
+    entries_are_extents,
+    segment_limits,
+    segment_limits_scattered,
+    narrow_addresses,
+    two_at_once,
+    two_mappings_of_one,
+    two_writers_in_turn,
+    many_at_once,
+    concurrent_maps within 120,
+    map_while_mapped_by_cpu,
+    kernel_mapping,
+    kernel_mapping_counts,
+    kernel_mapping_large,
+    kernel_access,
+    sync_modes,
+    sync_without_devices,
+    sync_from_many_threads,
+    unmap_in_any_order,
+    closed_while_mapped,
+    exit_with_live_importer,
+    killed_importer,
+}
+
+const DIRECTIONS: [Direction; 3] = [
+    Direction::Bidirectional,
+    Direction::ToDevice,
+    Direction::FromDevice,
+];
+
+/// A device that has mapped a buffer.
+fn mapped(buffer: &Buffer, limits: Limits, direction: Direction) -> Result<(Importer, Mapping)> {
+    let importer = Importer::attach(buffer.as_fd(), limits).context("attaching")?;
+    let mapping = importer.map(direction).context("mapping for the device")?.0;
+    Ok((importer, mapping))
+}
+
+/// Pages of some memory, in an order in which no two are adjacent.
+fn scattered(memory: &Memory) -> Vec<Range> {
+    (0..memory.len() / PAGE)
+        .rev()
+        .map(|page| memory.part(page * PAGE, PAGE))
+        .collect()
+}
+
+/// What the CPU wrote before and after mapping reaches a device that reads.
+fn device_reads() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::anonymous(20 * PAGE)?;
+    memory.write(0, &pattern(1, 0, 20 * PAGE));
+    let buffer = device.create(&[memory.range()])?;
+    for direction in [Direction::ToDevice, Direction::Bidirectional] {
+        memory.write(0, &pattern(1, 0, 20 * PAGE));
+        let (importer, mapping) = mapped(&buffer, Limits::NONE, direction)?;
+        let view = DeviceView {
+            importer: &importer,
+            mapping,
+        };
+        holds(&view, 1, 0, 20 * PAGE).context("written before it was mapped")?;
+        let source = Source::whole(&buffer, &memory);
+        source.write(0, &pattern(2, 0, 20 * PAGE))?;
+        holds(&view, 2, 0, 20 * PAGE).context("written while it was mapped")?;
+        let cpu = buffer.map()?;
+        let cpu = Mapped {
+            buffer: &buffer,
+            memory: &cpu,
+        };
+        cpu.write(0, &pattern(3, 0, 20 * PAGE))?;
+        holds(&view, 3, 0, 20 * PAGE).context("written through the dma-buf's mapping")?;
+        // Announced as a write of everything.
+        buffer.synced(Sync::Write, || memory.write(0, &pattern(4, 0, 20 * PAGE)))?;
+        holds(&view, 4, 0, 20 * PAGE).context("written in a bracket for writing only")?;
+    }
+    Ok(())
+}
+
+/// What a device writes reaches the CPU, after a bracket or after it was unmapped.
+fn device_writes() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::anonymous(20 * PAGE)?;
+    let buffer = device.create(&[memory.range()])?;
+    let cpu = buffer.map()?;
+    for direction in [Direction::FromDevice, Direction::Bidirectional] {
+        let (importer, mapping) = mapped(&buffer, Limits::NONE, direction)?;
+        importer.write(mapping, 0, &pattern(5, 0, 20 * PAGE))?;
+        holds(&Source::whole(&buffer, &memory), 5, 0, 20 * PAGE)?;
+        holds(
+            &Mapped {
+                buffer: &buffer,
+                memory: &cpu,
+            },
+            5,
+            0,
+            20 * PAGE,
+        )?;
+        importer.write(mapping, 0, &pattern(6, 0, 20 * PAGE))?;
+        importer.unmap(mapping)?;
+        let mut seen = vec![0; 20 * PAGE];
+        memory.read(0, &mut seen);
+        same(
+            "the memory after unmapping",
+            0,
+            &seen,
+            &pattern(6, 0, 20 * PAGE),
+        )?;
+    }
+    Ok(())
+}
+
+fn both_ways_scattered() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(300 * PAGE)?;
+    let buffer = device.create(&scattered(&memory))?;
+    let (importer, mapping) = mapped(&buffer, Limits::NONE, Direction::Bidirectional)?;
+    importer.vmap()?;
+    let pieces = (0..300)
+        .rev()
+        .map(|page| (&memory, page * PAGE, PAGE))
+        .collect();
+    let source = Source {
+        buffer: &buffer,
+        pieces,
+    };
+    let cpu = buffer.map()?;
+    let cpu = Mapped {
+        buffer: &buffer,
+        memory: &cpu,
+    };
+    let view = DeviceView {
+        importer: &importer,
+        mapping,
+    };
+    agree(&[&source, &cpu, &view, &KernelView(&importer)], 300 * PAGE)
+}
+
+/// The longest segment that a device with this limit may be given.
+fn longest(importer: &Importer, limit: u32) -> u64 {
+    let limit = if limit == 0 {
+        64 << 10
+    } else {
+        u64::from(limit)
+    };
+    limit.min(importer.max_mapping()) / PAGE as u64 * PAGE as u64
+}
+
+/// A device without limits gets one entry for each extent.
+fn entries_are_extents() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(500 * PAGE)?;
+    for ranges in [
+        vec![memory.range()],
+        scattered(&memory),
+        vec![memory.part(7 * PAGE, PAGE); 9],
+    ] {
+        let buffer = device.create(&ranges)?;
+        let info = device.describe(&buffer)?;
+        let (importer, mapping) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
+        let report = importer.report(mapping)?;
+        check_eq!(report.total, info.bytes, "bytes of all entries");
+        check_eq!(report.align % PAGE as u64, 0, "alignment of the entries");
+        check!(
+            report.max_len <= longest(&importer, u32::MAX),
+            "an entry of {}",
+            report.max_len
+        );
+        if !kernel::bounces_always()? {
+            check_eq!(report.count, info.extents, "entries and extents");
+            check_eq!(report.adjacent, 0, "entries that could have been one");
+        }
+    }
+    Ok(())
+}
+
+/// One extent is cut as the device needs it.
+fn segment_limits() -> Result<()> {
+    let _pool = HugePool::with_free(1)?;
+    let device = Device::open()?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
+    let memory = Memory::map(HUGE, RW, flags, None, 0)?;
+    let buffer = device.create(&[memory.range()])?;
+    check_eq!(device.describe(&buffer)?.extents, 1, "extents");
+    let source = Source::whole(&buffer, &memory);
+    for limit in [
+        0,
+        4096,
+        8192,
+        12288,
+        65536,
+        1 << 20,
+        (1 << 20) + 4096,
+        1 << 21,
+        u32::MAX,
+    ] {
+        let limits = Limits {
+            mask_bits: 64,
+            max_segment: limit,
+        };
+        let (importer, mapping) = mapped(&buffer, limits, Direction::Bidirectional)?;
+        let longest = longest(&importer, limit).min(HUGE as u64);
+        let entries = importer.entries(mapping)?;
+        let expected = (HUGE as u64).div_ceil(longest);
+        check_eq!(
+            entries.len() as u64,
+            expected,
+            "entries with segments up to {limit}"
+        );
+        check_eq!(
+            entries.iter().map(|entry| entry.len).sum::<u64>(),
+            HUGE as u64,
+            "bytes"
+        );
+        for (index, entry) in entries.iter().enumerate() {
+            check!(
+                entry.len <= longest && entry.len % PAGE as u64 == 0,
+                "entry {index} has {} bytes; at most {longest}",
+                entry.len
+            );
+        }
+        let view = DeviceView {
+            importer: &importer,
+            mapping,
+        };
+        agree_sampled(&[&source, &view], HUGE, 67)
+            .with_context(|| format!("with segments up to {limit}"))?;
+    }
+    Ok(())
+}
+
+/// Limits that are no multiple of the page do not make entries that are none.
+fn segment_limits_scattered() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(200 * PAGE)?;
+    let buffer = device.create(&[memory.range(), memory.part(0, 100 * PAGE)])?;
+    for limit in [5000, 10_000, 65_535, 70_001] {
+        let limits = Limits {
+            mask_bits: 64,
+            max_segment: limit,
+        };
+        let (importer, mapping) = mapped(&buffer, limits, Direction::ToDevice)?;
+        let report = importer.report(mapping)?;
+        check_eq!(
+            report.total,
+            300 * PAGE as u64,
+            "bytes with segments up to {limit}"
+        );
+        check_eq!(
+            report.align % PAGE as u64,
+            0,
+            "alignment with segments up to {limit}"
+        );
+        check!(
+            report.max_len <= u64::from(limit),
+            "an entry of {} bytes",
+            report.max_len
+        );
+    }
+    Ok(())
+}
+
+/// A device that reaches the first 4 GiB only: what lies beyond is bounced.
+fn narrow_addresses() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(64 * PAGE)?;
+    let buffer = device.create(&[memory.range()])?;
+    let source = Source::whole(&buffer, &memory);
+    let mut lies_beyond = false;
+    for mask_bits in [64, 36, 32] {
+        let limits = Limits {
+            mask_bits,
+            max_segment: 0,
+        };
+        let slots = kernel::bounce_slots()?;
+        let (importer, mapping) = mapped(&buffer, limits, Direction::Bidirectional)?;
+        for entry in importer.entries(mapping)? {
+            let last = u128::from(entry.addr) + u128::from(entry.len);
+            check!(
+                last <= 1 << mask_bits,
+                "{last:#x} is beyond {mask_bits} bits"
+            );
+            lies_beyond |= last > 1 << 32;
+        }
+        if mask_bits == 32 && lies_beyond {
+            check!(kernel::bounce_slots()? > slots, "nothing was bounced");
+        }
+        let view = DeviceView {
+            importer: &importer,
+            mapping,
+        };
+        agree_sampled(&[&source, &view], memory.len(), 37)
+            .with_context(|| format!("with addresses of {mask_bits} bits"))?;
+    }
+    Ok(())
+}
+
+/// A device that writes, and another that reads what it wrote.
+fn two_at_once() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(50 * PAGE)?;
+    memory.write(0, &pattern(1, 0, 50 * PAGE));
+    let buffer = device.create(&[memory.range()])?;
+    let source = Source::whole(&buffer, &memory);
+    let limits = Limits {
+        mask_bits: 64,
+        max_segment: 8192,
+    };
+    let (writer, written) = mapped(&buffer, limits, Direction::FromDevice)?;
+    let (reader, read) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
+    check_eq!(device.describe(&buffer)?.mappings, 2, "devices' mappings");
+    let reader_view = DeviceView {
+        importer: &reader,
+        mapping: read,
+    };
+    for seed in 10..14 {
+        writer.write(written, 0, &pattern(seed, 0, 50 * PAGE))?;
+        // The CPU looks, which brings it to the reader, too.
+        let mut seen = vec![0; 50 * PAGE];
+        buffer.synced(Sync::ReadWrite, || memory.read(0, &mut seen))?;
+        same("the memory", 0, &seen, &pattern(seed, 0, 50 * PAGE))?;
+        holds(&reader_view, seed, 0, 50 * PAGE)?;
+    }
+    // Whoever goes first, the other one goes on.
+    writer.unmap(written)?;
+    source.write(0, &pattern(20, 0, 50 * PAGE))?;
+    holds(&reader_view, 20, 0, 50 * PAGE)?;
+    let written = writer.map(Direction::FromDevice)?.0;
+    drop(reader);
+    writer.write(written, 0, &pattern(21, 0, 50 * PAGE))?;
+    holds(&source, 21, 0, 50 * PAGE)
+}
+
+/// Each map call has a table and a direction of its own.
+fn two_mappings_of_one() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::anonymous(10 * PAGE)?;
+    memory.write(0, &pattern(30, 0, 10 * PAGE));
+    let buffer = device.create(&[memory.range()])?;
+    let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    let read = importer.map(Direction::ToDevice)?.0;
+    let write = importer.map(Direction::FromDevice)?.0;
+    holds(
+        &DeviceView {
+            importer: &importer,
+            mapping: read,
+        },
+        30,
+        0,
+        10 * PAGE,
+    )?;
+    importer.write(write, 0, &pattern(31, 0, 10 * PAGE))?;
+    let mut seen = vec![0; 10 * PAGE];
+    buffer.synced(Sync::ReadWrite, || memory.read(0, &mut seen))?;
+    same("the memory", 0, &seen, &pattern(31, 0, 10 * PAGE))?;
+    holds(
+        &DeviceView {
+            importer: &importer,
+            mapping: read,
+        },
+        31,
+        0,
+        10 * PAGE,
+    )?;
+    importer.unmap(write)?;
+    holds(
+        &DeviceView {
+            importer: &importer,
+            mapping: read,
+        },
+        31,
+        0,
+        10 * PAGE,
+    )
+}
+
+/// Two devices that both write, one after the other.
+fn two_writers_in_turn() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::anonymous(8 * PAGE)?;
+    let buffer = device.create(&[memory.range()])?;
+    for seed in 40..46 {
+        let (importer, mapping) = mapped(&buffer, Limits::NONE, Direction::FromDevice)?;
+        importer.write(mapping, 0, &pattern(seed, 0, 8 * PAGE))?;
+        drop(importer);
+        let (importer, mapping) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
+        holds(
+            &DeviceView {
+                importer: &importer,
+                mapping,
+            },
+            seed,
+            0,
+            8 * PAGE,
+        )?;
+    }
+    Ok(())
+}
+
+fn many_at_once() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::anonymous(16 * PAGE)?;
+    memory.write(0, &pattern(50, 0, 16 * PAGE));
+    let buffer = device.create(&[memory.range()])?;
+    let mut importers = Vec::new();
+    for index in 0..24 {
+        let max_segment = [0, 4096, 65_536][index % 3];
+        let limits = Limits {
+            mask_bits: 64,
+            max_segment,
+        };
+        importers.push(mapped(&buffer, limits, Direction::ToDevice)?);
+    }
+    check_eq!(device.describe(&buffer)?.mappings, 24, "devices' mappings");
+    let source = Source::whole(&buffer, &memory);
+    for round in 0..4 {
+        source.write(0, &pattern(51 + round, 0, 16 * PAGE))?;
+        for (importer, mapping) in &importers {
+            let view = DeviceView {
+                importer,
+                mapping: *mapping,
+            };
+            holds(&view, 51 + round, 0, 16 * PAGE)?;
+        }
+        // Every third one leaves.
+        let mut index = 0;
+        importers.retain(|_| {
+            index += 1;
+            index % 3 != 0
+        });
+        check_eq!(
+            device.describe(&buffer)?.mappings as usize,
+            importers.len(),
+            "mappings"
+        );
+    }
+    Ok(())
+}
+
+/// Devices come and go while the CPU synchronizes and another buffer's user faults pages in.
+fn concurrent_maps() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(64 * PAGE)?;
+    memory.write(0, &pattern(60, 0, 64 * PAGE));
+    let buffer = device.create(&[memory.range()])?;
+    let results: Vec<Result<()>> = std::thread::scope(|scope| {
+        let maps = (0..3).map(|thread| {
+            let buffer = &buffer;
+            scope.spawn(move || -> Result<()> {
+                for round in 0..60 {
+                    let direction = [Direction::ToDevice, Direction::Bidirectional][round % 2];
+                    let limits = Limits {
+                        mask_bits: 64,
+                        max_segment: 4096 << (thread * 2),
+                    };
+                    let (importer, mapping) = mapped(buffer, limits, direction)?;
+                    let mut seen = vec![0; PAGE];
+                    importer.read(mapping, (round * PAGE) as u64, &mut seen)?;
+                    same(
+                        "a device",
+                        0,
+                        &seen,
+                        &pattern(60, (round * PAGE) as u64, PAGE),
+                    )?;
+                    importer.unmap(mapping)?;
+                }
+                Ok(())
+            })
+        });
+        let maps: Vec<_> = maps.collect();
+        let syncs = scope.spawn(|| -> Result<()> {
+            for _ in 0..300 {
+                buffer.synced(Sync::Read, || ())?;
+            }
+            Ok(())
+        });
+        let faults = scope.spawn(|| -> Result<()> {
+            for _ in 0..60 {
+                buffer.map()?.touch();
+            }
+            Ok(())
+        });
+        maps.into_iter()
+            .chain([syncs, faults])
+            .map(|thread| thread.join().expect("a thread panicked"))
+            .collect()
+    });
+    results.into_iter().collect::<Result<()>>()?;
+    check_eq!(device.describe(&buffer)?.mappings, 0, "devices' mappings");
+    Ok(())
+}
+
+/// The CPU's mapping and the devices' are independent.
+fn map_while_mapped_by_cpu() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::anonymous(4 * PAGE)?;
+    let buffer = device.create(&[memory.range()])?;
+    let cpu = buffer.map()?;
+    cpu.touch();
+    let (importer, mapping) = mapped(&buffer, Limits::NONE, Direction::Bidirectional)?;
+    let view = DeviceView {
+        importer: &importer,
+        mapping,
+    };
+    agree(
+        &[
+            &Mapped {
+                buffer: &buffer,
+                memory: &cpu,
+            },
+            &view,
+        ],
+        4 * PAGE,
+    )?;
+    drop(cpu);
+    agree(&[&Source::whole(&buffer, &memory), &view], 4 * PAGE)
+}
+
+/// The kernel's mapping of one extent, and of many.
+fn kernel_mapping() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(40 * PAGE)?;
+    for (ranges, order) in [
+        (vec![memory.part(0, PAGE)], vec![0]),
+        (scattered(&memory), (0..40).rev().collect::<Vec<_>>()),
+        (vec![memory.part(3 * PAGE, PAGE); 3], vec![3, 3, 3]),
+    ] {
+        let buffer = device.create(&ranges)?;
+        let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+        importer.vmap()?;
+        let view = KernelView(&importer);
+        for (index, page) in order.iter().enumerate() {
+            memory.write(page * PAGE, &pattern(70, (page * PAGE) as u64, PAGE));
+            let mut seen = vec![0; PAGE];
+            view.read(index * PAGE, &mut seen)?;
+            same(
+                "the kernel",
+                index * PAGE,
+                &seen,
+                &pattern(70, (page * PAGE) as u64, PAGE),
+            )?;
+            view.write(index * PAGE, &pattern(71, 0, PAGE))?;
+            memory.read(page * PAGE, &mut seen);
+            same("the memory", page * PAGE, &seen, &pattern(71, 0, PAGE))?;
+        }
+        // Behind the end there is nothing to read.
+        let error = importer
+            .vmap_read((order.len() * PAGE) as u64, &mut [0])
+            .err();
+        check_eq!(
+            error.and_then(|e| e.raw_os_error()),
+            Some(libc::ERANGE),
+            "beyond the end"
+        );
+        importer.vunmap()?;
+    }
+    Ok(())
+}
+
+/// The mapping lives until its last user is gone, and can be made anew.
+fn kernel_mapping_counts() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(40 * PAGE)?;
+    let buffer = device.create(&scattered(&memory))?;
+    let first = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    let second = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    for round in 0..5 {
+        first.vmap()?;
+        second.vmap()?;
+        KernelView(&first).write(5, &pattern(80 + round, 5, 1000))?;
+        first.vunmap()?;
+        holds(&KernelView(&second), 80 + round, 5, 1000)?;
+        second.vunmap()?;
+    }
+    Ok(())
+}
+
+fn kernel_mapping_large() -> Result<()> {
+    const LEN: usize = 64 << 20;
+    let device = Device::open()?;
+    let memory = Memory::small_pages(LEN)?;
+    let buffer = device.create(&scattered(&memory))?;
+    let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    importer.vmap()?;
+    let pieces = (0..LEN / PAGE)
+        .rev()
+        .map(|page| (&memory, page * PAGE, PAGE))
+        .collect();
+    let source = Source {
+        buffer: &buffer,
+        pieces,
+    };
+    agree_sampled(&[&source, &KernelView(&importer)], LEN, 301)
+}
+
+/// `begin_cpu_access` and `end_cpu_access` from inside the kernel, in every direction, with mappings
+/// of every direction alive.
+fn kernel_access() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::anonymous(4 * PAGE)?;
+    let buffer = device.create(&[memory.range()])?;
+    let (importer, to_device) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
+    for direction in DIRECTIONS {
+        importer.begin_cpu_access(direction)?;
+        importer.end_cpu_access(direction)?;
+    }
+    let (other, from_device) = mapped(&buffer, Limits::NONE, Direction::FromDevice)?;
+    importer.vmap()?;
+    other.write(from_device, 0, &pattern(90, 0, 4 * PAGE))?;
+    importer.begin_cpu_access(Direction::Bidirectional)?;
+    let mut seen = vec![0; 4 * PAGE];
+    importer.vmap_read(0, &mut seen)?;
+    same("the kernel's mapping", 0, &seen, &pattern(90, 0, 4 * PAGE))?;
+    importer.end_cpu_access(Direction::Bidirectional)?;
+    holds(
+        &DeviceView {
+            importer: &importer,
+            mapping: to_device,
+        },
+        90,
+        0,
+        4 * PAGE,
+    )
+}
+
+/// Every valid mode works with every set of mappings, and nothing else does.
+fn sync_modes() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::anonymous(4 * PAGE)?;
+    let buffer = device.create(&[memory.range()])?;
+    let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    for direction in DIRECTIONS {
+        importer.map(direction)?;
+        for mode in [1, 2, 3] {
+            for end in [0, 4] {
+                check_eq!(
+                    sync_raw(&buffer, mode | end),
+                    Ok(()),
+                    "mode {mode:#x}, end {end}"
+                );
+            }
+        }
+    }
+    for flags in [0, 4, 8, 16, 1 << 32, u64::MAX, 9] {
+        let result = sync_raw(&buffer, flags);
+        check_eq!(result, Err(Errno::EINVAL), "flags {flags:#x}");
+    }
+    Ok(())
+}
+
+fn sync_without_devices() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::anonymous(PAGE)?;
+    let buffer = device.create(&[memory.range()])?;
+    for sync in [Sync::Read, Sync::Write, Sync::ReadWrite] {
+        buffer.synced(sync, || memory.set(0, sync as u64))?;
+        check_eq!(buffer.map()?.get(0), sync as u64, "what was written");
+    }
+    Ok(())
+}
+
+/// Brackets of several threads may interleave.
+fn sync_from_many_threads() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::anonymous(4 * PAGE)?;
+    let buffer = device.create(&[memory.range()])?;
+    let (importer, mapping) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
+    let results: Vec<Result<()>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4)
+            .map(|thread| {
+                let (buffer, memory) = (&buffer, &memory);
+                scope.spawn(move || -> Result<()> {
+                    for round in 0..200 {
+                        let write = || memory.set(thread * PAGE, round);
+                        buffer.synced(Sync::ReadWrite, write)?;
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("a thread panicked"))
+            .collect()
+    });
+    results.into_iter().collect::<Result<()>>()?;
+    buffer.synced(Sync::ReadWrite, || ())?;
+    for thread in 0..4 {
+        let mut seen = [0; 8];
+        importer.read(mapping, (thread * PAGE) as u64, &mut seen)?;
+        check_eq!(
+            u64::from_ne_bytes(seen),
+            199,
+            "what thread {thread} wrote last"
+        );
+    }
+    Ok(())
+}
+
+fn unmap_in_any_order() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::anonymous(4 * PAGE)?;
+    let buffer = device.create(&[memory.range()])?;
+    let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    for order in [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1]] {
+        let mut mappings = Vec::new();
+        for index in 0..4 {
+            mappings.push(importer.map(DIRECTIONS[index % 3])?.0);
+        }
+        for (gone, index) in order.into_iter().enumerate() {
+            importer.unmap(mappings[index])?;
+            let left = device.describe(&buffer)?.mappings as usize;
+            check_eq!(left, 3 - gone, "mappings after {} of {order:?}", gone + 1);
+        }
+    }
+    importer.detach()?;
+    let error = importer.map(Direction::ToDevice).err();
+    check_eq!(
+        error.and_then(|e| e.raw_os_error()),
+        Some(libc::ENOTCONN),
+        "map when detached"
+    );
+    Ok(())
+}
+
+/// A device keeps the buffer, when everything else of it is gone.
+fn closed_while_mapped() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::anonymous(32 * PAGE)?;
+    memory.write(0, &pattern(100, 0, 32 * PAGE));
+    let pins = kernel::pins()?;
+    let buffer = device.create(&[memory.range()])?;
+    let (importer, mapping) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
+    drop((buffer, memory, device));
+    check_eq!(
+        kernel::pins()?,
+        pins + 32,
+        "pages that the device keeps pinned"
+    );
+    let other = Memory::anonymous(32 * PAGE)?;
+    other.write(0, &pattern(101, 0, 32 * PAGE));
+    holds(
+        &DeviceView {
+            importer: &importer,
+            mapping,
+        },
+        100,
+        0,
+        32 * PAGE,
+    )?;
+    drop(importer);
+    check_eq!(
+        kernel::pins()?,
+        pins,
+        "pinned pages when the device is gone, too"
+    );
+    Ok(())
+}
+
+/// The process that made the buffer is gone; a device, in another process, works on.
+fn exit_with_live_importer() -> Result<()> {
+    let link = Link::new()?;
+    let child = Child::run(|| {
+        let device = Device::open()?;
+        let memory = Memory::small_pages(32 * PAGE)?;
+        memory.write(0, &pattern(110, 0, 32 * PAGE));
+        let buffer = device.create(&scattered(&memory))?;
+        let (importer, _) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
+        importer.vmap()?;
+        link.theirs.send(importer.as_fd())
+    })?;
+    let importer = Importer::from_attached(link.ours.receive()?);
+    child.join()?;
+    // Memory that the child gave back would be used for this.
+    let other = Memory::small_pages(256 * PAGE)?;
+    other.write(0, &pattern(111, 0, 256 * PAGE));
+    let mut seen = vec![0; PAGE];
+    for page in 0..32 {
+        importer.vmap_read((page * PAGE) as u64, &mut seen)?;
+        let expected = pattern(110, ((31 - page) * PAGE) as u64, PAGE);
+        same(
+            "the buffer after its maker's exit",
+            page * PAGE,
+            &seen,
+            &expected,
+        )?;
+    }
+    let mapping = importer.map(Direction::Bidirectional)?.0;
+    importer.write(mapping, 0, &pattern(112, 0, 32 * PAGE))?;
+    holds(&KernelView(&importer), 112, 0, 32 * PAGE)?;
+    let mut seen = vec![0; 256 * PAGE];
+    other.read(0, &mut seen);
+    same("other memory", 0, &seen, &pattern(111, 0, 256 * PAGE))
+}
+
+/// A process that is killed takes its devices along.
+fn killed_importer() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::anonymous(8 * PAGE)?;
+    let buffer = device.create(&[memory.range()])?;
+    let link = Link::new()?;
+    let child = Child::run(|| {
+        let (importer, _) = mapped(&buffer, Limits::NONE, Direction::Bidirectional)?;
+        importer.vmap()?;
+        link.theirs.signal()?;
+        loop {
+            std::thread::park();
+        }
+    })?;
+    link.ours.wait()?;
+    check_eq!(
+        device.describe(&buffer)?.mappings,
+        1,
+        "mappings while it runs"
+    );
+    drop(child);
+    check_eq!(
+        device.describe(&buffer)?.mappings,
+        0,
+        "mappings after it was killed"
+    );
+    let (importer, mapping) = mapped(&buffer, Limits::NONE, Direction::Bidirectional)?;
+    let view = DeviceView {
+        importer: &importer,
+        mapping,
+    };
+    agree(&[&Source::whole(&buffer, &memory), &view], 8 * PAGE)
+}

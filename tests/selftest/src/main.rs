@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Tests pinbuf from user space, inside a guest, as root; prints KTAP.
+//!
+//! It needs `pinbuf.ko` and `pinbuf_test_importer.ko` loaded and writes to a directory on a real
+//! file system. After every subtest it checks that nothing is left behind: pins, charges,
+//! descriptors, dma-bufs, module references.
+
+mod compat32;
+mod create;
+mod errors;
+mod fork;
+mod harness;
+mod huge;
+mod importer;
+mod info;
+mod lifetime;
+mod memlock;
+mod mmap;
+mod support;
+mod uffd;
+mod vivid;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::Parser;
+
+use harness::{Outcome, Runner, Test};
+
+/// Tests pinbuf inside a guest, and reports in KTAP.
+#[derive(Debug, Parser)]
+struct Options {
+    /// Print the names of the subtests and do nothing
+    #[arg(long)]
+    list: bool,
+
+    /// Run only subtests whose name contains one of these
+    #[arg(long, value_name = "SUBSTR")]
+    filter: Vec<String>,
+
+    /// Do not look for what a subtest left behind
+    #[arg(long)]
+    no_leak_checks: bool,
+
+    /// Used by the tests themselves: what a program sees after execve
+    #[arg(long, hide = true, value_name = "FD")]
+    after_exec: Option<i32>,
+}
+
+fn tests() -> impl Iterator<Item = &'static Test> {
+    [
+        create::TESTS,
+        info::TESTS,
+        errors::TESTS,
+        mmap::TESTS,
+        importer::TESTS,
+        huge::TESTS,
+        memlock::TESTS,
+        fork::TESTS,
+        lifetime::TESTS,
+        compat32::TESTS,
+        uffd::TESTS,
+        vivid::TESTS,
+    ]
+    .into_iter()
+    .flatten()
+}
+
+fn main() -> Result<ExitCode> {
+    let options = Options::parse();
+    if let Some(fd) = options.after_exec {
+        return lifetime::after_exec(fd).map(|()| ExitCode::SUCCESS);
+    }
+    let chosen: Vec<&Test> = tests()
+        .filter(|test| {
+            options.filter.is_empty() || options.filter.iter().any(|part| test.name.contains(part))
+        })
+        .collect();
+    if options.list {
+        for test in chosen {
+            println!("{}", test.name);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+
+    println!("KTAP version 1");
+    println!("1..{}", chosen.len());
+    let mut runner = Runner::new(!options.no_leak_checks)?;
+    let mut code = ExitCode::SUCCESS;
+    for (index, test) in chosen.into_iter().enumerate() {
+        let number = index + 1;
+        let start = Instant::now();
+        let outcome = runner.run(test);
+        println!("# {}: {} ms", test.name, start.elapsed().as_millis());
+        match outcome {
+            Outcome::Passed => println!("ok {number} {}", test.name),
+            Outcome::Skipped(reason) => println!("ok {number} {} # SKIP {reason}", test.name),
+            Outcome::Failed(lines) => {
+                for line in lines {
+                    println!("# {line}");
+                }
+                println!("not ok {number} {}", test.name);
+                code = ExitCode::FAILURE;
+            }
+        }
+    }
+    Ok(code)
+}

@@ -1,0 +1,773 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Whom pages are charged to, how much a user may pin, and that it is given back.
+
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::sched::{unshare, CloneFlags};
+use pinbuf_uapi::{CHARGE_ALLOWANCE, CHARGE_NONE, CHARGE_PROCESS, CHARGE_USER};
+
+use crate::harness::tests;
+use crate::support::kernel::{HugePool, Setting};
+use crate::support::memory::{HUGE, PAGE, RW};
+use crate::support::process::{
+    become_user, drop_ipc_lock, in_child, set_memlock, Child, Link, OTHER_USER, USER,
+};
+use crate::support::{check, check_eq, kernel, Buffer, Device, Memory};
+
+tests! { "memlock":
+    limit,
+    limit_zero,
+    failures_charge_nothing,
+    across_processes,
+    given_back_at_exit,
+    given_back_by_another_process,
+    charged_to_who_calls,
+    charged_to_who_called,
+    overlap_counts_twice,
+    huge_pages_count_as_pages,
+    root_without_capability,
+    capability_lifts_it,
+    capability_of_a_namespace_does_not,
+    allowance,
+    allowance_is_for_what_is_beyond,
+    allowance_of_all_users,
+    allowance_of_a_namespace,
+    desktop_framebuffer,
+    per_process,
+    per_process_after_exit,
+    mode_changed_meanwhile,
+    shown_as_vm_pin,
+    never_over_the_limit within 120,
+    threads_share_it,
+}
+
+/// No allowance, so that the limit alone counts.
+fn no_allowance() -> Result<Setting> {
+    Setting::parameter("allowance_mb", 0)
+}
+
+/// The device, and memory of so many pages; as a user with a limit of so many.
+fn user_with(uid: u32, limit: usize, pages: usize) -> Result<(Device, Memory)> {
+    let device = Device::open()?;
+    become_user(uid)?;
+    set_memlock(limit * PAGE)?;
+    Ok((device, Memory::anonymous(pages * PAGE)?))
+}
+
+/// Expects a buffer of so many pages.
+fn gets(device: &Device, memory: &Memory, pages: usize) -> Result<Buffer> {
+    device
+        .create(&[memory.part(0, pages * PAGE)])
+        .with_context(|| format!("create with {pages} pages"))
+}
+
+/// Expects that so many pages are too many.
+fn too_many(device: &Device, memory: &Memory, pages: usize, when: &str) -> Result<()> {
+    let error = device.create(&[memory.part(0, pages * PAGE)]).err();
+    check_eq!(
+        error,
+        Some(Errno::ENOMEM),
+        "create with {pages} pages {when}"
+    );
+    Ok(())
+}
+
+/// A child that holds a buffer until it is told to end.
+struct Holder {
+    link: Link,
+    child: Child,
+}
+
+impl Holder {
+    fn new(uid: u32, limit: usize, pages: usize) -> Result<Self> {
+        let link = Link::new()?;
+        let child = Child::run(|| {
+            let (device, memory) = user_with(uid, limit, pages)?;
+            let buffer = gets(&device, &memory, pages)?;
+            link.theirs.signal()?;
+            link.theirs.wait()?;
+            drop(buffer);
+            Ok(())
+        })?;
+        match link.ours.wait() {
+            Ok(()) => Ok(Self { link, child }),
+            Err(error) => {
+                child.join()?;
+                Err(error)
+            }
+        }
+    }
+
+    fn release(self) -> Result<()> {
+        self.link.ours.signal()?;
+        self.child.join()
+    }
+}
+
+fn limit() -> Result<()> {
+    let _setting = no_allowance()?;
+    in_child(|| {
+        let (device, memory) = user_with(USER, 16, 20)?;
+        too_many(&device, &memory, 17, "of 16")?;
+        let all = gets(&device, &memory, 16)?;
+        check_eq!(
+            device.describe(&all)?.charge,
+            CHARGE_USER,
+            "what is charged"
+        );
+        check_eq!(device.describe(&all)?.charged_pages, 16, "pages charged");
+        too_many(&device, &memory, 1, "when all 16 are taken")?;
+        drop(all);
+        for _ in 0..3 {
+            let half = gets(&device, &memory, 8)?;
+            let rest = gets(&device, &memory, 8)?;
+            too_many(&device, &memory, 1, "when two buffers have 8 each")?;
+            drop(half);
+            too_many(&device, &memory, 9, "when 8 are free")?;
+            let again = gets(&device, &memory, 8)?;
+            drop((rest, again));
+        }
+        // A mapping keeps the buffer, and so the charge.
+        let mapped = gets(&device, &memory, 16)?.map()?;
+        too_many(&device, &memory, 1, "when a mapping is left of 16")?;
+        drop(mapped);
+        drop(gets(&device, &memory, 16)?);
+        Ok(())
+    })
+}
+
+fn limit_zero() -> Result<()> {
+    let _setting = no_allowance()?;
+    in_child(|| {
+        let (device, memory) = user_with(USER, 0, 1)?;
+        too_many(&device, &memory, 1, "of none")?;
+        check_eq!(device.query()?.memlock_bytes, 0, "the limit as told");
+        check_eq!(device.query()?.allowance_bytes, 0, "the allowance as told");
+        Ok(())
+    })
+}
+
+fn failures_charge_nothing() -> Result<()> {
+    let _setting = no_allowance()?;
+    in_child(|| {
+        let (device, memory) = user_with(USER, 16, 16)?;
+        memory.unmap(15 * PAGE, PAGE)?;
+        for _ in 0..50 {
+            let error = device.create(&[memory.range()]).err();
+            check_eq!(error, Some(Errno::EFAULT), "create with a hole at the end");
+            let error = device.create(&[memory.part(0, 8 * PAGE); 3]).err();
+            check_eq!(error, Some(Errno::ENOMEM), "create with 24 pages of 16");
+        }
+        memory.replace(15 * PAGE, PAGE)?;
+        drop(gets(&device, &memory, 16)?);
+        Ok(())
+    })
+}
+
+fn across_processes() -> Result<()> {
+    let _setting = no_allowance()?;
+    let first = Holder::new(USER, 16, 8)?;
+    let second = Holder::new(USER, 16, 7)?;
+    let one_is_left = |other| {
+        in_child(|| {
+            let (device, memory) = user_with(USER, 16, 17)?;
+            too_many(&device, &memory, other, "in a third process")?;
+            drop(gets(&device, &memory, other - 1)?);
+            Ok(())
+        })
+    };
+    one_is_left(2)?;
+    // Each process is held to its own limit.
+    in_child(|| {
+        let (device, memory) = user_with(USER, 20, 20)?;
+        too_many(&device, &memory, 6, "with a limit of 20")?;
+        drop(gets(&device, &memory, 5)?);
+        Ok(())
+    })?;
+    // Another user has all of his.
+    in_child(|| {
+        let (device, memory) = user_with(OTHER_USER, 16, 16)?;
+        drop(gets(&device, &memory, 16)?);
+        Ok(())
+    })?;
+    first.release()?;
+    one_is_left(10)?;
+    second.release()?;
+    one_is_left(17)
+}
+
+fn given_back_at_exit() -> Result<()> {
+    let _setting = no_allowance()?;
+    for _ in 0..5 {
+        let holder = Holder::new(USER, 16, 16)?;
+        // Killed: nothing of its own runs any more.
+        drop(holder);
+    }
+    Holder::new(USER, 16, 16)?.release()
+}
+
+/// The maker is charged until the last user, someone else, lets go.
+fn given_back_by_another_process() -> Result<()> {
+    let _setting = no_allowance()?;
+    let link = Link::new()?;
+    let child = Child::run(|| {
+        let (device, memory) = user_with(USER, 16, 12)?;
+        link.theirs.send(gets(&device, &memory, 12)?.as_fd())
+    })?;
+    let buffer = Buffer::from_fd(link.ours.receive()?);
+    child.join()?;
+    let free = |pages: usize| {
+        in_child(|| {
+            let (device, memory) = user_with(USER, 16, 17)?;
+            too_many(
+                &device,
+                &memory,
+                pages + 1,
+                "while another process has the buffer",
+            )?;
+            drop(gets(&device, &memory, pages)?);
+            Ok(())
+        })
+    };
+    free(4)?;
+    let mapped = buffer.map()?;
+    drop(buffer);
+    free(4)?;
+    drop(mapped);
+    free(16)
+}
+
+/// Whoever opened the device, its caller is charged.
+fn charged_to_who_calls() -> Result<()> {
+    let _setting = no_allowance()?;
+    let device = Device::open()?;
+    let buffer = Holder::new(USER, 16, 16)?;
+    in_child(|| {
+        become_user(USER)?;
+        set_memlock(16 * PAGE)?;
+        let memory = Memory::anonymous(PAGE)?;
+        too_many(&device, &memory, 1, "through root's descriptor")
+    })?;
+    in_child(|| {
+        become_user(OTHER_USER)?;
+        set_memlock(16 * PAGE)?;
+        let memory = Memory::anonymous(16 * PAGE)?;
+        drop(gets(&device, &memory, 16)?);
+        Ok(())
+    })?;
+    buffer.release()
+}
+
+/// A process that changes its user meanwhile gives back to the one it took from.
+fn charged_to_who_called() -> Result<()> {
+    let _setting = no_allowance()?;
+    in_child(|| {
+        let device = Device::open()?;
+        let memory = Memory::anonymous(16 * PAGE)?;
+        let buffer = gets(&device, &memory, 16)?;
+        become_user(USER)?;
+        drop(buffer);
+        set_memlock(16 * PAGE)?;
+        // Had it been given back to this user, more than 16 could be had, or fewer.
+        let all = gets(&device, &memory, 16)?;
+        too_many(&device, &memory, 1, "after the change of user")?;
+        drop(all);
+        Ok(())
+    })
+}
+
+fn overlap_counts_twice() -> Result<()> {
+    let _setting = no_allowance()?;
+    in_child(|| {
+        let (device, memory) = user_with(USER, 16, 8)?;
+        let buffer = device.create(&[memory.range(), memory.range()])?;
+        check_eq!(device.describe(&buffer)?.charged_pages, 16, "pages charged");
+        too_many(&device, &memory, 1, "when the same 8 are pinned twice")?;
+        drop(buffer);
+        let error = device.create(&[memory.range(); 3]).err();
+        check_eq!(error, Some(Errno::ENOMEM), "the same 8 three times");
+        Ok(())
+    })
+}
+
+/// What is charged is what was named, in pages, not the huge pages that it lies in.
+fn huge_pages_count_as_pages() -> Result<()> {
+    let _pool = HugePool::with_free(2)?;
+    let _setting = no_allowance()?;
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
+    let memory = Memory::map(2 * HUGE, RW, flags, None, 0)?;
+    in_child(|| {
+        let device = Device::open()?;
+        become_user(USER)?;
+        set_memlock(16 * PAGE)?;
+        let buffer = device.create(&[memory.part(505 * PAGE, 16 * PAGE)])?;
+        check_eq!(device.describe(&buffer)?.charged_pages, 16, "pages charged");
+        drop(buffer);
+        let error = device.create(&[memory.part(505 * PAGE, 17 * PAGE)]).err();
+        check_eq!(error, Some(Errno::ENOMEM), "17 pages of 16");
+        Ok(())
+    })
+}
+
+/// Root is a user like any other without the capability.
+fn root_without_capability() -> Result<()> {
+    let _setting = no_allowance()?;
+    in_child(|| {
+        let device = Device::open()?;
+        drop_ipc_lock()?;
+        set_memlock(16 * PAGE)?;
+        let memory = Memory::anonymous(17 * PAGE)?;
+        too_many(&device, &memory, 17, "as root without CAP_IPC_LOCK")?;
+        drop(gets(&device, &memory, 16)?);
+        Ok(())
+    })
+}
+
+fn capability_lifts_it() -> Result<()> {
+    let _setting = no_allowance()?;
+    in_child(|| {
+        let device = Device::open()?;
+        set_memlock(16 * PAGE)?;
+        check_eq!(device.query()?.memlock_bytes, u64::MAX, "the limit as told");
+        let memory = Memory::anonymous(1000 * PAGE)?;
+        let small = gets(&device, &memory, 10)?;
+        check_eq!(
+            device.describe(&small)?.charge,
+            CHARGE_USER,
+            "what 10 of 16 are charged to"
+        );
+        let large = gets(&device, &memory, 1000)?;
+        let info = device.describe(&large)?;
+        check_eq!(info.charge, CHARGE_NONE, "what 1000 of 16 are charged to");
+        check_eq!(kernel::vm_pin()?, 1010 * PAGE as i64, "VmPin");
+        // They take no room of processes of the same user that lack the capability.
+        in_child(|| {
+            drop_ipc_lock()?;
+            too_many(&device, &memory, 7, "when 6 are left")?;
+            drop(gets(&device, &memory, 6)?);
+            Ok(())
+        })
+    })
+}
+
+/// Anyone has every capability in a user namespace of his own.
+fn capability_of_a_namespace_does_not() -> Result<()> {
+    let _setting = no_allowance()?;
+    in_child(|| {
+        let (device, memory) = user_with(USER, 4, 8)?;
+        unshare(CloneFlags::CLONE_NEWUSER)
+            .context("making a user namespace (kernel.unprivileged_userns_clone=0?)")?;
+        check!(
+            caps::has_cap(
+                None,
+                caps::CapSet::Effective,
+                caps::Capability::CAP_IPC_LOCK
+            )?,
+            "no CAP_IPC_LOCK in the new namespace"
+        );
+        too_many(&device, &memory, 5, "in a user namespace")?;
+        check_eq!(
+            device.query()?.memlock_bytes,
+            4 * PAGE as u64,
+            "the limit as told"
+        );
+        drop(gets(&device, &memory, 4)?);
+        Ok(())
+    })
+}
+
+fn allowance() -> Result<()> {
+    let _setting = Setting::parameter("allowance_mb", 1)?;
+    in_child(|| {
+        let (device, memory) = user_with(USER, 0, 300)?;
+        let query = device.query()?;
+        check_eq!(query.allowance_bytes, 1 << 20, "the allowance as told");
+        check_eq!(query.allowance_used, 0, "the allowance used");
+        too_many(&device, &memory, 257, "of an allowance of 256")?;
+        let first = gets(&device, &memory, 200)?;
+        check_eq!(
+            device.describe(&first)?.charge,
+            CHARGE_ALLOWANCE,
+            "what is charged"
+        );
+        check_eq!(
+            device.query()?.allowance_used,
+            200 * PAGE as u64,
+            "the allowance used"
+        );
+        too_many(&device, &memory, 57, "when 56 are left")?;
+        let second = gets(&device, &memory, 56)?;
+        check_eq!(
+            device.query()?.allowance_used,
+            1 << 20,
+            "the allowance used by two"
+        );
+        drop(first);
+        check_eq!(
+            device.query()?.allowance_used,
+            56 * PAGE as u64,
+            "the allowance used by one"
+        );
+        drop(second);
+        check_eq!(
+            device.query()?.allowance_used,
+            0,
+            "the allowance used at the end"
+        );
+        Ok(())
+    })
+}
+
+/// The limit comes first; what does not fit is the allowance's.
+fn allowance_is_for_what_is_beyond() -> Result<()> {
+    let _setting = Setting::parameter("allowance_mb", 1)?;
+    in_child(|| {
+        let (device, memory) = user_with(USER, 16, 300)?;
+        let small = gets(&device, &memory, 16)?;
+        check_eq!(
+            device.describe(&small)?.charge,
+            CHARGE_USER,
+            "what 16 of 16 are charged to"
+        );
+        check_eq!(device.query()?.allowance_used, 0, "the allowance used");
+        let more = gets(&device, &memory, 10)?;
+        check_eq!(
+            device.describe(&more)?.charge,
+            CHARGE_ALLOWANCE,
+            "what 10 more are charged to"
+        );
+        check_eq!(
+            device.query()?.allowance_used,
+            10 * PAGE as u64,
+            "the allowance used"
+        );
+        drop(small);
+        let small = gets(&device, &memory, 16)?;
+        check_eq!(
+            device.describe(&small)?.charge,
+            CHARGE_USER,
+            "what 16 are charged to again"
+        );
+        Ok(())
+    })?;
+    // The allowance is the user's, not a process's.
+    let holder = Holder::new(USER, 0, 200)?;
+    in_child(|| {
+        let (device, memory) = user_with(USER, 0, 100)?;
+        check_eq!(
+            device.query()?.allowance_used,
+            200 * PAGE as u64,
+            "used by another process"
+        );
+        too_many(&device, &memory, 57, "when another process has 200 of 256")?;
+        drop(gets(&device, &memory, 56)?);
+        Ok(())
+    })?;
+    holder.release()
+}
+
+fn allowance_of_all_users() -> Result<()> {
+    let _one = Setting::parameter("allowance_mb", 1)?;
+    let _all = Setting::parameter("allowance_system_mb", 1)?;
+    let holder = Holder::new(USER, 0, 200)?;
+    in_child(|| {
+        let (device, memory) = user_with(OTHER_USER, 0, 100)?;
+        let query = device.query()?;
+        check_eq!(
+            query.allowance_system,
+            1 << 20,
+            "what all users may have, as told"
+        );
+        check_eq!(query.allowance_used, 0, "used by this user");
+        too_many(&device, &memory, 57, "when another user has 200 of all 256")?;
+        let rest = gets(&device, &memory, 56)?;
+        too_many(&device, &memory, 1, "when two users have all")?;
+        drop(rest);
+        // What stays within a user's own limit needs no allowance.
+        set_memlock(0)?;
+        Ok(())
+    })?;
+    in_child(|| {
+        let (device, memory) = user_with(OTHER_USER, 100, 100)?;
+        drop(gets(&device, &memory, 100)?);
+        Ok(())
+    })?;
+    holder.release()?;
+    in_child(|| {
+        let (device, memory) = user_with(OTHER_USER, 0, 256)?;
+        drop(gets(&device, &memory, 256)?);
+        Ok(())
+    })
+}
+
+/// A user namespace brings users of its own, but no allowances: its maker's is used.
+fn allowance_of_a_namespace() -> Result<()> {
+    let _setting = Setting::parameter("allowance_mb", 1)?;
+    let link = Link::new()?;
+    let child = Child::run(|| {
+        let (device, memory) = user_with(USER, 0, 256)?;
+        unshare(CloneFlags::CLONE_NEWUSER).context("making a user namespace")?;
+        link.theirs.signal()?;
+        link.theirs.wait()?;
+        // User 1 of the namespace is another user outside of it.
+        become_user(1)?;
+        let buffer = gets(&device, &memory, 200)?;
+        check_eq!(
+            device.describe(&buffer)?.charge,
+            CHARGE_ALLOWANCE,
+            "what is charged"
+        );
+        let used = device.query()?.allowance_used;
+        check_eq!(
+            used,
+            200 * PAGE as u64,
+            "the allowance used, as told inside"
+        );
+        too_many(&device, &memory, 57, "when 56 are left")?;
+        link.theirs.signal()?;
+        link.theirs.wait()?;
+        drop(buffer);
+        Ok(())
+    })?;
+    let said =
+        |result: Result<()>| -> Result<()> { result.context("the child failed, or is slow") };
+    said(link.ours.wait())?;
+    let proc = format!("/proc/{}", child.pid());
+    kernel::write(
+        format!("{proc}/uid_map"),
+        format!("0 {USER} 1\n1 {OTHER_USER} 1"),
+    )?;
+    kernel::write(
+        format!("{proc}/gid_map"),
+        format!("0 {USER} 1\n1 {OTHER_USER} 1"),
+    )?;
+    link.ours.signal()?;
+    if link.ours.wait().is_err() {
+        return child.join();
+    }
+    let used_by = |uid| {
+        let answer = Memory::map(PAGE, RW, libc::MAP_SHARED | libc::MAP_ANONYMOUS, None, 0)?;
+        in_child(|| {
+            let (device, _) = user_with(uid, 0, 1)?;
+            answer.set(0, device.query()?.allowance_used);
+            Ok(())
+        })?;
+        anyhow::Ok(answer.get(0))
+    };
+    check_eq!(
+        used_by(USER)?,
+        200 * PAGE as u64,
+        "used by who made the namespace"
+    );
+    check_eq!(used_by(OTHER_USER)?, 0, "used by who lent it a user");
+    link.ours.signal()?;
+    child.join()
+}
+
+/// With Debian's default limit of 8 MiB and the module's own defaults, a 4K framebuffer is
+/// possible, twice.
+fn desktop_framebuffer() -> Result<()> {
+    in_child(|| {
+        let pages = (3840 * 2160 * 4usize).div_ceil(PAGE);
+        let (device, memory) = user_with(USER, (8 << 20) / PAGE, pages)?;
+        let front = gets(&device, &memory, pages)?;
+        let back = gets(&device, &memory, pages)?;
+        front.map()?.set(pages * PAGE - 8, 17);
+        check_eq!(back.map()?.get(pages * PAGE - 8), 17, "the last pixels");
+        check_eq!(
+            device.query()?.allowance_used,
+            2 * (pages * PAGE) as u64,
+            "the allowance used by two framebuffers"
+        );
+        Ok(())
+    })
+}
+
+/// Every process has its limit for itself.
+fn per_process() -> Result<()> {
+    let _setting = no_allowance()?;
+    let _mode = Setting::parameter("charge_process", 1)?;
+    let holder = Holder::new(USER, 16, 16)?;
+    in_child(|| {
+        let (device, memory) = user_with(USER, 16, 17)?;
+        check_eq!(
+            device.query()?.charge_mode,
+            CHARGE_PROCESS,
+            "the mode as told"
+        );
+        let first = gets(&device, &memory, 10)?;
+        check_eq!(
+            device.describe(&first)?.charge,
+            CHARGE_PROCESS,
+            "what is charged"
+        );
+        check_eq!(kernel::vm_pin()?, 10 * PAGE as i64, "VmPin");
+        too_many(&device, &memory, 7, "in one process")?;
+        let second = gets(&device, &memory, 6)?;
+        too_many(&device, &memory, 1, "in one process that has all")?;
+        drop((first, second));
+        drop(gets(&device, &memory, 16)?);
+        check_eq!(kernel::vm_pin()?, 0, "VmPin at the end");
+        Ok(())
+    })?;
+    holder.release()
+}
+
+/// The process that was charged is gone before the buffer.
+fn per_process_after_exit() -> Result<()> {
+    let _setting = no_allowance()?;
+    let _mode = Setting::parameter("charge_process", 1)?;
+    let link = Link::new()?;
+    let child = Child::run(|| {
+        let (device, memory) = user_with(USER, 16, 16)?;
+        memory.set(0, 3);
+        link.theirs.send(gets(&device, &memory, 16)?.as_fd())
+    })?;
+    let buffer = Buffer::from_fd(link.ours.receive()?);
+    child.join()?;
+    check_eq!(buffer.map()?.get(0), 3, "the buffer's first word");
+    check_eq!(
+        kernel::vm_pin()?,
+        0,
+        "VmPin of a process that pinned nothing"
+    );
+    drop(buffer);
+    check_eq!(kernel::vm_pin()?, 0, "VmPin after the release");
+    Ok(())
+}
+
+/// Each buffer remembers what it was charged to.
+fn mode_changed_meanwhile() -> Result<()> {
+    let _setting = no_allowance()?;
+    in_child(|| {
+        let device = Device::open()?;
+        drop_ipc_lock()?;
+        set_memlock(16 * PAGE)?;
+        let memory = Memory::anonymous(16 * PAGE)?;
+        for (before, after) in [(0, 1), (1, 0)] {
+            let mode = Setting::parameter("charge_process", before)?;
+            let buffer = gets(&device, &memory, 16)?;
+            let other = Setting::parameter("charge_process", after)?;
+            let expected = if before == 0 {
+                CHARGE_USER
+            } else {
+                CHARGE_PROCESS
+            };
+            check_eq!(
+                device.describe(&buffer)?.charge,
+                expected,
+                "what is charged"
+            );
+            drop(buffer);
+            check_eq!(kernel::vm_pin()?, 0, "VmPin");
+            drop(gets(&device, &memory, 16)?);
+            drop(other);
+            drop(gets(&device, &memory, 16)?);
+            drop(mode);
+        }
+        Ok(())
+    })
+}
+
+fn shown_as_vm_pin() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::anonymous(33 * PAGE)?;
+    check_eq!(kernel::vm_pin()?, 0, "VmPin before");
+    let first = gets(&device, &memory, 33)?;
+    let second = gets(&device, &memory, 7)?;
+    check_eq!(
+        kernel::vm_pin()?,
+        40 * PAGE as i64,
+        "VmPin with two buffers"
+    );
+    drop(first);
+    check_eq!(kernel::vm_pin()?, 7 * PAGE as i64, "VmPin with one");
+    in_child(|| {
+        check_eq!(
+            kernel::vm_pin()?,
+            0,
+            "VmPin in a child, which pinned nothing"
+        );
+        Ok(())
+    })?;
+    drop(second);
+    check_eq!(kernel::vm_pin()?, 0, "VmPin after");
+    Ok(())
+}
+
+/// Several processes of a user try for all they can get, and together never have more.
+fn never_over_the_limit() -> Result<()> {
+    const LIMIT: usize = 16;
+    let _setting = no_allowance()?;
+    let shared = Memory::map(PAGE, RW, libc::MAP_SHARED | libc::MAP_ANONYMOUS, None, 0)?;
+    let counters = |index: usize| {
+        let word = shared.at(index * 8).cast::<AtomicI64>();
+        // SAFETY: aligned, inside of the mapping, and reached as an atomic only.
+        unsafe { &*word }
+    };
+    let (held, most, made) = (counters(0), counters(1), counters(2));
+    let children: Vec<Child> = (0..4usize)
+        .map(|index| {
+            Child::run(|| {
+                let (device, memory) = user_with(USER, LIMIT, LIMIT)?;
+                for round in 0..300 {
+                    let pages = 1 + (round * 7 + index * 5) % LIMIT;
+                    match device.create(&[memory.part(0, pages * PAGE)]) {
+                        Ok(buffer) => {
+                            let pages = pages as i64;
+                            let now = held.fetch_add(pages, Ordering::SeqCst) + pages;
+                            most.fetch_max(now, Ordering::SeqCst);
+                            made.fetch_add(1, Ordering::SeqCst);
+                            std::thread::yield_now();
+                            held.fetch_sub(pages, Ordering::SeqCst);
+                            drop(buffer);
+                        }
+                        Err(error) => check_eq!(error, Errno::ENOMEM, "create"),
+                    }
+                }
+                Ok(())
+            })
+        })
+        .collect::<Result<_>>()?;
+    for child in children {
+        child.join()?;
+    }
+    let (most, made) = (most.load(Ordering::SeqCst), made.load(Ordering::SeqCst));
+    check!(
+        most <= LIMIT as i64,
+        "{most} pages were pinned at once, of {LIMIT}"
+    );
+    check!(made >= 300, "only {made} buffers of 1200 were made");
+    Holder::new(USER, LIMIT, LIMIT)?.release()
+}
+
+fn threads_share_it() -> Result<()> {
+    let _setting = no_allowance()?;
+    in_child(|| {
+        let (device, memory) = user_with(USER, 16, 16)?;
+        let results: Vec<Result<()>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4)
+                .map(|_| {
+                    scope.spawn(|| -> Result<()> {
+                        for _ in 0..100 {
+                            // Four of four pages always fit.
+                            drop(gets(&device, &memory, 4)?);
+                        }
+                        Ok(())
+                    })
+                })
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().expect("a thread panicked"))
+                .collect()
+        });
+        results.into_iter().collect::<Result<()>>()?;
+        drop(gets(&device, &memory, 16)?);
+        Ok(())
+    })
+}

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What the kernel tells about itself, and settings that are put back.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{bail, Context, Result};
+
+use super::Skip;
+
+/// A file's text.
+pub fn read(path: impl AsRef<Path>) -> Result<String> {
+    let path = path.as_ref();
+    fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))
+}
+
+/// Writes a file of the kernel's.
+pub fn write(path: impl AsRef<Path>, text: impl ToString) -> Result<()> {
+    let path = path.as_ref();
+    let text = text.to_string();
+    fs::write(path, &text).with_context(|| format!("writing {text:?} to {}", path.display()))
+}
+
+/// A file that holds a number.
+pub fn number(path: impl AsRef<Path>) -> Result<i64> {
+    let path = path.as_ref();
+    read(path)?
+        .trim()
+        .parse()
+        .with_context(|| format!("parsing {}", path.display()))
+}
+
+/// The number after `key` in a file of lines such as `VmPin:  8 kB` or `nr_free_pages 7`.
+pub fn field(path: &str, key: &str) -> Result<i64> {
+    for line in read(path)?.lines() {
+        let mut words = line.split_whitespace();
+        if words.next().map(|word| word.trim_end_matches(':')) == Some(key) {
+            let value = words
+                .next()
+                .with_context(|| format!("{path}: {key} has no value"))?;
+            return Ok(value.parse()?);
+        }
+    }
+    bail!("{path} has no {key}")
+}
+
+/// Pages pinned by anyone, exactly.
+pub fn pins() -> Result<i64> {
+    write("/proc/sys/vm/stat_refresh", "1")?;
+    let acquired = field("/proc/vmstat", "nr_foll_pin_acquired")?;
+    Ok(acquired - field("/proc/vmstat", "nr_foll_pin_released")?)
+}
+
+/// What this process pinned, as `VmPin` tells it, in bytes.
+pub fn vm_pin() -> Result<i64> {
+    Ok(field("/proc/self/status", "VmPin")? * 1024)
+}
+
+/// What this process locked, as `VmLck` tells it, in bytes.
+pub fn vm_lck() -> Result<i64> {
+    Ok(field("/proc/self/status", "VmLck")? * 1024)
+}
+
+/// References that keep the module loaded; `None` if it is not.
+pub fn module_references() -> Result<Option<i64>> {
+    let path = Path::new("/sys/module/pinbuf/refcnt");
+    path.exists().then(|| number(path)).transpose()
+}
+
+/// How many dma-bufs there are.
+pub fn dma_bufs() -> Result<i64> {
+    let text = read("/sys/kernel/debug/dma_buf/bufinfo")?;
+    let line = text
+        .lines()
+        .rev()
+        .find(|line| line.starts_with("Total "))
+        .context("bufinfo")?;
+    let count = line.split_whitespace().nth(1).context("bufinfo's count")?;
+    Ok(count.parse()?)
+}
+
+/// Open descriptors of this process.
+pub fn descriptors() -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let path = entry?.path();
+        let target = fs::read_link(&path).unwrap_or_default();
+        // The directory itself is open while it is read.
+        if !target.to_string_lossy().ends_with("/fd") {
+            found.push(format!("{} -> {}", path.display(), target.display()));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Bounce buffer slots in use.
+pub fn bounce_slots() -> Result<i64> {
+    let path = Path::new("/sys/kernel/debug/swiotlb/io_tlb_used");
+    if path.exists() {
+        number(path)
+    } else {
+        Ok(0)
+    }
+}
+
+/// Whether every device mapping goes through a bounce buffer.
+pub fn bounces_always() -> Result<bool> {
+    Ok(read("/proc/cmdline")?
+        .split_whitespace()
+        .any(|word| word == "swiotlb=force"))
+}
+
+/// Faults of this process that needed no input.
+pub fn faults() -> Result<i64> {
+    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF)?;
+    Ok(usage.minor_page_faults())
+}
+
+/// Memory that can be had, in bytes.
+pub fn available() -> Result<usize> {
+    Ok(usize::try_from(field("/proc/meminfo", "MemAvailable")?)? << 10)
+}
+
+/// A setting of the kernel's, put back when dropped.
+#[derive(Debug)]
+pub struct Setting {
+    path: PathBuf,
+    before: String,
+}
+
+impl Setting {
+    /// Changes it.
+    pub fn set(path: impl AsRef<Path>, value: impl ToString) -> Result<Self> {
+        let path = path.as_ref().to_owned();
+        let setting = Self {
+            before: read(&path)?.trim().to_owned(),
+            path,
+        };
+        write(&setting.path, value)?;
+        Ok(setting)
+    }
+
+    /// Changes one of the module's parameters.
+    pub fn parameter(name: &str, value: impl ToString) -> Result<Self> {
+        Self::set(format!("/sys/module/pinbuf/parameters/{name}"), value)
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        if let Err(error) = write(&self.path, &self.before) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+/// Free huge pages, put back when dropped.
+#[derive(Debug)]
+pub struct HugePool(#[allow(dead_code, reason = "held for its Drop")] Setting);
+
+impl HugePool {
+    const SMALL: &'static str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+    const LARGE: &'static str = "/sys/kernel/mm/hugepages/hugepages-1048576kB";
+
+    /// Makes just so many free huge pages of 2 MiB.
+    pub fn with_free(count: i64) -> Result<Self> {
+        let total = number(format!("{}/nr_hugepages", Self::SMALL))?;
+        let free = number(format!("{}/free_hugepages", Self::SMALL))?;
+        let wanted = total - free + count;
+        write("/proc/sys/vm/compact_memory", "1")?;
+        let pool = Self(Setting::set(
+            format!("{}/nr_hugepages", Self::SMALL),
+            wanted,
+        )?);
+        let got = Self::free()?;
+        if got != count {
+            bail!("asked for {count} free huge pages, got {got}");
+        }
+        Ok(pool)
+    }
+
+    /// Free huge pages of 2 MiB.
+    pub fn free() -> Result<i64> {
+        number(format!("{}/free_hugepages", Self::SMALL))
+    }
+
+    /// Makes one free huge page of 1 GiB, which a machine may be too small or fragmented for.
+    pub fn with_giga() -> Result<Self> {
+        let missing = || Skip("no huge page of 1 GiB could be made".to_owned());
+        let path = format!("{}/nr_hugepages", Self::LARGE);
+        if !Path::new(&path).exists() {
+            bail!(missing());
+        }
+        let free = || number(format!("{}/free_hugepages", Self::LARGE));
+        let before = number(&path)?;
+        let needed = if free()? > 0 { before } else { before + 1 };
+        let pool = Self(Setting::set(&path, needed)?);
+        if free()? < 1 {
+            bail!(missing());
+        }
+        Ok(pool)
+    }
+}

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Child processes, and what they say and hand over.
+
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::process::exit;
+use std::time::{Duration, Instant};
+
+use anyhow::{anyhow, bail, Context, Result};
+use nix::cmsg_space;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::resource::{setrlimit, Resource};
+use nix::sys::signal::{kill, Signal};
+use nix::sys::socket::{recvmsg, sendmsg, ControlMessage, ControlMessageOwned, MsgFlags};
+use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
+use nix::unistd::{fork, pipe, setgroups, setresgid, setresuid, ForkResult, Gid, Pid, Uid};
+
+/// How long a child may take for what takes no time.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A user that nothing else runs as.
+pub const USER: u32 = 61_000;
+/// Another one.
+pub const OTHER_USER: u32 = 61_001;
+
+/// A child that runs a closure; killed when dropped.
+#[derive(Debug)]
+pub struct Child {
+    pid: Pid,
+    said: File,
+    done: bool,
+}
+
+/// What a child's error looks like on its way to the parent.
+fn describe(result: std::thread::Result<Result<()>>) -> Option<String> {
+    match result {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(format!("{error:#}")),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+            Some(format!(
+                "panicked: {}",
+                text.unwrap_or("with something that is no text")
+            ))
+        }
+    }
+}
+
+impl Child {
+    /// Forks, and runs the closure in the child.
+    pub fn run(action: impl FnOnce() -> Result<()>) -> Result<Self> {
+        let (said, says) = pipe().context("pipe")?;
+        // SAFETY: the caller's other threads, if any, hold no lock that the child needs: tests
+        // start children before threads.
+        match unsafe { fork() }.context("fork")? {
+            ForkResult::Parent { child } => Ok(Self {
+                pid: child,
+                said: File::from(said),
+                done: false,
+            }),
+            ForkResult::Child => {
+                drop(said);
+                let result = catch_unwind(AssertUnwindSafe(action));
+                let code = match describe(result) {
+                    None => 0,
+                    Some(text) => {
+                        let _ = File::from(says).write_all(text.as_bytes());
+                        1
+                    }
+                };
+                exit(code)
+            }
+        }
+    }
+
+    /// Its number.
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Sends it a signal.
+    pub fn kill(&self, signal: Signal) -> Result<()> {
+        kill(self.pid, signal).context("kill")
+    }
+
+    /// Whether it still runs.
+    pub fn runs(&mut self) -> Result<bool> {
+        Ok(!self.done && self.poll()?.is_none())
+    }
+
+    fn poll(&mut self) -> Result<Option<WaitStatus>> {
+        let status = waitpid(self.pid, Some(WaitPidFlag::WNOHANG)).context("waitpid")?;
+        if status == WaitStatus::StillAlive {
+            return Ok(None);
+        }
+        self.done = true;
+        Ok(Some(status))
+    }
+
+    /// Waits until it ends, however it does.
+    pub fn end(mut self, patience: Duration) -> Result<(WaitStatus, String)> {
+        let deadline = Instant::now() + patience;
+        let status = loop {
+            if let Some(status) = self.poll()? {
+                break status;
+            }
+            if Instant::now() > deadline {
+                bail!("the child still runs after {patience:?}");
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        let mut said = String::new();
+        // A grandchild may still hold the other end.
+        let mut fds = [PollFd::new(self.said.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut fds, PollTimeout::ZERO)? > 0 {
+            let mut text = vec![0; 1 << 16];
+            let count = self.said.read(&mut text)?;
+            said = String::from_utf8_lossy(&text[..count]).into_owned();
+        }
+        Ok((status, said))
+    }
+
+    /// Waits until it ends, which must be without an error.
+    pub fn join(self) -> Result<()> {
+        self.join_within(PATIENCE)
+    }
+
+    /// Waits for so long.
+    pub fn join_within(self, patience: Duration) -> Result<()> {
+        match self.end(patience)? {
+            (WaitStatus::Exited(_, 0), _) => Ok(()),
+            (WaitStatus::Exited(..), said) => Err(anyhow!("in the child: {said}")),
+            (status, _) => Err(anyhow!("the child ended by {status:?}")),
+        }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if !self.done {
+            let _ = kill(self.pid, Signal::SIGKILL);
+            let _ = waitpid(self.pid, None);
+        }
+    }
+}
+
+/// Runs a closure in a child and waits for it.
+pub fn in_child(action: impl FnOnce() -> Result<()>) -> Result<()> {
+    Child::run(action)?.join()
+}
+
+/// The signal that a closure, run in a child, dies of; `None` if it returns.
+pub fn signal_of(action: impl FnOnce()) -> Result<Option<Signal>> {
+    let child = Child::run(|| {
+        action();
+        Ok(())
+    })?;
+    match child.end(PATIENCE)? {
+        (WaitStatus::Exited(_, 0), _) => Ok(None),
+        (WaitStatus::Signaled(_, signal, _), _) => Ok(Some(signal)),
+        other => bail!("the child ended by {other:?}"),
+    }
+}
+
+/// Gives up root for a user without any capability.
+pub fn become_user(uid: u32) -> Result<()> {
+    setgroups(&[]).context("setgroups")?;
+    let gid = Gid::from_raw(uid);
+    setresgid(gid, gid, gid).context("setresgid")?;
+    let uid = Uid::from_raw(uid);
+    setresuid(uid, uid, uid).context("setresuid")
+}
+
+/// Stays root, but without `CAP_IPC_LOCK`.
+pub fn drop_ipc_lock() -> Result<()> {
+    for set in [caps::CapSet::Effective, caps::CapSet::Permitted] {
+        caps::drop(None, set, caps::Capability::CAP_IPC_LOCK).context("dropping CAP_IPC_LOCK")?;
+    }
+    Ok(())
+}
+
+/// Sets `RLIMIT_MEMLOCK`, in bytes.
+pub fn set_memlock(bytes: usize) -> Result<()> {
+    let bytes = bytes as u64;
+    setrlimit(Resource::RLIMIT_MEMLOCK, bytes, bytes).context("setting RLIMIT_MEMLOCK")
+}
+
+/// Two ends over which processes take turns and hand descriptors over. Create it before a fork;
+/// the parent uses one end and the child the other.
+#[derive(Debug)]
+pub struct Link {
+    /// The parent's end.
+    pub ours: End,
+    /// The child's end.
+    pub theirs: End,
+}
+
+/// An end of a [`Link`].
+#[derive(Debug)]
+pub struct End(UnixStream);
+
+impl Link {
+    /// A new one.
+    pub fn new() -> Result<Self> {
+        let (ours, theirs) = UnixStream::pair()?;
+        for end in [&ours, &theirs] {
+            end.set_read_timeout(Some(PATIENCE))?;
+        }
+        Ok(Self {
+            ours: End(ours),
+            theirs: End(theirs),
+        })
+    }
+}
+
+impl End {
+    /// Lets the other side go on.
+    pub fn signal(&self) -> Result<()> {
+        self.say(0)
+    }
+
+    /// Waits until the other side says so.
+    pub fn wait(&self) -> Result<()> {
+        self.hear().map(drop)
+    }
+
+    /// Says a number.
+    pub fn say(&self, value: u64) -> Result<()> {
+        (&self.0)
+            .write_all(&value.to_ne_bytes())
+            .context("telling the other process")
+    }
+
+    /// Hears a number.
+    pub fn hear(&self) -> Result<u64> {
+        let mut value = [0; 8];
+        (&self.0)
+            .read_exact(&mut value)
+            .context("waiting for the other process")?;
+        Ok(u64::from_ne_bytes(value))
+    }
+
+    /// Hands a descriptor over.
+    pub fn send(&self, fd: BorrowedFd<'_>) -> Result<()> {
+        let fds = [fd.as_raw_fd()];
+        let control = [ControlMessage::ScmRights(&fds)];
+        let data = [IoSlice::new(&[1])];
+        sendmsg::<()>(self.0.as_raw_fd(), &data, &control, MsgFlags::empty(), None)
+            .context("handing a descriptor over")?;
+        Ok(())
+    }
+
+    /// Takes a descriptor.
+    pub fn receive(&self) -> Result<OwnedFd> {
+        let mut byte = [0];
+        let mut data = [IoSliceMut::new(&mut byte)];
+        let mut space = cmsg_space!(i32);
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let message = recvmsg::<()>(self.0.as_raw_fd(), &mut data, Some(&mut space), flags)
+            .context("waiting for a descriptor")?;
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(fds) = control {
+                if let [fd] = fds[..] {
+                    // SAFETY: the kernel has just opened it for us.
+                    return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+                }
+            }
+        }
+        bail!("no descriptor came")
+    }
+}
