@@ -21,6 +21,7 @@ const IMAGES: &[(&str, &[&str])] = &[
             "e2fsprogs",
             "iproute2",
             "kmod",
+            "make",
             "procps",
             "psmisc",
             "strace",

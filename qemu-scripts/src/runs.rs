@@ -91,6 +91,17 @@ pub const RUNS: &[Run] = &[
         ..PLAIN
     },
     Run {
+        name: "install",
+        bare: true,
+        memory: "1G",
+        cmdline: "",
+        modules: &[],
+        command: "tests/install/run",
+        filters: false,
+        timeout: 180,
+        ..PLAIN
+    },
+    Run {
         name: "cloud",
         kernel: "default-cloud",
         ..PLAIN
@@ -133,8 +144,10 @@ pub const RUNS: &[Run] = &[
     },
     Run {
         name: "cma-spare",
+        // Zeroing and moving gigabytes takes minutes without KVM.
         when: When::Long,
-        memory: "5G",
+        // With less, no second GiB is free in one piece.
+        memory: "8G",
         cmdline: "hugetlb_cma=1G nokaslr",
         command: "pinbuf-memtest cma-spare",
         ..PLAIN

@@ -202,7 +202,8 @@ impl Test {
             modules: run.modules.iter().map(|&name| name.to_owned()).collect(),
             command,
             timeout: Some(Duration::from_secs(run.timeout)),
-            share: Some(share.path().to_owned()),
+            // What brings nothing with it takes it from the repository.
+            share: Some(if run.bare { paths::root() } else { share.path() }.to_owned()),
             ..Options::default()
         };
         let streams = Streams {
