@@ -2,6 +2,7 @@
 #ifndef PINBUF_HELPERS_H
 #define PINBUF_HELPERS_H
 
+#include <linux/bits.h>
 #include <linux/types.h>
 #include <linux/dma-direction.h>
 #include <linux/pgtable.h>
@@ -18,9 +19,9 @@ struct vm_area_struct;
  * What pinbuf_pages_describe() tells of a page: these bits, and above them how
  * many pages of its folio there are from it on.
  */
-#define PINBUF_PAGE_HUGETLB	(1UL << 0)
-#define PINBUF_PAGE_DEVICE	(1UL << 1)	/* in ZONE_DEVICE */
-#define PINBUF_PAGE_USER	(1UL << 2)	/* not a driver's own page */
+#define PINBUF_PAGE_HUGETLB	BIT(0)
+#define PINBUF_PAGE_DEVICE	BIT(1)	/* in ZONE_DEVICE */
+#define PINBUF_PAGE_USER	BIT(2)	/* not a driver's own page */
 #define PINBUF_PAGE_LEFT_SHIFT	3
 
 unsigned int pinbuf_param_allowance_mb(void);

@@ -267,10 +267,11 @@ impl Pinner {
                 // Two pins of one folio must not look like one.
                 joinable = kind.left() == first.folio_pages();
             } else if kind.is_device() || self.device.is_some() {
-                // SAFETY: The frame is in `pins`, hence pinned.
-                joinable = self
-                    .device
-                    .is_some_and(|last| unsafe { first.same_pgmap(last) });
+                joinable = match self.device {
+                    // SAFETY: The frame is in `pins`, hence pinned.
+                    Some(last) => unsafe { first.same_pgmap(last) },
+                    None => false,
+                };
             }
 
             // A folio is one file's, or anonymous, as a whole.

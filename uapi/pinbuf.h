@@ -98,10 +98,11 @@ struct pinbuf_backing {
  *              length is no multiple of the page size
  *   EOVERFLOW  the end of a range does not fit into 64 bits, or the sum of the
  *              lengths not into 63
- *   EFAULT     (of a range) not mapped, or beyond what can be mapped, not writable, of a kind that the kernel
- *              does not pin for long (a file on disk mapped shared, device
- *              memory, memfd_secret), or its backing store is exhausted (a
- *              hugetlb pool, a full tmpfs).  Map it, or free some.
+ *   EFAULT     (of a range) not mapped, or beyond what can be mapped, not
+ *              writable, of a kind that the kernel does not pin for long (a
+ *              file on disk mapped shared, device memory, a driver's own pages,
+ *              memfd_secret), or its backing store is exhausted (a hugetlb
+ *              pool, a full tmpfs).  Map it, or free some.
  *   ENOMEM     over the memlock limit and over the allowance (PINBUF_QUERY), or
  *              out of memory.  Raise `ulimit -l`.
  *   EBUSY      pages lie where nothing may stay pinned (ZONE_MOVABLE, CMA) and
