@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use pinbuf_test_importer::{Direction, Importer, Limits, Mapping};
+use pinbuf_test_importer::{pin_cost, Direction, Importer, Limits, Mapping};
 use pinbuf_uapi::Range;
 
 use crate::harness::tests;
@@ -47,6 +47,7 @@ tests! { "importer":
     closed_while_mapped,
     exit_with_live_importer,
     killed_importer,
+    cost_of_bare_pins,
 }
 
 const DIRECTIONS: [Direction; 3] = [
@@ -849,4 +850,28 @@ fn killed_importer() -> Result<()> {
         mapping,
     };
     agree(&[&Source::whole(&buffer, &memory), &view], 8 * PAGE)
+}
+
+/// What benchmarks compare with: the bare calls, which leave nothing either.
+fn cost_of_bare_pins() -> Result<()> {
+    let memory = Memory::small_pages(2048 * PAGE)?;
+    let pins = kernel::pins()?;
+    for (stride, expected) in [(PAGE, 2048), (2 * PAGE, 1024), (HUGE, 4)] {
+        let cost = pin_cost(memory.addr(), memory.len() as u64, stride as u64)?;
+        check_eq!(cost.pages, expected, "pages pinned, one in {stride} bytes");
+        check!(
+            !cost.pin.is_zero() && !cost.unpin.is_zero(),
+            "times: {cost:?}"
+        );
+        check_eq!(kernel::pins()?, pins, "pinned pages afterwards");
+    }
+    memory.unmap(2047 * PAGE, PAGE)?;
+    let error = pin_cost(memory.addr(), memory.len() as u64, PAGE as u64).err();
+    check_eq!(
+        error.and_then(|e| e.raw_os_error()),
+        Some(libc::EFAULT),
+        "with a hole"
+    );
+    check_eq!(kernel::pins()?, pins, "pinned pages after an error");
+    Ok(())
 }

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Tests pinbuf with every kind of memory, and with pages that must move first, as root in guests
+//! that are booted for it; prints KTAP.
+//!
+//! Each theme needs a guest of its own kind, which its run in `qemu-scripts/src/runs.rs` makes: a
+//! test that misses what it needs fails. Harness and support are the selftests'.
+
+mod cma;
+mod common;
+mod discard;
+mod frames;
+#[path = "../../selftest/src/harness.rs"]
+mod harness;
+mod holders;
+mod kinds;
+mod movable;
+mod passing;
+mod pinners;
+mod populate;
+mod safety;
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "the selftests use what is not used here"
+)]
+#[path = "../../selftest/src/support/mod.rs"]
+mod support;
+mod swap;
+mod uffd;
+mod vfio;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{bail, Result};
+use clap::Parser;
+
+use harness::{Outcome, Runner, Test};
+
+/// Tests pinbuf with every kind of memory, and reports in KTAP.
+#[derive(Debug, Parser)]
+struct Options {
+    /// Run these themes only: the part of a name before its dot
+    themes: Vec<String>,
+
+    /// Print the names of the subtests and do nothing
+    #[arg(long)]
+    list: bool,
+
+    /// Of these, run only subtests whose name contains one of these
+    #[arg(long, value_name = "SUBSTR")]
+    filter: Vec<String>,
+
+    /// Do not look for what a subtest left behind
+    #[arg(long)]
+    no_leak_checks: bool,
+}
+
+impl Options {
+    fn wants(&self, test: &Test) -> bool {
+        (self.themes.is_empty() || self.themes.iter().any(|wanted| wanted == test.theme()))
+            && (self.filter.is_empty() || self.filter.iter().any(|part| test.name.contains(part)))
+    }
+}
+
+/// What the part of a subtest's name before its dot says.
+trait Themed {
+    /// Its theme.
+    fn theme(&self) -> &str;
+}
+
+impl Themed for Test {
+    fn theme(&self) -> &str {
+        self.name.split('.').next().unwrap_or_default()
+    }
+}
+
+fn tests() -> impl Iterator<Item = &'static Test> {
+    [
+        kinds::TESTS,
+        populate::TESTS,
+        movable::TESTS,
+        cma::TESTS,
+        cma::spare::TESTS,
+        passing::TESTS,
+        pinners::TESTS,
+        safety::TESTS,
+        discard::TESTS,
+    ]
+    .into_iter()
+    .flatten()
+}
+
+fn main() -> Result<ExitCode> {
+    let options = Options::parse();
+    for theme in &options.themes {
+        if !tests().any(|test| test.theme() == theme) {
+            bail!("there is no theme `{theme}`");
+        }
+    }
+    let chosen: Vec<&Test> = tests().filter(|test| options.wants(test)).collect();
+    if options.list {
+        for test in chosen {
+            println!("{}", test.name);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("KTAP version 1");
+    println!("1..{}", chosen.len());
+    let mut runner = Runner::new(!options.no_leak_checks)?;
+    let mut code = ExitCode::SUCCESS;
+    for (index, test) in chosen.into_iter().enumerate() {
+        let number = index + 1;
+        let start = Instant::now();
+        let outcome = runner.run(test);
+        println!("# {}: {} ms", test.name, start.elapsed().as_millis());
+        match outcome {
+            Outcome::Passed => println!("ok {number} {}", test.name),
+            Outcome::Skipped(reason) => println!("ok {number} {} # SKIP {reason}", test.name),
+            Outcome::Failed(lines) => {
+                for line in lines {
+                    println!("# {line}");
+                }
+                println!("not ok {number} {}", test.name);
+                code = ExitCode::FAILURE;
+            }
+        }
+    }
+    Ok(code)
+}

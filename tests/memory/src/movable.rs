@@ -1,0 +1,423 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `ZONE_MOVABLE`: every page leaves it when a buffer is made, so that the memory block that it
+//! was in can go offline while the buffer lives. In a guest with `movablecore=`.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{bail, Context, Result};
+use nix::sys::wait::WaitStatus;
+
+use crate::common::{views_agree, Kind, Movable};
+use crate::frames::{
+    all_frames, block_pages, movable, with_flag, within, Block, Pfn, HUGETLB, THP,
+};
+use crate::harness::tests;
+use crate::holders::{vmstat, Piped};
+use crate::support::kernel::HugePool;
+use crate::support::memory::{stamp, GIGA, HUGE, PAGE, RW};
+use crate::support::process::Child;
+use crate::support::{check, check_eq, kernel, Device, Memory};
+
+tests! { "movable":
+    anonymous within 180,
+    shmem within 180,
+    transparent within 180,
+    hugetlb_private within 180,
+    hugetlb_shared within 180,
+    plain_reference_blocks within 120,
+    hugetlb_without_spare within 120,
+    part_of_it within 120,
+    partly_pinned_huge within 120,
+    gigantic within 180,
+    used_again within 120,
+}
+
+/// Blocks of the zone that can go offline now, without any buffer: each was, and is back.
+fn willing_blocks() -> Result<Vec<Block>> {
+    let mut willing = Vec::new();
+    for block in Block::inside(&movable()?)? {
+        if offline_patiently(block)? {
+            block.online()?;
+            willing.push(block);
+        }
+    }
+    check!(
+        !willing.is_empty(),
+        "no block goes offline without a buffer"
+    );
+    Ok(willing)
+}
+
+/// Tries to take a block offline; the kernel goes on trying until it is told to stop.
+fn offline_patiently(block: Block) -> Result<bool> {
+    offline_within(block, Duration::from_secs(30))
+}
+
+fn offline_within(block: Block, limit: Duration) -> Result<bool> {
+    let child = Child::run(|| {
+        // SAFETY: no memory is passed; the alarm ends this process, and the kernel's attempt.
+        unsafe { libc::alarm(limit.as_secs() as libc::c_uint) };
+        block.offline()
+    })?;
+    let (status, _) = child.end(limit + Duration::from_secs(20))?;
+    let gone = !block.is_online()?;
+    check_eq!(
+        gone,
+        matches!(status, WaitStatus::Exited(_, 0)),
+        "what the block's state says ({status:?})"
+    );
+    Ok(gone)
+}
+
+/// A block that is offline, and goes online again.
+struct Offline(Block);
+
+impl Drop for Offline {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.online() {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+/// The block that has most of the frames, of those that go offline.
+fn fullest(pfns: &[Pfn], willing: &[Block]) -> Result<Option<(Block, usize)>> {
+    let pages = block_pages()?;
+    let mut counts = BTreeMap::new();
+    for pfn in pfns {
+        *counts.entry(Block(pfn / pages)).or_insert(0) += 1;
+    }
+    let found = counts
+        .into_iter()
+        .filter(|(block, _)| willing.contains(block))
+        .max_by_key(|(_, count)| *count);
+    Ok(found)
+}
+
+/// Memory of a kind in blocks that go offline. Some do not even without a buffer, as the kernel has
+/// put its own data there when it started; what they have room for is filled first.
+struct Placed {
+    memory: Option<Movable>,
+    block: Block,
+    count: usize,
+    fillers: Vec<Movable>,
+}
+
+impl Placed {
+    fn new(kind: Kind, len: usize, willing: &[Block]) -> Result<Self> {
+        let mut fillers = Vec::new();
+        for _ in 0..10 {
+            let candidate = kind.memory(len)?;
+            let pfns = all_frames(&candidate.memory)?;
+            if let Some((block, count)) = fullest(&pfns, willing)? {
+                return Ok(Self {
+                    memory: Some(candidate),
+                    block,
+                    count,
+                    fillers,
+                });
+            }
+            fillers.push(candidate);
+        }
+        bail!("none of the pages lies in a block that goes offline: {willing:?}")
+    }
+
+    fn memory(&self) -> Result<&Memory> {
+        Ok(&self.memory.as_ref().context("memory")?.memory)
+    }
+}
+
+impl Drop for Placed {
+    fn drop(&mut self) {
+        // In the order in which the pool of huge pages has grown.
+        self.memory = None;
+        while self.fillers.pop().is_some() {}
+    }
+}
+
+fn written(memory: &Memory) {
+    for offset in (0..memory.len()).step_by(PAGE) {
+        memory.set(offset + 8, stamp(31, offset as u64));
+    }
+}
+
+fn unchanged(memory: &Memory, what: &str) -> Result<()> {
+    for offset in (0..memory.len()).step_by(PAGE) {
+        check_eq!(
+            memory.get(offset + 8),
+            stamp(31, offset as u64),
+            "{what} at {offset:#x}"
+        );
+    }
+    Ok(())
+}
+
+/// All pages are in the zone, then none is; the block that most were in goes offline.
+fn leaves(kind: Kind, len: usize) -> Result<()> {
+    let willing = willing_blocks()?;
+    let zone = movable()?;
+    let device = Device::open()?;
+    let placed = Placed::new(kind, len, &willing)?;
+    let (block, count) = (placed.block, placed.count);
+    let memory = placed.memory()?;
+    written(memory);
+    let mut before = all_frames(memory)?;
+    before.sort_unstable();
+    let pages = before.len();
+    check_eq!(
+        within(&before, std::slice::from_ref(&zone)),
+        pages,
+        "pages in ZONE_MOVABLE before"
+    );
+    let flag = match kind {
+        Kind::Transparent => Some(THP),
+        Kind::HugePrivate | Kind::HugeShared => Some(HUGETLB),
+        Kind::Anonymous | Kind::Shmem => None,
+    };
+    if let Some(flag) = flag {
+        check_eq!(with_flag(&before, flag)?, pages, "pages of the kind before");
+    }
+    let pool = pool_state()?;
+    let moved = vmstat("pgmigrate_success")?;
+
+    let buffer = device.create(&[memory.range()]).context("PINBUF_CREATE")?;
+    let moved = vmstat("pgmigrate_success")? - moved;
+    let after = all_frames(memory)?;
+    check_eq!(
+        within(&after, std::slice::from_ref(&zone)),
+        0,
+        "pages in ZONE_MOVABLE under a buffer"
+    );
+    check!(
+        after.iter().all(|pfn| before.binary_search(pfn).is_err()),
+        "a page has not moved"
+    );
+    check!(moved >= pages as i64, "pgmigrate_success rose by {moved}");
+    check_eq!(pool_state()?, pool, "the pool of huge pages");
+    let whole = match flag {
+        Some(flag) => with_flag(&after, flag)?,
+        None => 0,
+    };
+    if flag == Some(HUGETLB) {
+        check_eq!(whole, pages, "pages of hugetlb after");
+    }
+
+    check!(
+        offline_patiently(block)?,
+        "{block:?}, which {count} of the pages were in, does not go offline"
+    );
+    let offline = Offline(block);
+    let span = block.frames()?;
+    check_eq!(
+        within(&after, std::slice::from_ref(&span)),
+        0,
+        "pages of the buffer in the block"
+    );
+    let mapped = buffer.map()?;
+    unchanged(&mapped, "the buffer")?;
+    unchanged(memory, "the memory")?;
+    views_agree(&buffer, &[(memory, 0, len)])?;
+    check_eq!(all_frames(memory)?, after, "frames under a buffer");
+    println!(
+        "# {kind:?}: {pages} pages in ZONE_MOVABLE (frames {:#x}-{:#x}) before, 0 after \
+         (pgmigrate_success +{moved}, {whole} still huge); memory{} ({count} of them) offline \
+         while the buffer lives",
+        zone.start, zone.end, block.0
+    );
+    drop((mapped, buffer));
+    // The block comes back before the memory goes, so that the pool finds its pages.
+    drop(offline);
+    check!(block.is_online()?, "the block is not back");
+    Ok(())
+}
+
+fn pool_state() -> Result<(i64, i64, i64)> {
+    Ok((
+        kernel::field("/proc/meminfo", "HugePages_Total")?,
+        kernel::field("/proc/meminfo", "HugePages_Free")?,
+        kernel::field("/proc/meminfo", "HugePages_Surp")?,
+    ))
+}
+
+fn anonymous() -> Result<()> {
+    leaves(Kind::Anonymous, 64 << 20)
+}
+
+fn shmem() -> Result<()> {
+    leaves(Kind::Shmem, 64 << 20)
+}
+
+fn transparent() -> Result<()> {
+    leaves(Kind::Transparent, 32 << 20)
+}
+
+fn hugetlb_private() -> Result<()> {
+    leaves(Kind::HugePrivate, 32 << 20)
+}
+
+fn hugetlb_shared() -> Result<()> {
+    leaves(Kind::HugeShared, 32 << 20)
+}
+
+/// The control: what a mere reference does to a block, and a buffer does not.
+fn plain_reference_blocks() -> Result<()> {
+    let willing = willing_blocks()?;
+    let placed = Placed::new(Kind::Shmem, 16 << 20, &willing)?;
+    let block = placed.block;
+    let memory = placed.memory()?;
+    let span = block.frames()?;
+    let page = all_frames(memory)?
+        .iter()
+        .position(|pfn| span.contains(pfn))
+        .context("a page in the block")?;
+    let piped = Piped::pages(memory, page * PAGE, 1)?;
+    check!(
+        !offline_within(block, Duration::from_secs(3))?,
+        "the block went offline under a reference"
+    );
+    check_eq!(
+        within(&all_frames(memory)?[page..=page], &[span]),
+        1,
+        "the page that is held, in its block"
+    );
+    drop(piped);
+    check!(
+        offline_patiently(block)?,
+        "the block stays without the reference, too"
+    );
+    block.online()
+}
+
+/// The pool has no other page: the target is allocated anew, and the pool's size stays.
+fn hugetlb_without_spare() -> Result<()> {
+    for kind in [Kind::HugePrivate, Kind::HugeShared] {
+        let device = Device::open()?;
+        let movable_memory = kind.memory(4 * HUGE)?;
+        let memory = &movable_memory.memory;
+        let before = all_frames(memory)?;
+        check_eq!(HugePool::free()?, 0, "spare huge pages");
+        check_eq!(
+            within(&before, &[movable()?]),
+            before.len(),
+            "pages in ZONE_MOVABLE before"
+        );
+        let pool = pool_state()?;
+        let buffer = device.create(&[memory.range()])?;
+        check_eq!(
+            within(&all_frames(memory)?, &[movable()?]),
+            0,
+            "pages in ZONE_MOVABLE under a buffer"
+        );
+        check_eq!(pool_state()?, pool, "the pool of huge pages");
+        views_agree(&buffer, &[(memory, 0, 4 * HUGE)])?;
+    }
+    Ok(())
+}
+
+/// Only what is named moves.
+fn part_of_it() -> Result<()> {
+    let device = Device::open()?;
+    for kind in [Kind::Anonymous, Kind::Shmem] {
+        let movable_memory = kind.memory(300 * PAGE)?;
+        let memory = &movable_memory.memory;
+        let before = all_frames(memory)?;
+        let buffer = device.create(&[
+            memory.part(10 * PAGE, 20 * PAGE),
+            memory.part(200 * PAGE, PAGE),
+            memory.part(15 * PAGE, PAGE),
+        ])?;
+        let after = all_frames(memory)?;
+        for page in 0..300 {
+            let named = (10..30).contains(&page) || page == 200;
+            check_eq!(
+                before[page] != after[page],
+                named,
+                "whether page {page} of {kind:?} moved"
+            );
+            check_eq!(
+                within(&after[page..=page], &[movable()?]) == 0,
+                named,
+                "whether page {page} of {kind:?} left the zone"
+            );
+        }
+        drop(buffer);
+    }
+    Ok(())
+}
+
+/// One page of a huge page takes all of it along, or the huge page is split; either way none that
+/// is pinned stays.
+fn partly_pinned_huge() -> Result<()> {
+    let device = Device::open()?;
+    for kind in [Kind::Transparent, Kind::HugeShared] {
+        let movable_memory = kind.memory(2 * HUGE)?;
+        let memory = &movable_memory.memory;
+        written(memory);
+        let buffer = device.create(&[memory.part(HUGE - PAGE, 2 * PAGE)])?;
+        let after = all_frames(memory)?;
+        check_eq!(
+            within(&after[511..513], &[movable()?]),
+            0,
+            "pinned pages of {kind:?} in ZONE_MOVABLE"
+        );
+        unchanged(memory, "the memory")?;
+        views_agree(&buffer, &[(memory, HUGE - PAGE, 2 * PAGE)])?;
+    }
+    Ok(())
+}
+
+/// Pages of 1 GiB are not put into the zone, unless `vm.movable_gigantic_pages` says so.
+fn gigantic() -> Result<()> {
+    let path = "/sys/kernel/mm/hugepages/hugepages-1048576kB";
+    check!(
+        kernel::number(format!("{path}/free_hugepages"))? > 0,
+        "no free page of 1 GiB: boot with hugepagesz=1G hugepages=1"
+    );
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_1GB;
+    let memory = Memory::map(GIGA, RW, flags, None, 0)?;
+    memory.set(0, 1);
+    let before = all_frames(&memory)?;
+    check_eq!(before.len(), GIGA / PAGE, "pages");
+    check_eq!(
+        within(&before, &[movable()?]),
+        0,
+        "pages of 1 GiB in ZONE_MOVABLE"
+    );
+    let device = Device::open()?;
+    let buffer = device.create(&[memory.range()])?;
+    check_eq!(device.describe(&buffer)?.pins, 1, "pins");
+    check_eq!(all_frames(&memory)?, before, "frames");
+    Ok(())
+}
+
+/// After release, new memory may use the zone again, and old memory may move back.
+fn used_again() -> Result<()> {
+    let device = Device::open()?;
+    let zone = movable()?;
+    let movable_memory = Kind::Shmem.memory(16 << 20)?;
+    let memory = &movable_memory.memory;
+    let buffer = device.create(&[memory.range()])?;
+    check_eq!(
+        within(&all_frames(memory)?, std::slice::from_ref(&zone)),
+        0,
+        "pages in ZONE_MOVABLE under a buffer"
+    );
+    // The zone's free memory is used by others meanwhile.
+    let other = Kind::Anonymous.memory(16 << 20)?;
+    check_eq!(
+        within(&all_frames(&other.memory)?, std::slice::from_ref(&zone)),
+        4096,
+        "pages of new memory in ZONE_MOVABLE while the buffer lives"
+    );
+    drop((buffer, other));
+    drop(movable_memory);
+    let again = Kind::Shmem.memory(16 << 20)?;
+    check_eq!(
+        within(&all_frames(&again.memory)?, &[zone]),
+        4096,
+        "pages of new memory in ZONE_MOVABLE after release"
+    );
+    Ok(())
+}

@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Pages that cannot be moved at the moment, because somebody else holds a reference: within the
+//! driver's patience create succeeds, beyond it says `EBUSY` and keeps nothing. Without patience
+//! the same must fail, or the tests would prove nothing.
+
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::{fcntl, FcntlArg, SealFlag};
+
+use crate::common::{views_agree, Kind};
+use crate::frames::{all_frames, movable, within};
+use crate::harness::tests;
+use crate::holders::{vmstat, Piped, SlowDisk};
+use crate::support::kernel::Setting;
+use crate::support::memory::{memfd, HUGE, PAGE};
+use crate::support::{check, check_eq, kernel, Buffer, Device, Memory};
+
+tests! { "passing":
+    anonymous within 120,
+    shmem within 120,
+    transparent within 120,
+    hugetlb within 120,
+    many_pages_one_by_one within 120,
+    direct_io within 120,
+    patience_has_an_end within 120,
+    killed_while_patient within 120,
+}
+
+/// Pages of the memory that somebody holds.
+const HELD: usize = 3;
+/// Well within the driver's patience of 1 + 2 + … + 512 ms.
+const SHORT: Duration = Duration::from_millis(250);
+/// What `pin_retries` is by default, which the module's documentation names.
+const RETRIES: u32 = 10;
+
+/// How long the driver waits in all before it gives up.
+fn patience() -> Result<Duration> {
+    let retries = kernel::number("/sys/module/pinbuf/parameters/pin_retries")?;
+    check_eq!(retries, i64::from(RETRIES), "pin_retries, as loaded");
+    Ok(Duration::from_millis((1 << retries) - 1))
+}
+
+/// Expects that nothing can be had, and that nothing is kept.
+fn busy(device: &Device, memory: &Memory) -> Result<Duration> {
+    let (pins, pinned, buffers) = (kernel::pins()?, kernel::vm_pin()?, kernel::dma_bufs()?);
+    let start = Instant::now();
+    let result = device.create(&[memory.range()]).map(drop);
+    let took = start.elapsed();
+    check_eq!(result, Err(Errno::EBUSY), "create with pages that are held");
+    check_eq!(kernel::pins()?, pins, "pins after EBUSY");
+    check_eq!(kernel::vm_pin()?, pinned, "VmPin after EBUSY");
+    check_eq!(kernel::dma_bufs()?, buffers, "dma-bufs after EBUSY");
+    Ok(took)
+}
+
+/// Expects success, with all pages where they may stay.
+fn succeeds(device: &Device, memory: &Memory) -> Result<(Buffer, Duration)> {
+    let start = Instant::now();
+    let buffer = device.create(&[memory.range()]).context("PINBUF_CREATE")?;
+    let took = start.elapsed();
+    check_eq!(
+        within(&all_frames(memory)?, &[movable()?]),
+        0,
+        "pages in ZONE_MOVABLE under a buffer"
+    );
+    Ok((buffer, took))
+}
+
+/// The memory, after proof that all of it lies in `ZONE_MOVABLE`.
+fn checked(memory: &Memory) -> Result<()> {
+    let pages = memory.len() / PAGE;
+    check_eq!(
+        within(&all_frames(memory)?, &[movable()?]),
+        pages,
+        "pages in ZONE_MOVABLE before"
+    );
+    Ok(())
+}
+
+/// Held for a short time: success. Held for long: `EBUSY`. Held for a short time, but without
+/// patience: `EBUSY` at once. The kernel's counters tell that it tried, and failed, to move them.
+fn held_by_a_pipe(kind: Kind, len: usize, counters: &[&str]) -> Result<()> {
+    let device = Device::open()?;
+    let patience = patience()?;
+    let mut told = String::new();
+
+    // Without patience.
+    let movable_memory = kind.memory(len)?;
+    let memory = &movable_memory.memory;
+    checked(memory)?;
+    let setting = Setting::parameter("pin_retries", 0)?;
+    let piped = Piped::pages(memory, 20 * PAGE, HELD)?;
+    let release = piped.release_after(SHORT);
+    let took = busy(&device, memory).context("without patience")?;
+    check!(!release.is_finished(), "the pipe was too fast for the test");
+    release.join().expect("the pipe's thread");
+    drop(setting);
+    told += &format!("at once EBUSY in {} ms", took.as_millis());
+
+    // For long: as long as there is patience, and longer.
+    let before: Vec<i64> = counters
+        .iter()
+        .map(|it| vmstat(it))
+        .collect::<Result<_>>()?;
+    let piped = Piped::pages(memory, 20 * PAGE, HELD)?;
+    let took = busy(&device, memory).context("held for long")?;
+    check!(
+        took >= patience,
+        "gave up after {took:?}, before {patience:?} were over"
+    );
+    for (name, before) in counters.iter().zip(before) {
+        let risen = vmstat(name)? - before;
+        check!(risen > 0, "{name} has not risen");
+        told += &format!("; {name} +{risen}");
+    }
+    told += &format!("; EBUSY in {} ms", took.as_millis());
+    drop(piped);
+
+    // For a short time. What moved meanwhile stays moved; new memory is in the zone again.
+    drop(movable_memory);
+    let movable_memory = kind.memory(len)?;
+    let memory = &movable_memory.memory;
+    checked(memory)?;
+    let release = Piped::pages(memory, 20 * PAGE, HELD)?.release_after(SHORT);
+    let (buffer, took) = succeeds(&device, memory)?;
+    check!(
+        release.is_finished(),
+        "create succeeded after {took:?}, while the pages were held"
+    );
+    check!(took >= SHORT / 2, "it took {took:?} only");
+    release.join().expect("the pipe's thread");
+    for offset in (0..len).step_by(PAGE) {
+        check_eq!(memory.get(offset), offset as u64, "bytes after moving");
+    }
+    views_agree(&buffer, &[(memory, 0, len)])?;
+    println!(
+        "# {kind:?}: {told}; success in {} ms after {} ms of holding",
+        took.as_millis(),
+        SHORT.as_millis()
+    );
+    Ok(())
+}
+
+fn anonymous() -> Result<()> {
+    held_by_a_pipe(Kind::Anonymous, 700 * PAGE, &["pgmigrate_fail"])
+}
+
+fn shmem() -> Result<()> {
+    held_by_a_pipe(Kind::Shmem, 700 * PAGE, &["pgmigrate_fail"])
+}
+
+/// What users of vfio see: `thp_migration_fail`.
+fn transparent() -> Result<()> {
+    held_by_a_pipe(
+        Kind::Transparent,
+        2 * HUGE,
+        &["pgmigrate_fail", "thp_migration_fail"],
+    )
+}
+
+fn hugetlb() -> Result<()> {
+    held_by_a_pipe(Kind::HugePrivate, 2 * HUGE, &["pgmigrate_fail"])?;
+    held_by_a_pipe(Kind::HugeShared, 2 * HUGE, &["pgmigrate_fail"])
+}
+
+/// Several holders, each gone when the next one is met: patience is for pages that are the same.
+fn many_pages_one_by_one() -> Result<()> {
+    let device = Device::open()?;
+    let movable_memory = Kind::Anonymous.memory(2048 * PAGE)?;
+    let memory = &movable_memory.memory;
+    checked(memory)?;
+    let fails = vmstat("pgmigrate_fail")?;
+    let mut threads = Vec::new();
+    for index in 0..3u32 {
+        // Each in a batch of its own.
+        let piped = Piped::pages(memory, (index as usize * 600 + 9) * PAGE, 2)?;
+        threads.push(piped.release_after(SHORT * (index + 1)));
+    }
+    let (buffer, took) = succeeds(&device, memory)?;
+    for thread in threads {
+        check!(thread.is_finished(), "create overtook a holder");
+        thread.join().expect("the pipe's thread");
+    }
+    let fails = vmstat("pgmigrate_fail")? - fails;
+    check!(
+        fails >= 3,
+        "pgmigrate_fail +{fails}: not each holder was met"
+    );
+    println!(
+        "# three holders, one after the other: {} ms, pgmigrate_fail +{fails}",
+        took.as_millis()
+    );
+    views_agree(&buffer, &[(memory, 0, memory.len())])
+}
+
+/// Direct I/O in flight, on a disk that takes its time.
+fn direct_io() -> Result<()> {
+    const TAKES: Duration = Duration::from_millis(400);
+    let device = Device::open()?;
+    let disk = SlowDisk::new(TAKES)?;
+    for (retries, expected) in [(0, Some(Errno::EBUSY)), (RETRIES, None)] {
+        let movable_memory = Kind::Shmem.memory(300 * PAGE)?;
+        let memory = &movable_memory.memory;
+        checked(memory)?;
+        let _setting = Setting::parameter("pin_retries", retries)?;
+        let fails = vmstat("pgmigrate_fail")?;
+        let pins = kernel::pins()?;
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| disk.write(memory, 40 * PAGE, 4 * PAGE));
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while kernel::pins()? == pins {
+                check!(
+                    Instant::now() < deadline,
+                    "no direct I/O was seen in flight"
+                );
+            }
+            let start = Instant::now();
+            let result = device.create(&[memory.range()]);
+            let took = start.elapsed();
+            match (result, expected) {
+                (Err(error), Some(expected)) => {
+                    check_eq!(error, expected, "create without patience");
+                    check!(!writer.is_finished(), "the disk was too fast for the test");
+                }
+                (Ok(buffer), None) => {
+                    check_eq!(
+                        within(&all_frames(memory)?, &[movable()?]),
+                        0,
+                        "pages in ZONE_MOVABLE under a buffer"
+                    );
+                    views_agree(&buffer, &[(memory, 0, memory.len())])?;
+                }
+                (result, _) => anyhow::bail!("with {retries} retries: {result:?}"),
+            }
+            let risen = vmstat("pgmigrate_fail")? - fails;
+            check!(risen > 0, "pgmigrate_fail has not risen");
+            println!(
+                "# with {retries} retries: {expected:?} after {} ms, pgmigrate_fail +{risen}",
+                took.as_millis()
+            );
+            writer.join().expect("the writer's thread")?;
+            anyhow::Ok(())
+        })?;
+        check_eq!(kernel::pins()?, pins, "pins after all");
+    }
+    Ok(())
+}
+
+/// However many pages are held, the time is bounded, and set by the parameter.
+fn patience_has_an_end() -> Result<()> {
+    let device = Device::open()?;
+    let movable_memory = Kind::Anonymous.memory(64 * PAGE)?;
+    let memory = &movable_memory.memory;
+    checked(memory)?;
+    let piped = Piped::pages(memory, 0, 16)?;
+    for retries in [0, 1, 4, 7] {
+        let _setting = Setting::parameter("pin_retries", retries)?;
+        let took = busy(&device, memory)?;
+        let least = Duration::from_millis((1 << retries) - 1);
+        // Each try has its own cost, which the guest's speed sets.
+        let most = least * 3 + Duration::from_secs(4);
+        check!(
+            took >= least && took < most,
+            "{retries} retries took {took:?}: not {least:?} to {most:?}"
+        );
+    }
+    drop(piped);
+    succeeds(&device, memory)?;
+    Ok(())
+}
+
+/// A task that waits for pages to be let go can be killed.
+fn killed_while_patient() -> Result<()> {
+    use crate::support::process::Child;
+    use nix::sys::signal::Signal;
+
+    let pins = kernel::pins()?;
+    let _setting = Setting::parameter("pin_retries", 16)?;
+    let movable_memory = Kind::Shmem.memory(64 * PAGE)?;
+    let memory = &movable_memory.memory;
+    checked(memory)?;
+    let _piped = Piped::pages(memory, 0, 16)?;
+    let mut child = Child::run(|| {
+        let device = Device::open()?;
+        let result = device.create(&[memory.range()]);
+        anyhow::bail!("create came back: {result:?}")
+    })?;
+    // 65 s of patience in all; after two it sleeps for a second or more.
+    std::thread::sleep(Duration::from_secs(2));
+    check!(child.runs()?, "the child is gone");
+    let start = Instant::now();
+    child.kill(Signal::SIGKILL)?;
+    let (status, said) = child.end(Duration::from_secs(10))?;
+    let took = start.elapsed();
+    check!(
+        matches!(
+            status,
+            nix::sys::wait::WaitStatus::Signaled(_, Signal::SIGKILL, _)
+        ),
+        "ended by {status:?}: {said}"
+    );
+    check!(took < Duration::from_millis(800), "it took {took:?} to die");
+    check_eq!(kernel::pins()?, pins, "pins after it was killed");
+    Ok(())
+}
+
+#[repr(C)]
+struct UdmabufCreate {
+    memfd: u32,
+    flags: u32,
+    offset: u64,
+    size: u64,
+}
+
+nix::ioctl_write_ptr!(udmabuf_create, b'u', 0x42, UdmabufCreate);
+
+/// A memfd that udmabuf takes.
+pub fn sealed_memfd(len: usize) -> Result<OwnedFd> {
+    let file = memfd(len, libc::MFD_ALLOW_SEALING)?;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK))?;
+    Ok(file)
+}
+
+/// A buffer of udmabuf's.
+pub fn udmabuf(file: impl AsFd, len: usize) -> nix::Result<Buffer> {
+    let device = nix::fcntl::open(
+        "/dev/udmabuf",
+        nix::fcntl::OFlag::O_RDWR | nix::fcntl::OFlag::O_CLOEXEC,
+        nix::sys::stat::Mode::empty(),
+    )?;
+    let argument = UdmabufCreate {
+        memfd: u32::try_from(file.as_fd().as_raw_fd()).unwrap_or(u32::MAX),
+        flags: 1,
+        offset: 0,
+        size: len as u64,
+    };
+    // SAFETY: the kernel reads the struct.
+    let fd = unsafe { udmabuf_create(device.as_raw_fd(), &argument) }?;
+    // SAFETY: the call has just returned it.
+    Ok(Buffer::from_fd(unsafe { OwnedFd::from_raw_fd(fd) }))
+}

@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Pinning populates: memory that was never touched is allocated, what cannot be had is an error
+//! and no signal, and nothing beside it is touched.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::mount::{mount, umount, MsFlags};
+use nix::sys::signal::Signal;
+use nix::sys::stat::fstat;
+use nix::sys::wait::WaitStatus;
+use pinbuf_uapi::Range;
+
+use crate::common::{huge_private, refused, views_agree};
+use crate::frames::{entries, Entry};
+use crate::harness::tests;
+use crate::support::kernel::{HugePool, Setting};
+use crate::support::memory::{file_in, memfd, stamp, HUGE, PAGE, RW};
+use crate::support::process::{become_user, in_child, set_memlock, Child, USER};
+use crate::support::{check, check_eq, kernel, Device, Memory};
+
+tests! { "populate":
+    without_a_write,
+    plugged_blocks_anonymous,
+    plugged_blocks_memfd,
+    plugged_blocks_hugetlb,
+    pool_runs_out,
+    tmpfs_runs_out,
+    memlock_runs_out,
+    memory_cgroup_kills_anonymous within 120,
+    memory_cgroup_kills_shmem within 120,
+    hugetlb_cgroup_runs_out within 120,
+}
+
+/// No write fault of the caller's own, no byte but zero.
+fn without_a_write() -> Result<()> {
+    let memory = Memory::small_pages(512 * PAGE)?;
+    let file = memfd(512 * PAGE, 0)?;
+    let shared = Memory::shared(&file, 512 * PAGE)?;
+    shared.advise(0, shared.len(), libc::MADV_NOHUGEPAGE)?;
+    let device = Device::open()?;
+    let buffer = device.create(&[memory.range(), shared.range()])?;
+    check_eq!(fstat(&file)?.st_blocks, 512 * 8, "blocks of the memfd");
+    let present = |memory: &Memory| -> Result<usize> {
+        let entries = entries(memory, 0, memory.len())?;
+        Ok(entries
+            .iter()
+            .filter(|entry| matches!(entry, Entry::Present(_)))
+            .count())
+    };
+    check_eq!(present(&memory)?, 512, "pages that are there");
+    check_eq!(present(&shared)?, 512, "pages of the memfd that are there");
+    let mapped = buffer.map()?;
+    let mut seen = vec![1; PAGE];
+    for page in 0..1024 {
+        mapped.read(page * PAGE, &mut seen);
+        check!(
+            seen.iter().all(|byte| *byte == 0),
+            "page {page} is not zero"
+        );
+    }
+    views_agree(
+        &buffer,
+        &[(&memory, 0, 512 * PAGE), (&shared, 0, 512 * PAGE)],
+    )
+}
+
+const BLOCK: usize = 4 << 20;
+/// Where virtio-mem has plugged blocks.
+const PLUGGED: [usize; 5] = [3, 4, 100, 777, 2047];
+const BLOCKS: usize = 2048;
+
+/// The parts of a sparse mapping of 8 GiB.
+fn plugged(memory: &Memory) -> Vec<Range> {
+    PLUGGED
+        .iter()
+        .map(|block| memory.part(block * BLOCK, BLOCK))
+        .collect()
+}
+
+/// Pages that are there: in the plugged blocks, and elsewhere.
+fn there(memory: &Memory) -> Result<(usize, usize)> {
+    let mut counts = (0, 0);
+    for block in 0..BLOCKS {
+        let present = entries(memory, block * BLOCK, BLOCK)?
+            .iter()
+            .filter(|entry| **entry != Entry::Absent)
+            .count();
+        if PLUGGED.contains(&block) {
+            counts.0 += present;
+        } else {
+            counts.1 += present;
+        }
+    }
+    Ok(counts)
+}
+
+fn plugged_works(memory: &Memory) -> Result<()> {
+    check_eq!(there(memory)?, (0, 0), "pages before");
+    let device = Device::open()?;
+    let buffer = device.create(&plugged(memory))?;
+    let pages = PLUGGED.len() * BLOCK / PAGE;
+    check_eq!(
+        there(memory)?,
+        (pages, 0),
+        "pages in plugged blocks, and in others"
+    );
+    let pieces: Vec<_> = PLUGGED
+        .iter()
+        .map(|block| (memory, block * BLOCK, BLOCK))
+        .collect();
+    views_agree(&buffer, &pieces)?;
+    drop(buffer);
+    check_eq!(there(memory)?, (pages, 0), "pages after release");
+    Ok(())
+}
+
+fn plugged_blocks_anonymous() -> Result<()> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let memory = Memory::map(BLOCKS * BLOCK, RW, flags, None, 0)?;
+    memory.advise(0, memory.len(), libc::MADV_NOHUGEPAGE)?;
+    plugged_works(&memory)
+}
+
+fn plugged_blocks_memfd() -> Result<()> {
+    let file = memfd(BLOCKS * BLOCK, 0)?;
+    let memory = Memory::shared(&file, BLOCKS * BLOCK)?;
+    plugged_works(&memory)?;
+    let blocks = (PLUGGED.len() * BLOCK / 512) as i64;
+    check_eq!(fstat(&file)?.st_blocks, blocks, "blocks of the memfd");
+    Ok(())
+}
+
+/// In huge pages, of which the pool has just as many as are plugged.
+fn plugged_blocks_hugetlb() -> Result<()> {
+    let huge = PLUGGED.len() * BLOCK / HUGE;
+    let _pool = HugePool::with_free(huge as i64)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_NORESERVE;
+    let memory = Memory::map(BLOCKS * BLOCK, RW, flags, None, 0)?;
+    plugged_works(&memory)?;
+    check_eq!(HugePool::free()?, 0, "free huge pages");
+    Ok(())
+}
+
+/// The program goes on after it, with what there is.
+fn pool_runs_out() -> Result<()> {
+    let _pool = HugePool::with_free(3)?;
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_NORESERVE;
+    let memory = Memory::map(5 * HUGE, RW, flags, None, 0)?;
+    let small = Memory::small_pages(600 * PAGE)?;
+    refused(
+        "more huge pages than there are",
+        Errno::EFAULT,
+        &[small.range(), memory.range(), small.range()],
+    )?;
+    refused(
+        "huge pages in a row, more than there are",
+        Errno::EFAULT,
+        &[memory.range()],
+    )?;
+    let buffer = Device::open()?.create(&[memory.part(0, 3 * HUGE)])?;
+    views_agree(&buffer, &[(&memory, 0, 3 * HUGE)])?;
+    drop((buffer, memory));
+    check_eq!(HugePool::free()?, 3, "free huge pages after all");
+    Ok(())
+}
+
+fn tmpfs_runs_out() -> Result<()> {
+    let place = std::env::temp_dir().join(format!("pinbuf-small-{}", std::process::id()));
+    std::fs::create_dir(&place)?;
+    mount(
+        Some("small"),
+        &place,
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some("size=4M"),
+    )?;
+    let result = (|| {
+        let file = file_in(&place, 16 << 20)?;
+        let memory = Memory::shared(&file, 16 << 20)?;
+        // In the third of GUP's batches.
+        refused("more than the tmpfs has", Errno::EFAULT, &[memory.range()])?;
+        let buffer = Device::open()?.create(&[memory.part(0, 4 << 20)])?;
+        views_agree(&buffer, &[(&memory, 0, 4 << 20)])
+    })();
+    umount(&place).context("the tmpfs is still in use")?;
+    std::fs::remove_dir(&place)?;
+    result
+}
+
+/// All is charged before anything is pinned, so nothing is allocated either.
+fn memlock_runs_out() -> Result<()> {
+    let _setting = Setting::parameter("allowance_mb", 0)?;
+    in_child(|| {
+        let device = Device::open()?;
+        become_user(USER)?;
+        // Or else it may not look at its own page map.
+        // SAFETY: no memory is passed.
+        Errno::result(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1) })?;
+        set_memlock(100 * PAGE)?;
+        let memory = Memory::small_pages(101 * PAGE)?;
+        let ranges = [memory.part(0, 60 * PAGE), memory.part(60 * PAGE, 41 * PAGE)];
+        check_eq!(
+            device.create(&ranges).map(drop),
+            Err(Errno::ENOMEM),
+            "one page over the limit"
+        );
+        check!(
+            entries(&memory, 0, memory.len())?
+                .iter()
+                .all(|entry| *entry == Entry::Absent),
+            "memory was allocated"
+        );
+        check_eq!(kernel::vm_pin()?, 0, "VmPin");
+        let buffer = device.create(&[memory.part(0, 100 * PAGE)])?;
+        memory.set(99 * PAGE, 5);
+        check_eq!(buffer.map()?.get(99 * PAGE), 5, "the last page");
+        Ok(())
+    })
+}
+
+/// A control group of the test's own, removed when dropped: which fails while anything is charged
+/// to a process in it.
+struct Group(PathBuf);
+
+impl Group {
+    fn new(controller: &str) -> Result<Self> {
+        kernel::write(
+            "/sys/fs/cgroup/cgroup.subtree_control",
+            format!("+{controller}"),
+        )?;
+        let path = PathBuf::from(format!("/sys/fs/cgroup/memtest-{}", std::process::id()));
+        std::fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+
+    fn set(&self, file: &str, value: impl ToString) -> Result<()> {
+        kernel::write(self.0.join(file), value)
+    }
+
+    fn number(&self, file: &str) -> Result<i64> {
+        kernel::number(self.0.join(file))
+    }
+
+    fn event(&self, file: &str, key: &str) -> Result<i64> {
+        kernel::field(&self.0.join(file).to_string_lossy(), key)
+    }
+
+    /// Puts the calling process into it.
+    fn join(&self) -> Result<()> {
+        self.set("cgroup.procs", std::process::id())
+    }
+
+    fn remove(self) -> Result<()> {
+        std::fs::remove_dir(&self.0).context("removing the control group")
+    }
+}
+
+/// Create goes over the group's limit: the kernel kills, as for any fault, and nothing stays.
+fn killed_by_cgroup(make: impl Fn(usize) -> Result<Memory>) -> Result<()> {
+    const LIMIT: usize = 24 << 20;
+    let group = Group::new("memory")?;
+    group.set("memory.max", LIMIT)?;
+    group.set("memory.swap.max", 0)?;
+    let (pins, buffers) = (kernel::pins()?, kernel::dma_bufs()?);
+    let child = Child::run(|| {
+        group.join()?;
+        let device = Device::open()?;
+        let memory = make(4 * LIMIT)?;
+        // What fits is fine.
+        drop(device.create(&[memory.part(0, LIMIT / 4)])?);
+        let result = device.create(&[memory.range()]);
+        anyhow::bail!("create came back: {result:?}")
+    })?;
+    let (status, said) = child.end(Duration::from_secs(60))?;
+    check!(
+        matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)),
+        "ended by {status:?}: {said}"
+    );
+    let kills = group.event("memory.events", "oom_kill")?;
+    check!(kills > 0, "nobody was killed for want of memory");
+    check_eq!(kernel::pins()?, pins, "pins after the kill");
+    check_eq!(kernel::dma_bufs()?, buffers, "dma-bufs after the kill");
+    // What was in batches comes back late.
+    let mut left = 0;
+    for _ in 0..100 {
+        left = group.number("memory.current")?;
+        if left < 4 << 20 {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    check!(
+        left < 4 << 20,
+        "{left} bytes are still charged to the group"
+    );
+    println!("# memory.max {LIMIT}: oom_kill {kills}, pins +0, memory.current {left} after");
+    group.remove()
+}
+
+fn memory_cgroup_kills_anonymous() -> Result<()> {
+    killed_by_cgroup(Memory::small_pages)
+}
+
+fn memory_cgroup_kills_shmem() -> Result<()> {
+    killed_by_cgroup(|len| Memory::shared(memfd(len, 0)?, len))
+}
+
+/// As an exhausted pool: an error.
+fn hugetlb_cgroup_runs_out() -> Result<()> {
+    let _pool = HugePool::with_free(4)?;
+    let group = Group::new("hugetlb")?;
+    group.set("hugetlb.2MB.max", 2 * HUGE)?;
+    let group = &group;
+    in_child(|| {
+        group.join()?;
+        let memory = huge_private(4)?;
+        refused(
+            "more huge pages than the group may have",
+            Errno::EFAULT,
+            &[memory.range()],
+        )?;
+        let buffer = Device::open()?.create(&[memory.part(0, 2 * HUGE)])?;
+        memory.set(HUGE, stamp(1, 1));
+        check_eq!(buffer.map()?.get(HUGE), stamp(1, 1), "the second huge page");
+        Ok(())
+    })?;
+    check_eq!(
+        group.number("hugetlb.2MB.current")?,
+        0,
+        "bytes still charged to the group"
+    );
+    check_eq!(HugePool::free()?, 4, "free huge pages");
+    std::fs::remove_dir(&group.0).context("removing the control group")
+}

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Swap and a disk file system, each on compressed memory (zram).
+
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{bail, Context, Result};
+use nix::errno::Errno;
+use nix::mount::{mount, umount, MsFlags};
+
+use crate::frames::{entries, Entry};
+use crate::holders::{modprobe, vmstat};
+use crate::support::{check, kernel, Memory, PAGE};
+
+/// A block device in memory.
+#[derive(Debug)]
+struct Zram(i64);
+
+impl Zram {
+    fn new(bytes: usize) -> Result<Self> {
+        if !Path::new("/sys/class/zram-control").exists() {
+            modprobe(&["zram", "num_devices=0"])?;
+        }
+        // Reading makes one.
+        let zram = Self(kernel::number("/sys/class/zram-control/hot_add")?);
+        kernel::write(format!("/sys/block/zram{}/disksize", zram.0), bytes)?;
+        Ok(zram)
+    }
+
+    fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/dev/zram{}", self.0))
+    }
+}
+
+impl Drop for Zram {
+    fn drop(&mut self) {
+        if let Err(error) = kernel::write("/sys/class/zram-control/hot_remove", self.0) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+fn run(program: &str, arguments: &[&str], device: &Path) -> Result<()> {
+    let output = Command::new(program)
+        .args(arguments)
+        .arg(device)
+        .output()
+        .with_context(|| format!("running {program}"))?;
+    if !output.status.success() {
+        bail!(
+            "{program}: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(())
+}
+
+/// Swap space, for as long as the value lives.
+#[derive(Debug)]
+pub struct Swap {
+    path: CString,
+    _zram: Zram,
+}
+
+impl Swap {
+    /// Switches so many bytes of it on.
+    pub fn on(bytes: usize) -> Result<Self> {
+        let zram = Zram::new(bytes)?;
+        run("mkswap", &[], &zram.path())?;
+        let path = CString::new(zram.path().to_string_lossy().as_bytes())?;
+        // SAFETY: the path is a string that ends with a zero byte.
+        Errno::result(unsafe { libc::swapon(path.as_ptr(), 0) }).context("swapon")?;
+        Ok(Self { path, _zram: zram })
+    }
+}
+
+impl Drop for Swap {
+    fn drop(&mut self) {
+        // SAFETY: the path is a string that ends with a zero byte.
+        if let Err(error) = Errno::result(unsafe { libc::swapoff(self.path.as_ptr()) }) {
+            eprintln!("swapoff: {error}");
+        }
+    }
+}
+
+/// How many pages of some memory are resident, as `mincore` tells it of page cache and memory.
+pub fn resident(memory: &Memory) -> Result<usize> {
+    let mut pages = vec![0u8; memory.len() / PAGE];
+    // SAFETY: the vector has a byte for each page of the mapping.
+    let result =
+        unsafe { libc::mincore(memory.at(0).cast(), memory.len(), pages.as_mut_ptr().cast()) };
+    Errno::result(result).context("mincore")?;
+    Ok(pages.iter().filter(|page| **page & 1 != 0).count())
+}
+
+/// Forces all of some memory out, and proves that it went.
+pub fn force_out(memory: &Memory) -> Result<()> {
+    let before = vmstat("pswpout")?;
+    let pages = memory.len() / PAGE;
+    for _ in 0..20 {
+        memory.advise(0, memory.len(), libc::MADV_PAGEOUT)?;
+        let present = entries(memory, 0, memory.len())?
+            .iter()
+            .filter(|entry| matches!(entry, Entry::Present(_)))
+            .count();
+        if present == 0 && resident(memory)? == 0 {
+            let out = vmstat("pswpout")? - before;
+            check!(
+                out >= pages as i64,
+                "{out} of {pages} pages were written to swap, the others dropped"
+            );
+            return Ok(());
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    bail!("{} of {pages} pages stay in memory", resident(memory)?)
+}
+
+/// A directory on ext4.
+#[derive(Debug)]
+pub struct Ext4 {
+    directory: PathBuf,
+    _zram: Zram,
+}
+
+impl Ext4 {
+    /// Makes a file system of 64 MiB.
+    pub fn new() -> Result<Self> {
+        let zram = Zram::new(64 << 20)?;
+        run("mke2fs", &["-q", "-t", "ext4"], &zram.path())?;
+        let directory = std::env::temp_dir().join(format!("pinbuf-ext4-{}", std::process::id()));
+        std::fs::create_dir(&directory)?;
+        mount(
+            Some(&zram.path()),
+            &directory,
+            Some("ext4"),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .context("mounting ext4")?;
+        Ok(Self {
+            directory,
+            _zram: zram,
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.directory
+    }
+}
+
+impl Drop for Ext4 {
+    fn drop(&mut self) {
+        if let Err(error) = umount(&self.directory) {
+            eprintln!("unmounting ext4: {error}");
+        }
+        let _ = std::fs::remove_dir(&self.directory);
+    }
+}
