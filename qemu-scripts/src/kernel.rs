@@ -96,7 +96,14 @@ impl Kernel {
 
     /// The compressed kernel.
     pub fn vmlinuz(&self) -> PathBuf {
-        modules(&self.directory().join("root"), &self.release).join("vmlinuz")
+        let directory = modules(&self.directory().join("root"), &self.release);
+        // Packages that Debian has not signed yet call it so.
+        let unsigned = directory.join("vmlinuz.unsigned");
+        if unsigned.exists() {
+            unsigned
+        } else {
+            directory.join("vmlinuz")
+        }
     }
 
     /// The file system with the kernel's modules.

@@ -91,6 +91,17 @@ pub const RUNS: &[Run] = &[
         ..PLAIN
     },
     Run {
+        name: "vivid",
+        // A camera with 32-bit addresses: without memory above 4 GiB nothing of it is bounced, and
+        // its frames can be compared.
+        memory: "2G",
+        cmdline: "",
+        command: "pinbuf-selftest --filter vivid",
+        filters: false,
+        timeout: 180,
+        ..PLAIN
+    },
+    Run {
         name: "install",
         bare: true,
         memory: "1G",

@@ -3,7 +3,7 @@
 //! The contract between pinbuf's kernel module and user space.
 //!
 //! The Rust twin of `uapi/pinbuf.h`, where each call, field and error is described; the test
-//! `tests/host/uapi_layout.rs` compares the two. The kernel module is compiled from this very file.
+//! `tests/host/tests/uapi_layout.rs` compares the two. The kernel module is compiled from this very file.
 //!
 //! Every struct begins with its own size in bytes and has the same layout for 32-bit and 64-bit
 //! callers: only fixed-width fields, 64-bit ones at multiples of eight.
