@@ -1,0 +1,514 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `pinbuf doctor`.
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::Result;
+use clap::Args;
+use nix::sys::resource::{getrlimit, Resource};
+use pinbuf::{Device, Error, Region};
+use serde::Serialize;
+
+use crate::command::Program;
+use crate::run::user_name;
+use crate::shim;
+
+/// Finds out what keeps pinbuf, or a program on it, from working, and how to mend it.
+///
+/// The status is 1 if something has to be mended.
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// For scripts.
+    #[arg(long)]
+    json: bool,
+    /// A program that should run on pinbuf.
+    #[arg(value_name = "COMMAND")]
+    command: Option<PathBuf>,
+}
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum State {
+    Good,
+    /// It works, but not everything, or not everywhere.
+    Note,
+    Bad,
+}
+
+/// Something that was looked at.
+#[derive(Debug, Serialize)]
+pub struct Finding {
+    what: &'static str,
+    state: State,
+    /// What was found.
+    pub text: String,
+    /// What can be done about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mend: Option<String>,
+}
+
+impl Finding {
+    /// Does it keep pinbuf from working?
+    pub fn is_bad(&self) -> bool {
+        self.state == State::Bad
+    }
+}
+
+fn good(what: &'static str, text: impl Into<String>) -> Finding {
+    Finding {
+        what,
+        state: State::Good,
+        text: text.into(),
+        mend: None,
+    }
+}
+
+fn note(what: &'static str, text: impl Into<String>, mend: impl Into<String>) -> Finding {
+    Finding {
+        what,
+        state: State::Note,
+        text: text.into(),
+        mend: Some(mend.into()),
+    }
+}
+
+fn bad(what: &'static str, text: impl Into<String>, mend: impl Into<String>) -> Finding {
+    Finding {
+        what,
+        state: State::Bad,
+        text: text.into(),
+        mend: Some(mend.into()),
+    }
+}
+
+/// What a 4K framebuffer takes, bytes.
+const FRAMEBUFFER_4K: usize = 3840 * 2160 * 4;
+
+impl Doctor {
+    pub fn run(self) -> Result<ExitCode> {
+        let mut findings = vec![module(), device()];
+        let device = Device::open();
+        if let Ok(device) = &device {
+            findings.push(memlock(device));
+            findings.push(buffer(device));
+        }
+        findings.push(hugepages());
+        findings.push(lockdown());
+        findings.push(library());
+        findings.push(apparmor(self.command.as_deref()));
+        findings.push(qemu());
+        findings.extend(libvirt());
+        if let Some(name) = &self.command {
+            findings.push(command(name));
+        }
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&findings)?);
+        } else {
+            print(&findings);
+        }
+        let bad = findings.iter().any(|finding| finding.state == State::Bad);
+        Ok(if bad {
+            ExitCode::FAILURE
+        } else {
+            ExitCode::SUCCESS
+        })
+    }
+}
+
+fn print(findings: &[Finding]) {
+    for finding in findings {
+        let word = match finding.state {
+            State::Good => "ok  ",
+            State::Note => "note",
+            State::Bad => "BAD ",
+        };
+        println!("{word}  {}: {}", finding.what, finding.text);
+        if let Some(mend) = &finding.mend {
+            println!("      {mend}");
+        }
+    }
+}
+
+fn read(path: impl AsRef<Path>) -> Option<String> {
+    fs::read_to_string(path)
+        .ok()
+        .map(|text| text.trim().to_owned())
+}
+
+fn release() -> String {
+    read("/proc/sys/kernel/osrelease").unwrap_or_default()
+}
+
+/// Is the module loaded?
+pub fn module() -> Finding {
+    if Path::new("/sys/module/pinbuf").exists() {
+        return good("module", format!("loaded, on kernel {}", release()));
+    }
+    let release = release();
+    let mut series = release
+        .split(['.', '-'])
+        .map_while(|part| part.parse::<u32>().ok());
+    let series = (series.next().unwrap_or(0), series.next().unwrap_or(0));
+    if series < (7, 2) {
+        return bad(
+            "module",
+            format!("pinbuf.ko is not loaded; kernel {release} is too old"),
+            "pinbuf needs Linux 7.2 or newer with CONFIG_RUST: in Debian, trixie-backports has one",
+        );
+    }
+    if installed(&release) {
+        bad(
+            "module",
+            "pinbuf.ko is installed but not loaded",
+            "`modprobe pinbuf` as root",
+        )
+    } else {
+        bad(
+            "module",
+            format!("pinbuf.ko is not installed for kernel {release}"),
+            "build it (see README.md), or install its package, then `modprobe pinbuf` as root",
+        )
+    }
+}
+
+/// Does modprobe know the module?
+fn installed(release: &str) -> bool {
+    let lists = ["/lib/modules", "/usr/lib/modules"];
+    lists.iter().any(|directory| {
+        read(format!("{directory}/{release}/modules.dep")).is_some_and(|text| {
+            text.lines().any(|line| {
+                let file = line.split(':').next().unwrap_or_default();
+                file.rsplit('/')
+                    .next()
+                    .is_some_and(|name| name.starts_with("pinbuf.ko"))
+            })
+        })
+    })
+}
+
+/// Is the device there, and open to us?
+pub fn device() -> Finding {
+    let path = Path::new(Device::PATH);
+    let Ok(metadata) = fs::metadata(path) else {
+        let mend = if Path::new("/sys/module/pinbuf").exists() {
+            "the module is there, so udev is missing, or this is a container: pass the device in \
+             (`--device /dev/pinbuf` for docker and podman)"
+        } else {
+            "load the module"
+        };
+        return bad("device", "/dev/pinbuf is missing", mend);
+    };
+    if !metadata.file_type().is_char_device() {
+        return bad(
+            "device",
+            "/dev/pinbuf is no device",
+            "remove it, and load the module again",
+        );
+    }
+    let mode = metadata.permissions().mode() & 0o777;
+    let group = match nix::unistd::Group::from_gid(metadata.gid().into()) {
+        Ok(Some(group)) => group.name,
+        _ => metadata.gid().to_string(),
+    };
+    match Device::open() {
+        Ok(device) => {
+            let version = device.query().map(|query| query.version).unwrap_or(0);
+            let text = format!("/dev/pinbuf, version {version}, mode {mode:o}, group {group}");
+            if mode & 0o060 == 0o060 && group != "root" {
+                good("device", text)
+            } else {
+                note(
+                    "device",
+                    format!("{text}: for root only"),
+                    "install packaging/60-pinbuf.rules in /etc/udev/rules.d, then `udevadm \
+                     control --reload` and `udevadm trigger /dev/pinbuf`",
+                )
+            }
+        }
+        Err(Error::NotPermitted) if mode & 0o060 == 0o060 && group != "root" => bad(
+            "device",
+            format!("/dev/pinbuf is open to the group {group}, and this user is not in it"),
+            format!(
+                "`adduser {} {group}` as root, then log in again",
+                user_name()
+            ),
+        ),
+        Err(Error::NotPermitted) => bad(
+            "device",
+            format!("/dev/pinbuf is for root only (mode {mode:o}, group {group})"),
+            "install packaging/60-pinbuf.rules in /etc/udev/rules.d, then `udevadm control \
+             --reload` and `udevadm trigger /dev/pinbuf`",
+        ),
+        Err(error) => bad(
+            "device",
+            format!("/dev/pinbuf: {error}"),
+            "load the module again",
+        ),
+    }
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes >> 20)
+}
+
+fn memlock(device: &Device) -> Finding {
+    let Ok(query) = device.query() else {
+        return bad(
+            "memlock",
+            "the device does not answer",
+            "load the module again",
+        );
+    };
+    let Some(limit) = query.memlock else {
+        return good("memlock", "no limit on pinned memory");
+    };
+    let hard = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(limit, |(_, hard)| hard);
+    let all = hard.saturating_add(query.allowance);
+    let text = format!(
+        "{} (at most {}) for each user, and an allowance of {} beyond, of which {} are in use",
+        mib(limit),
+        if hard == u64::MAX {
+            "any".to_owned()
+        } else {
+            mib(hard)
+        },
+        mib(query.allowance),
+        mib(query.allowance_used)
+    );
+    let mend = format!(
+        "for more: `{} hard memlock 4194304` (KiB) in /etc/security/limits.d/pinbuf.conf, and log \
+         in again; for a service, LimitMEMLOCK=4G",
+        user_name()
+    );
+    if all < FRAMEBUFFER_4K as u64 {
+        bad(
+            "memlock",
+            format!("{text}: less than a 4K framebuffer takes"),
+            mend,
+        )
+    } else if all < 256 << 20 {
+        note("memlock", text, mend)
+    } else {
+        good("memlock", text)
+    }
+}
+
+/// Tries it.
+fn buffer(device: &Device) -> Finding {
+    let made = Region::anonymous(FRAMEBUFFER_4K).and_then(|region| {
+        let buffer = device.export(&region)?;
+        buffer.info(device)
+    });
+    match made {
+        Ok(info) => good(
+            "buffer",
+            format!(
+                "a 4K framebuffer was made: {} pages in {} extents",
+                info.pages, info.extents
+            ),
+        ),
+        Err(error @ Error::OverLimit { .. }) => bad(
+            "buffer",
+            format!("a 4K framebuffer cannot be made: {error}"),
+            "raise the limit (see memlock), or close other programs that pin memory",
+        ),
+        Err(error) => bad(
+            "buffer",
+            format!("a 4K framebuffer cannot be made: {error}"),
+            "look for pinbuf in the kernel's log (`dmesg`)",
+        ),
+    }
+}
+
+fn hugepages() -> Finding {
+    let pool = |kib: u32| -> (u64, u64) {
+        let number = |name| {
+            read(format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB/{name}"))
+                .and_then(|text| text.parse().ok())
+                .unwrap_or(0)
+        };
+        (number("free_hugepages"), number("nr_hugepages"))
+    };
+    let (free, all) = pool(2048);
+    let (free_large, all_large) = pool(1 << 20);
+    let transparent = read("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
+    let chosen = transparent
+        .split(['[', ']'])
+        .nth(1)
+        .unwrap_or("not available")
+        .to_owned();
+    let text = format!(
+        "{free} of {all} pages of 2 MiB free, {free_large} of {all_large} of 1 GiB; transparent \
+         huge pages: {chosen}"
+    );
+    if all == 0 && all_large == 0 && chosen != "always" {
+        note(
+            "huge pages",
+            text,
+            "buffers of huge pages are made and mapped faster: `sysctl vm.nr_hugepages=N`, or \
+             `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`",
+        )
+    } else {
+        good("huge pages", text)
+    }
+}
+
+fn lockdown() -> Finding {
+    let lockdown = read("/sys/kernel/security/lockdown").unwrap_or_default();
+    let chosen = lockdown
+        .split(['[', ']'])
+        .nth(1)
+        .unwrap_or("none")
+        .to_owned();
+    let secure_boot = fs::read_dir("/sys/firmware/efi/efivars")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| {
+            entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with("SecureBoot-")
+        })
+        .find_map(|entry| fs::read(entry.path()).ok())
+        .is_some_and(|value| value.last() == Some(&1));
+    let enforced =
+        read("/sys/module/module/parameters/sig_enforce").is_some_and(|text| text == "Y");
+    let text = format!(
+        "Secure Boot {}, kernel lockdown: {chosen}, module signatures {}",
+        if secure_boot { "on" } else { "off" },
+        if enforced { "enforced" } else { "not enforced" }
+    );
+    let loaded = Path::new("/sys/module/pinbuf").exists();
+    if !loaded && (chosen != "none" || enforced) {
+        bad(
+            "lockdown",
+            format!("{text}: an unsigned module is refused"),
+            "sign pinbuf.ko with a key that is enrolled: DKMS does with its own, \
+             `mokutil --import /var/lib/dkms/mok.pub`, then start anew",
+        )
+    } else {
+        good("lockdown", text)
+    }
+}
+
+fn library() -> Finding {
+    match shim::find() {
+        Ok(path) => good("shim", path.display().to_string()),
+        Err(error) => bad(
+            "shim",
+            error.to_string(),
+            "install it there (see README.md)",
+        ),
+    }
+}
+
+fn apparmor(command: Option<&Path>) -> Finding {
+    let on = read("/sys/module/apparmor/parameters/enabled").is_some_and(|text| text == "Y");
+    if !on {
+        return good("AppArmor", "not in use");
+    }
+    let own = read("/proc/self/attr/apparmor/current")
+        .or_else(|| read("/proc/self/attr/current"))
+        .unwrap_or_default();
+    let profile = command.and_then(|command| {
+        let path = Program::find(command).ok()?.loaded.canonicalize().ok()?;
+        let profiles = read("/sys/kernel/security/apparmor/profiles")?;
+        let path = path.to_string_lossy().into_owned();
+        let name = path.rsplit('/').next().unwrap_or_default().to_owned();
+        profiles
+            .lines()
+            .find(|line| {
+                let profile = line.split(" (").next().unwrap_or_default();
+                profile == path || profile == name
+            })
+            .map(str::to_owned)
+    });
+    match profile {
+        Some(profile) if !profile.contains("(unconfined)") => note(
+            "AppArmor",
+            format!("the command is confined: {profile}"),
+            "its profile must allow `/dev/pinbuf rw,` and `/usr/lib/pinbuf/*.so mr,`; and a \
+             change of profile at its start may make the dynamic linker ignore LD_PRELOAD (use \
+             `ux` or `px`, not `Ux` or `Px`, in the profile of the program that starts it)",
+        ),
+        _ if own.is_empty() || own.starts_with("unconfined") => {
+            good("AppArmor", "in use, not for us")
+        }
+        _ => note(
+            "AppArmor",
+            format!("this shell is confined: {own}"),
+            "its profile must allow `/dev/pinbuf rw,`",
+        ),
+    }
+}
+
+fn qemu() -> Finding {
+    let name = format!("qemu-system-{}", std::env::consts::ARCH);
+    let Ok(program) = Program::find(Path::new(&name)) else {
+        return good("QEMU", "not installed");
+    };
+    let version = Command::new(&program.path).arg("--version").output().ok();
+    let version = version.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    let version = version
+        .as_deref()
+        .and_then(|text| text.lines().next())
+        .unwrap_or("unknown");
+    Finding {
+        what: "QEMU",
+        state: State::Good,
+        text: version.to_owned(),
+        mend: Some(
+            "with `pinbuf run`, guests need -object memory-backend-memfd,share=on and a \
+             virtio-gpu device with blob=on"
+                .to_owned(),
+        ),
+    }
+}
+
+fn libvirt() -> Option<Finding> {
+    let text = read("/etc/libvirt/qemu.conf")?;
+    let list = text
+        .lines()
+        .filter(|line| !line.trim_start().starts_with('#'))
+        .collect::<Vec<_>>()
+        .join("\n");
+    let allowed = list.contains("cgroup_device_acl") && list.contains("/dev/pinbuf");
+    Some(if allowed {
+        good("libvirt", "cgroup_device_acl has /dev/pinbuf")
+    } else {
+        note(
+            "libvirt",
+            "its virtual machines do not get /dev/pinbuf",
+            "add \"/dev/pinbuf\" to cgroup_device_acl in /etc/libvirt/qemu.conf, and set the \
+             environment by <qemu:env name='LD_PRELOAD' .../> in the domain",
+        )
+    })
+}
+
+fn command(name: &Path) -> Finding {
+    match Program::find(name) {
+        Ok(program) if program.obstacles.is_empty() => good(
+            "command",
+            format!("{} can be reached by the shim", program.loaded.display()),
+        ),
+        Ok(program) => {
+            let reasons: Vec<_> = program.obstacles.iter().map(ToString::to_string).collect();
+            bad(
+                "command",
+                format!("{} cannot be reached by the shim", program.loaded.display()),
+                reasons.join("; "),
+            )
+        }
+        Err(error) => bad(
+            "command",
+            format!("{error:#}"),
+            "name it as you would in a shell",
+        ),
+    }
+}

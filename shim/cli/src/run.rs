@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `pinbuf run`.
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{bail, Context, Result};
+use clap::Args;
+use nix::sys::resource::{getrlimit, setrlimit, Resource};
+use pinbuf::{Device, Error};
+
+use crate::command::Program;
+use crate::{doctor, shim};
+
+/// Runs a program written for udmabuf on pinbuf.
+///
+/// For it, /dev/udmabuf is /dev/pinbuf. Its limit on locked memory is raised as far as it may be.
+/// The status is the command's; 125 if it could not be started on pinbuf, 126 if it cannot be
+/// executed, 127 if it is not found.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// Writes a line for each buffer to FILE, or to standard error without one.
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "stderr",
+          require_equals = true)]
+    log: Option<PathBuf>,
+    /// Runs the command even if the shim cannot reach it.
+    #[arg(long)]
+    anyway: bool,
+    /// The command and its arguments.
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "COMMAND"
+    )]
+    command: Vec<OsString>,
+}
+
+impl Run {
+    pub fn run(self) -> Result<ExitCode> {
+        let (name, arguments) = self.command.split_first().context("no command")?;
+        let shim = shim::find()?;
+        check_device()?;
+        let program = match Program::find(Path::new(name)) {
+            Ok(program) => program,
+            Err(error) => {
+                eprintln!("pinbuf: {error:#}");
+                return Ok(ExitCode::from(127));
+            }
+        };
+        if let Some(obstacle) = program.obstacles.first() {
+            let what = format!("{} cannot be reached: {obstacle}", program.loaded.display());
+            if !self.anyway {
+                bail!("{what} (--anyway runs it nevertheless)");
+            }
+            eprintln!("pinbuf: {what}");
+        }
+        raise_memlock();
+        let mut command = Command::new(&program.path);
+        command.arg0(name).args(arguments);
+        let before = std::env::var_os("LD_PRELOAD");
+        command.env("LD_PRELOAD", shim::preload(&shim, before.as_deref()));
+        if let Some(log) = &self.log {
+            let log = if log == Path::new("stderr") {
+                log.clone()
+            } else {
+                std::path::absolute(log)?
+            };
+            command.env("PINBUF_SHIM_LOG", log);
+        }
+        let error = command.exec();
+        eprintln!("pinbuf: {}: {error}", program.path.display());
+        Ok(ExitCode::from(126))
+    }
+}
+
+/// Says now what the program would fail with later, and less clearly.
+fn check_device() -> Result<()> {
+    match Device::open() {
+        Ok(_) => Ok(()),
+        Err(Error::TooManyFiles | Error::NoMemory) => bail!("no descriptor is free, or no memory"),
+        Err(_) => {
+            let [module, device] = [doctor::module(), doctor::device()];
+            let finding = if module.is_bad() { module } else { device };
+            bail!("{}\n  {}", finding.text, finding.mend.unwrap_or_default())
+        }
+    }
+}
+
+/// The user's name, or number.
+pub fn user_name() -> String {
+    let uid = nix::unistd::getuid();
+    match nix::unistd::User::from_uid(uid) {
+        Ok(Some(user)) => user.name,
+        _ => uid.to_string(),
+    }
+}
+
+/// Raises the limit on locked memory as far as it goes without privileges.
+fn raise_memlock() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_MEMLOCK) {
+        if soft < hard {
+            // Lower limits only make buffers fail later, which is reported there.
+            let _ = setrlimit(Resource::RLIMIT_MEMLOCK, hard, hard);
+        }
+    }
+}

@@ -1,0 +1,335 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Buffers: mapping, synchronising, describing.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::statfs::{fstatfs, FsType};
+use nix::unistd::{lseek, Whence};
+
+use crate::memory::Memory;
+use crate::{ChargedTo, Device, Error, HugePage, Result};
+
+const DMA_BUF_MAGIC: FsType = FsType(0x444d_4142);
+
+nix::ioctl_write_ptr!(ioctl_sync, b'b', 0, u64);
+
+const SYNC_READ: u64 = 1;
+const SYNC_WRITE: u64 = 2;
+const SYNC_END: u64 = 4;
+
+/// What the CPU is going to do with a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// Read what devices wrote.
+    Read,
+    /// Write what devices will read.
+    Write,
+    /// Both.
+    ReadWrite,
+}
+
+impl Access {
+    fn flags(self) -> u64 {
+        match self {
+            Self::Read => SYNC_READ,
+            Self::Write => SYNC_WRITE,
+            Self::ReadWrite => SYNC_READ | SYNC_WRITE,
+        }
+    }
+}
+
+/// What pinbuf tells of one of its buffers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Info {
+    /// The size in bytes.
+    pub bytes: u64,
+    /// The same in pages.
+    pub pages: u64,
+    /// Runs of physically adjacent pages.
+    pub extents: u64,
+    /// References to pages or huge pages that are held.
+    pub pins: u64,
+    /// Kernel memory for remembering the extents, bytes.
+    pub kernel_bytes: u64,
+    /// Pages that are charged.
+    pub charged_pages: u64,
+    /// To what they are charged.
+    pub charged_to: ChargedTo,
+    /// Devices' mappings that live now.
+    pub mappings: u32,
+}
+
+/// A dma-buf.
+///
+/// It is a descriptor and nothing else: it can be turned into an [`OwnedFd`] and passed on, and
+/// made from one that came from elsewhere. The pages live until the last copy of the descriptor
+/// and the last mapping, the CPU's or a device's, are gone.
+#[derive(Debug)]
+pub struct DmaBuf(OwnedFd);
+
+impl DmaBuf {
+    pub(crate) fn of_kernel(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// Takes a descriptor of a dma-buf, whoever made it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotADmaBuf`].
+    ///
+    /// ```
+    /// let file = std::fs::File::open("/dev/null").expect("/dev/null");
+    /// assert_eq!(pinbuf::DmaBuf::from_fd(file.into()).err(), Some(pinbuf::Error::NotADmaBuf));
+    /// ```
+    pub fn from_fd(fd: OwnedFd) -> Result<Self> {
+        let kind = fstatfs(&fd)
+            .map_err(Error::system("fstatfs"))?
+            .filesystem_type();
+        if kind == DMA_BUF_MAGIC {
+            Ok(Self(fd))
+        } else {
+            Err(Error::NotADmaBuf)
+        }
+    }
+
+    /// The size in bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::System`], if the descriptor's file was replaced behind our back.
+    pub fn size(&self) -> Result<usize> {
+        let end = lseek(&self.0, 0, Whence::SeekEnd).map_err(Error::system("lseek"))?;
+        usize::try_from(end).map_err(|_| Error::TooLarge)
+    }
+
+    /// Asks pinbuf about the buffer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotADmaBuf`] if it is another exporter's.
+    pub fn info(&self, device: &Device) -> Result<Info> {
+        let info = device.info(self.0.as_fd())?;
+        Ok(Info {
+            bytes: info.bytes,
+            pages: info.pages,
+            extents: info.extents,
+            pins: info.pins,
+            kernel_bytes: info.kernel_bytes,
+            charged_pages: info.charged_pages,
+            charged_to: info.charge.into(),
+            mappings: info.mappings,
+        })
+    }
+
+    /// Maps all of the buffer for reading and writing, at a multiple of 2 MiB if it is as large
+    /// (1 GiB likewise), so that huge page-table entries fit.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMemory`], [`Error::System`] for buffers that cannot be mapped.
+    ///
+    /// ```no_run
+    /// # let buffer = pinbuf::Device::open()?.export(&pinbuf::Region::anonymous(1 << 20)?)?;
+    /// let mapping = buffer.map()?;
+    /// let access = mapping.begin(pinbuf::Access::Write)?;
+    /// access.write_at(0, b"pixels")?;
+    /// access.finish()?;
+    /// # Ok::<(), pinbuf::Error>(())
+    /// ```
+    pub fn map(&self) -> Result<Mapping<'_>> {
+        let len = self.size()?;
+        let aligns = [HugePage::Gib1.bytes(), HugePage::Mib2.bytes()];
+        // What does not fit with an alignment may fit with a smaller one.
+        for align in aligns.into_iter().filter(|&align| align <= len) {
+            if let Ok(memory) = Memory::shared(&self.0, len, align) {
+                return Ok(Mapping {
+                    memory,
+                    buffer: self,
+                });
+            }
+        }
+        Ok(Mapping {
+            memory: Memory::shared(&self.0, len, 1)?,
+            buffer: self,
+        })
+    }
+
+    /// Begins an access by the CPU: caches are made to show what devices wrote. It ends with the
+    /// guard. For accesses through the memory that the buffer was made of, or through a mapping
+    /// made elsewhere; [`Mapping::begin`] is this for a [`Mapping`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Interrupted`], [`Error::System`].
+    pub fn begin_cpu_access(&self, access: Access) -> Result<SyncGuard<'_>> {
+        self.sync(access.flags())?;
+        Ok(SyncGuard {
+            buffer: self,
+            access,
+            ended: false,
+        })
+    }
+
+    fn sync(&self, flags: u64) -> Result<()> {
+        loop {
+            // SAFETY: DMA_BUF_IOCTL_SYNC reads a number.
+            match unsafe { ioctl_sync(self.0.as_raw_fd(), &flags) } {
+                Ok(_) => return Ok(()),
+                // The interface asks for it: a signal, or a lock taken by another.
+                Err(Errno::EINTR | Errno::EAGAIN) => {}
+                Err(errno) => return Err(Error::system("DMA_BUF_IOCTL_SYNC")(errno)),
+            }
+        }
+    }
+
+    /// Another descriptor of the same buffer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooManyFiles`].
+    pub fn try_clone(&self) -> Result<Self> {
+        match self.0.try_clone() {
+            Ok(fd) => Ok(Self(fd)),
+            Err(error) => {
+                let errno = error
+                    .raw_os_error()
+                    .map_or(Errno::UnknownErrno, Errno::from_raw);
+                Err(Error::system("F_DUPFD_CLOEXEC")(errno))
+            }
+        }
+    }
+}
+
+impl AsFd for DmaBuf {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl From<DmaBuf> for OwnedFd {
+    fn from(buffer: DmaBuf) -> Self {
+        buffer.0
+    }
+}
+
+impl TryFrom<OwnedFd> for DmaBuf {
+    type Error = Error;
+
+    fn try_from(fd: OwnedFd) -> Result<Self> {
+        Self::from_fd(fd)
+    }
+}
+
+/// An access by the CPU that has begun. It ends when this is dropped, or with
+/// [`finish`](Self::finish), which tells errors.
+#[derive(Debug)]
+#[must_use = "the access ends when the guard is dropped"]
+pub struct SyncGuard<'a> {
+    buffer: &'a DmaBuf,
+    access: Access,
+    ended: bool,
+}
+
+impl SyncGuard<'_> {
+    /// Ends the access: what the CPU wrote becomes visible to devices.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::System`].
+    pub fn finish(mut self) -> Result<()> {
+        self.ended = true;
+        self.buffer.sync(self.access.flags() | SYNC_END)
+    }
+}
+
+impl Drop for SyncGuard<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            // Nobody is there to hear of an error; `finish` is for those who want to.
+            let _ = self.buffer.sync(self.access.flags() | SYNC_END);
+        }
+    }
+}
+
+/// A buffer, mapped for the CPU.
+#[derive(Debug)]
+pub struct Mapping<'a> {
+    memory: Memory,
+    buffer: &'a DmaBuf,
+}
+
+impl Mapping<'_> {
+    /// The length in bytes.
+    #[allow(clippy::len_without_is_empty)] // No buffer is empty.
+    pub fn len(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// The first byte's address. What is read or written there, others may write and read at the
+    /// same time; begin an access first.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.memory.address()
+    }
+
+    /// Begins an access, during which bytes can be copied in and out.
+    ///
+    /// # Errors
+    ///
+    /// As for [`DmaBuf::begin_cpu_access`].
+    pub fn begin(&self, access: Access) -> Result<CpuAccess<'_>> {
+        Ok(CpuAccess {
+            memory: &self.memory,
+            guard: self.buffer.begin_cpu_access(access)?,
+        })
+    }
+}
+
+/// An access to a [`Mapping`] that has begun, and ends when this is dropped.
+#[derive(Debug)]
+#[must_use = "the access ends when this is dropped"]
+pub struct CpuAccess<'a> {
+    memory: &'a Memory,
+    guard: SyncGuard<'a>,
+}
+
+impl CpuAccess<'_> {
+    /// Copies bytes out of the buffer, from `offset` in bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfBounds`].
+    pub fn read_at(&self, offset: usize, to: &mut [u8]) -> Result<()> {
+        self.memory.read_at(offset, to)
+    }
+
+    /// Copies bytes into the buffer, to `offset` in bytes. The access should be one for writing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfBounds`].
+    pub fn write_at(&self, offset: usize, from: &[u8]) -> Result<()> {
+        self.memory.write_at(offset, from)
+    }
+
+    /// Sets `len` bytes from `offset` on. The access should be one for writing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfBounds`].
+    pub fn fill(&self, offset: usize, len: usize, byte: u8) -> Result<()> {
+        self.memory.fill(offset, len, byte)
+    }
+
+    /// Ends the access, and tells errors.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::System`].
+    pub fn finish(self) -> Result<()> {
+        self.guard.finish()
+    }
+}

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The functions that stand before libc's.
+//!
+//! A path is compared only after the kernel has read it: until then it may be a pointer to
+//! nowhere, for which the kernel says `EFAULT` and we would crash. So each call is made as the
+//! program asked for it, and made once more for `/dev/pinbuf` if the path turns out to be
+//! `/dev/udmabuf`. Nothing is created by that, since a device exists or not: without `O_CREAT`
+//! the first call has no effect but a descriptor, which is closed.
+
+use core::ffi::{c_char, c_int, c_void};
+
+use libc::mode_t;
+
+use crate::log::log;
+use crate::sys::{errno, set_errno, Errno};
+use crate::{align, create, device, next, request, sys};
+
+const UDMABUF: &[u8] = b"/dev/udmabuf\0";
+const PINBUF: *const c_char = c"/dev/pinbuf".as_ptr();
+
+/// Is this the path of udmabuf's device? `result` is that of a call which was given the path.
+///
+/// # Safety
+///
+/// If the kernel did not find `path` unreadable, it must be null or a terminated string.
+#[inline]
+unsafe fn is_udmabuf(path: *const c_char, result: c_int) -> bool {
+    if path.is_null() || (result == -1 && errno() == libc::EFAULT) {
+        return false;
+    }
+    for (i, &byte) in UDMABUF.iter().enumerate() {
+        // SAFETY: all bytes before were equal and not zero, so the string goes on here.
+        let found = unsafe { *path.wrapping_add(i) };
+        if found as u8 != byte {
+            return false;
+        }
+    }
+    true
+}
+
+/// Opens pinbuf's device in the place of udmabuf's.
+fn open_pinbuf(instead: c_int, flags: c_int) -> c_int {
+    if instead >= 0 {
+        sys::close(instead);
+    }
+    let flags = flags & !(libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC);
+    // SAFETY: a terminated string; without O_CREAT the mode is not looked at.
+    let fd = unsafe { next::openat(libc::AT_FDCWD, PINBUF, flags, 0) };
+    if fd >= 0 {
+        log!("/dev/udmabuf opened as /dev/pinbuf: fd {fd}");
+    } else {
+        log!(
+            "/dev/udmabuf cannot be opened as /dev/pinbuf: errno {}",
+            errno()
+        );
+    }
+    fd
+}
+
+/// Functions that open: all arguments are passed on.
+macro_rules! interpose_open {
+    ($($name:ident($($before:ident: $type:ty,)? | $($mode:ident: $mode_type:ty)?);)*) => {$(
+        /// libc's function of this name, for which `/dev/udmabuf` is `/dev/pinbuf`.
+        ///
+        /// # Safety
+        ///
+        /// As for libc's.
+        #[no_mangle]
+        pub unsafe extern "C" fn $name(
+            $($before: $type,)?
+            path: *const c_char,
+            flags: c_int
+            $(, $mode: $mode_type)?
+        ) -> c_int {
+            // SAFETY: the program's own call.
+            let fd = unsafe { next::$name($($before,)? path, flags $(, $mode)?) };
+            // SAFETY: the kernel was given the path.
+            if unsafe { is_udmabuf(path, fd) } {
+                open_pinbuf(fd, flags)
+            } else {
+                fd
+            }
+        }
+    )*};
+}
+
+interpose_open! {
+    open(| mode: mode_t);
+    open64(| mode: mode_t);
+    __open(| mode: mode_t);
+    __open64(| mode: mode_t);
+    __open_2(|);
+    __open64_2(|);
+    openat(dir: c_int, | mode: mode_t);
+    openat64(dir: c_int, | mode: mode_t);
+    __openat_2(dir: c_int, |);
+    __openat64_2(dir: c_int, |);
+}
+
+/// Functions that ask about a path: the call is made again with pinbuf's.
+macro_rules! interpose_path {
+    ($($name:ident($($before:ident: $before_type:ty,)* | $($after:ident: $after_type:ty),*);)*) => {$(
+        /// libc's function of this name, for which `/dev/udmabuf` is `/dev/pinbuf`.
+        ///
+        /// # Safety
+        ///
+        /// As for libc's.
+        #[no_mangle]
+        pub unsafe extern "C" fn $name(
+            $($before: $before_type,)*
+            path: *const c_char
+            $(, $after: $after_type)*
+        ) -> c_int {
+            // SAFETY: the program's own call.
+            let result = unsafe { next::$name($($before,)* path $(, $after)*) };
+            // SAFETY: the kernel was given the path.
+            if unsafe { is_udmabuf(path, result) } {
+                // SAFETY: the program's own call, with another terminated string.
+                unsafe { next::$name($($before,)* PINBUF $(, $after)*) }
+            } else {
+                result
+            }
+        }
+    )*};
+}
+
+interpose_path! {
+    access(| mode: c_int);
+    eaccess(| mode: c_int);
+    euidaccess(| mode: c_int);
+    faccessat(dir: c_int, | mode: c_int, flags: c_int);
+    stat(| to: *mut libc::stat);
+    stat64(| to: *mut libc::stat64);
+    lstat(| to: *mut libc::stat);
+    lstat64(| to: *mut libc::stat64);
+    fstatat(dir: c_int, | to: *mut libc::stat, flags: c_int);
+    fstatat64(dir: c_int, | to: *mut libc::stat64, flags: c_int);
+    __xstat(version: c_int, | to: *mut libc::stat);
+    __xstat64(version: c_int, | to: *mut libc::stat64);
+    __lxstat(version: c_int, | to: *mut libc::stat);
+    __lxstat64(version: c_int, | to: *mut libc::stat64);
+    __fxstatat(version: c_int, dir: c_int, | to: *mut libc::stat, flags: c_int);
+    __fxstatat64(version: c_int, dir: c_int, | to: *mut libc::stat64, flags: c_int);
+    statx(dir: c_int, | flags: c_int, mask: u32, to: *mut libc::statx);
+}
+
+/// libc's `ioctl`, which answers udmabuf's requests on pinbuf's device.
+///
+/// # Safety
+///
+/// As for libc's.
+#[no_mangle]
+pub unsafe extern "C" fn ioctl(fd: c_int, number: libc::c_ulong, arg: usize) -> c_int {
+    // The kernel looks at 32 bits.
+    if matches!(number as u32, request::CREATE | request::CREATE_LIST) {
+        if let Some(result) = answer(fd, number as u32, arg) {
+            return result;
+        }
+    }
+    // SAFETY: the program's own call.
+    unsafe { next::ioctl(fd, number, arg) }
+}
+
+/// Answers one of udmabuf's requests, unless `fd` is not pinbuf's.
+#[cold]
+#[inline(never)]
+fn answer(fd: c_int, number: u32, arg: usize) -> Option<c_int> {
+    let before = errno();
+    let answered = device::is_pinbuf(fd).then(|| create::answer(fd, number, arg));
+    match answered {
+        Some(Ok(dmabuf)) => {
+            set_errno(before);
+            Some(dmabuf)
+        }
+        Some(Err(Errno(libc::ENOTTY))) => {
+            device::forget();
+            set_errno(before);
+            None
+        }
+        Some(Err(Errno(errno))) => {
+            set_errno(errno);
+            Some(-1)
+        }
+        None => {
+            set_errno(before);
+            None
+        }
+    }
+}
+
+macro_rules! interpose_mmap {
+    ($($name:ident)*) => {$(
+        /// libc's function of this name, which aligns large shared mappings of dma-bufs where the
+        /// kernel is free to choose the address.
+        ///
+        /// # Safety
+        ///
+        /// As for libc's.
+        #[no_mangle]
+        pub unsafe extern "C" fn $name(
+            at: *mut c_void,
+            len: usize,
+            prot: c_int,
+            flags: c_int,
+            fd: c_int,
+            offset: i64,
+        ) -> *mut c_void {
+            if align::may_help(at as usize, len, flags, fd) {
+                let before = errno();
+                let mapped = align::map(len, prot, flags, fd, offset as u64);
+                set_errno(before);
+                if let Some(address) = mapped {
+                    return address as *mut c_void;
+                }
+            }
+            // SAFETY: the program's own call.
+            unsafe { next::$name(at, len, prot, flags, fd, offset) }
+        }
+    )*};
+}
+
+interpose_mmap! { mmap mmap64 }

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `libudmabuf_shim.so`: with `LD_PRELOAD`, programs written for `/dev/udmabuf` run on pinbuf.
+//!
+//! The shim stands between a program and libc for the calls that lead to `/dev/udmabuf`: opening
+//! it, asking whether it is there, its two ioctls, and mapping what they return. Every other call
+//! goes on to the next library at the cost of a comparison.
+//!
+//! # What it keeps
+//!
+//! No table of descriptors. `open("/dev/udmabuf")` returns a descriptor of `/dev/pinbuf`, which is
+//! told apart later by its device number; so copies of it, passed by `fork`, `dup`, `exec` or a
+//! socket, work without the shim's knowing. What is kept is written once and only saves time: the
+//! next library's functions, the device number, and where to log.
+//!
+//! # How a buffer is made
+//!
+//! udmabuf takes (memfd, offset, size); pinbuf takes addresses. If the program has the memfd mapped
+//! shared and writable, its own addresses are used, and the kernel compares the pages it pinned
+//! with the file and offset that were named (`PINBUF_CREATE_CHECK_BACKING`): another thread may
+//! change the mapping at any time. Where that does not hold, the shim maps the items itself, for
+//! the length of the call.
+//!
+//! # Signals, threads, allocation
+//!
+//! Nothing here allocates with malloc or takes a lock. Memory for long lists comes from `mmap`.
+//! The program's pointers are read by the kernel on our behalf, so that bad ones give `EFAULT`.
+
+#![cfg_attr(test, allow(dead_code))] // The interposed functions are not in tests.
+
+mod align;
+mod buffer;
+mod create;
+mod device;
+#[cfg(not(test))]
+mod interpose;
+mod layout;
+mod log;
+mod mappings;
+#[cfg(not(test))]
+mod next;
+mod plan;
+mod request;
+mod sys;
