@@ -11,10 +11,11 @@ use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use crate::guest::{End, Guest, Options, Outcome, Streams};
+use crate::runs;
 use crate::ui::{say, seconds, step, tail, Step};
 use crate::{paths, vm};
 
@@ -24,10 +25,22 @@ const SHOWING: &str = "pinbuf-demo: showing";
 /// A picture has at least this many colours; an empty screen has one, a console two.
 const COLOURS: usize = 16;
 
+/// What is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    /// A program's memory on the guest's screen: build/demo.png.
+    Program,
+    /// The screen of a virtual machine in the guest, by stock QEMU: build/demo-qemu.png.
+    Qemu,
+}
+
 /// Makes build/demo.png: a program in a guest draws into ordinary memory and shows it, through
 /// pinbuf, on the guest's screen.
 #[derive(Debug, Args)]
 pub struct Demo {
+    /// What is shown.
+    #[arg(value_enum, default_value = "program")]
+    mode: Mode,
     /// The kernel: default, debug, a series (7.2, 7.2-cloud), or a release as `uname -r` tells it.
     #[arg(long, value_name = "RELEASE", default_value = "default")]
     kernel: String,
@@ -39,6 +52,45 @@ pub struct Demo {
 impl Demo {
     /// Runs it, and returns the status to exit with.
     pub fn run(self) -> Result<i32> {
+        match self.mode {
+            Mode::Program => self.program(),
+            Mode::Qemu => self.qemu(),
+        }
+    }
+
+    /// A virtual machine in the guest, with a device passed through.
+    fn qemu(self) -> Result<i32> {
+        const NAME: &str = "screen.png";
+        let start = Instant::now();
+        let picture = paths::build().join("demo-qemu.png");
+        let _ = fs::remove_file(&picture);
+        let share = tempfile::Builder::new().prefix("pinbuf-share-").tempdir()?;
+        let options = Options {
+            kernel: self.kernel,
+            memory: "3G".to_owned(),
+            cmdline: runs::NO_UDMABUF.to_owned(),
+            qemu: shell_words::split(runs::VFIO)?,
+            image: "qemu".to_owned(),
+            share: Some(share.path().to_owned()),
+            command: ["pinbuf-nested", "--demo", NAME]
+                .map(str::to_owned)
+                .to_vec(),
+            build: !self.no_build,
+            timeout: Some(Duration::from_secs(900)),
+            ..Options::default()
+        };
+        let streams = Streams {
+            input: None,
+            output: Box::new(io::stderr()),
+            error: Box::new(io::stderr()),
+        };
+        let outcome = Guest::start(&options, streams)?.wait()?;
+        check_end(&outcome, "pinbuf-nested")?;
+        fs::copy(share.path().join(NAME), &picture).context("QEMU wrote no picture")?;
+        finish(&picture, start)
+    }
+
+    fn program(self) -> Result<i32> {
         let start = Instant::now();
         let picture = paths::build().join("demo.png");
         let _ = fs::remove_file(&picture);
@@ -65,29 +117,40 @@ impl Demo {
         };
         let guest = Guest::start(&options, streams)?;
         let outcome = show(guest, hold, &shown, &picture)?;
-        if outcome.end != End::Exited(0) || !outcome.complaints.is_empty() {
-            say(&format!(
-                "--- the end of the kernel's log:\n{}",
-                tail(&outcome.log, 60)
-            ));
-            for complaint in &outcome.complaints {
-                say(&format!("the kernel complained: {complaint}"));
-            }
-            let problem = vm::problem(&outcome)
-                .unwrap_or_else(|| format!("pinbuf-demo ended with {:?}", outcome.end));
-            bail!(
-                "{problem}; the kernel's log: {}",
-                paths::shown(&outcome.log)
-            );
-        }
-        let (width, height, colours) = check(&picture)?;
-        say(&format!("  all: {}", seconds(start.elapsed())));
-        println!(
-            "{} ({width}x{height}, {colours} colours)",
-            paths::shown(&picture)
-        );
-        Ok(0)
+        check_end(&outcome, "pinbuf-demo")?;
+        finish(&picture, start)
     }
+}
+
+/// Fails unless the program ended well and the kernel did not complain.
+fn check_end(outcome: &Outcome, program: &str) -> Result<()> {
+    if outcome.end == End::Exited(0) && outcome.complaints.is_empty() {
+        return Ok(());
+    }
+    say(&format!(
+        "--- the end of the kernel's log:\n{}",
+        tail(&outcome.log, 60)
+    ));
+    for complaint in &outcome.complaints {
+        say(&format!("the kernel complained: {complaint}"));
+    }
+    let problem =
+        vm::problem(outcome).unwrap_or_else(|| format!("{program} ended with {:?}", outcome.end));
+    bail!(
+        "{problem}; the kernel's log: {}",
+        paths::shown(&outcome.log)
+    );
+}
+
+/// Looks at the picture, and tells where it is.
+fn finish(picture: &Path, start: Instant) -> Result<i32> {
+    let (width, height, colours) = check(picture)?;
+    say(&format!("  all: {}", seconds(start.elapsed())));
+    println!(
+        "{} ({width}x{height}, {colours} colours)",
+        paths::shown(picture)
+    );
+    Ok(0)
 }
 
 /// Waits for the picture, takes it, and lets the program end.

@@ -69,6 +69,26 @@ const PLAIN: Run = Run {
     timeout: 600,
 };
 
+/// Devices for `pinbuf-nested`: an nvme behind an IOMMU, whose data is kept in a temporary file.
+pub const VFIO: &str = "-machine kernel-irqchip=split -device intel-iommu,intremap=on \
+    -drive if=none,id=nvme,file.driver=null-co,file.size=64M,file.read-zeroes=on,format=raw,\
+snapshot=on -device nvme,drive=nvme,serial=nested";
+
+/// Without the kernel's own udmabuf: what works then is pinbuf's.
+pub const NO_UDMABUF: &str = "initcall_blacklist=udmabuf_dev_init intel_iommu=on";
+
+/// Virtual machines inside of the guest; rows say which.
+const NESTED: Run = Run {
+    when: When::Long,
+    memory: "3G",
+    cmdline: NO_UDMABUF,
+    image: "qemu",
+    modules: &[],
+    command: "pinbuf-nested",
+    timeout: 1800,
+    ..PLAIN
+};
+
 /// All runs.
 pub const RUNS: &[Run] = &[
     Run {
@@ -99,6 +119,17 @@ pub const RUNS: &[Run] = &[
         command: "pinbuf-selftest --filter vivid",
         filters: false,
         timeout: 180,
+        ..PLAIN
+    },
+    Run {
+        // The old API, on the kernel's udmabuf and under the shim, case by case.
+        name: "conformance",
+        memory: "3G",
+        cmdline: "",
+        modules: &[],
+        command: "tests/conformance/run",
+        verdict: Verdict::Status,
+        filters: false,
         ..PLAIN
     },
     Run {
@@ -172,6 +203,38 @@ pub const RUNS: &[Run] = &[
         memory: "6G",
         timeout: 1800,
         ..PLAIN
+    },
+    Run {
+        name: "nested-screen",
+        command: "pinbuf-nested --group screen",
+        ..NESTED
+    },
+    Run {
+        name: "nested-large",
+        command: "pinbuf-nested --group large",
+        ..NESTED
+    },
+    Run {
+        name: "nested-vfio",
+        qemu: VFIO,
+        command: "pinbuf-nested --group vfio",
+        ..NESTED
+    },
+    Run {
+        name: "nested-zones",
+        memory: "5G",
+        // Most memory, the inner guest's too, begins where nothing may stay pinned.
+        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on movablecore=3G cma=256M",
+        qemu: VFIO,
+        command: "pinbuf-nested --group zones",
+        ..NESTED
+    },
+    Run {
+        name: "nested-udmabuf",
+        // The comparison: what the same does on the kernel's own udmabuf.
+        cmdline: "",
+        command: "pinbuf-nested --group udmabuf",
+        ..NESTED
     },
 ];
 

@@ -202,8 +202,15 @@ impl Test {
             modules: run.modules.iter().map(|&name| name.to_owned()).collect(),
             command,
             timeout: Some(Duration::from_secs(run.timeout)),
-            // What brings nothing with it takes it from the repository.
-            share: Some(if run.bare { paths::root() } else { share.path() }.to_owned()),
+            // A script of the repository's wants the repository.
+            share: Some(
+                if run.command.starts_with("tests/") {
+                    paths::root()
+                } else {
+                    share.path()
+                }
+                .to_owned(),
+            ),
             ..Options::default()
         };
         let streams = Streams {
