@@ -49,6 +49,24 @@ const IMAGES: &[(&str, &[&str])] = &[
             "util-linux",
         ],
     ),
+    (
+        // The same with the next QEMU.
+        "qemu-next",
+        &[
+            "e2fsprogs",
+            "iproute2",
+            "kmod",
+            "procps",
+            "psmisc",
+            "qemu-system-common/trixie-backports",
+            "qemu-system-data/trixie-backports",
+            "qemu-system-x86/trixie-backports",
+            "seabios/trixie-backports",
+            "strace",
+            "udev",
+            "util-linux",
+        ],
+    ),
 ];
 
 /// What images leave out.

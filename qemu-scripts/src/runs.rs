@@ -215,6 +215,25 @@ pub const RUNS: &[Run] = &[
         ..NESTED
     },
     Run {
+        name: "nested-levels",
+        command: "pinbuf-nested --group levels",
+        ..NESTED
+    },
+    Run {
+        name: "nested-screen-next",
+        // The QEMU of trixie-backports.
+        image: "qemu-next",
+        command: "pinbuf-nested --group screen",
+        ..NESTED
+    },
+    Run {
+        name: "nested-vfio-next",
+        image: "qemu-next",
+        qemu: VFIO,
+        command: "pinbuf-nested --group vfio",
+        ..NESTED
+    },
+    Run {
         name: "nested-vfio",
         qemu: VFIO,
         command: "pinbuf-nested --group vfio",
@@ -224,9 +243,18 @@ pub const RUNS: &[Run] = &[
         name: "nested-zones",
         memory: "5G",
         // Most memory, the inner guest's too, begins where nothing may stay pinned.
-        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on movablecore=3G cma=256M",
+        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on movablecore=3G",
         qemu: VFIO,
         command: "pinbuf-nested --group zones",
+        ..NESTED
+    },
+    Run {
+        name: "nested-cma",
+        memory: "4G",
+        // The kernel takes movable memory from there while most of what is free is there.
+        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on cma=1536M",
+        qemu: VFIO,
+        command: "pinbuf-nested --group cma",
         ..NESTED
     },
     Run {

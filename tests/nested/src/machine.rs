@@ -1,0 +1,488 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! An inner virtual machine: stock QEMU, and our program as its guest's first process.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure, Context, Result};
+use pinbuf_uapi::Info;
+use serde_json::json;
+
+use crate::evidence::{self, Buffer};
+use crate::initramfs;
+use crate::pattern::Pattern;
+use crate::picture::Picture;
+use crate::protocol::{Answer, DiskPlan, Request, PORT};
+use crate::qmp::Qmp;
+
+/// How long the inner guest may take for anything.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// What the inner guest's memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// An ordinary memfd.
+    Memfd,
+    /// A memfd of 2 MiB pages.
+    Huge,
+}
+
+/// Who runs QEMU, and with which limit.
+#[derive(Debug, Clone, Copy)]
+pub struct User {
+    /// The user's number.
+    pub uid: u32,
+    /// RLIMIT_MEMLOCK in bytes.
+    pub memlock: u64,
+}
+
+/// What the virtual machine is to be.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// A name for its files.
+    pub name: String,
+    /// QEMU's program.
+    pub program: String,
+    /// What is written before QEMU's program: nothing, or the way to pinbuf.
+    pub pinbuf: bool,
+    /// Memory in MiB.
+    pub memory: u64,
+    /// What that is.
+    pub backend: Backend,
+    /// The screen's size.
+    pub screen: (u32, u32),
+    /// QEMU's display.
+    pub display: Vec<String>,
+    /// A device of the outer guest to pass through from the start.
+    pub vfio: Option<String>,
+    /// Further arguments.
+    pub more: Vec<String>,
+    /// Further modules in the inner guest.
+    pub modules: Vec<&'static str>,
+    /// Whether the kernel's console is shown on the screen, too.
+    pub console: bool,
+    /// Another user than root.
+    pub user: Option<User>,
+}
+
+impl Setup {
+    /// The ordinary one.
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            program: "qemu-system-x86_64".to_owned(),
+            pinbuf: true,
+            memory: 512,
+            backend: Backend::Memfd,
+            screen: (1920, 1080),
+            display: vec!["none".to_owned()],
+            vfio: None,
+            more: Vec::new(),
+            modules: Vec::new(),
+            console: false,
+            user: None,
+        }
+    }
+}
+
+/// A screen as its guest set it up.
+#[derive(Debug, Clone, Copy)]
+pub struct Shown {
+    /// Pixels from left to right.
+    pub width: u32,
+    /// Pixels from top to bottom.
+    pub height: u32,
+}
+
+/// A virtual machine that runs.
+pub struct Machine {
+    child: Child,
+    directory: PathBuf,
+    /// QEMU's control protocol.
+    pub qmp: Qmp,
+    lines: BufReader<UnixStream>,
+    link: UnixStream,
+    screen: Option<Shown>,
+    dumps: u32,
+}
+
+/// The QEMU command for this setup.
+fn command(setup: &Setup, directory: &Path) -> Result<Command> {
+    let path = |name: &str| directory.join(name).display().to_string();
+    let mut words: Vec<String> = Vec::new();
+    let mut add = |text: &[&str]| words.extend(text.iter().map(|&word| word.to_owned()));
+    if let Some(user) = setup.user {
+        let limit = format!("--memlock={0}:{0}", user.memlock);
+        let uid = user.uid.to_string();
+        add(&[
+            "prlimit",
+            &limit,
+            "setpriv",
+            "--reuid",
+            &uid,
+            "--regid",
+            &uid,
+            "--clear-groups",
+        ]);
+    }
+    if setup.pinbuf {
+        add(&[
+            "pinbuf",
+            "run",
+            &format!("--log={}", path("shim.log")),
+            "--",
+        ]);
+    }
+    add(&[
+        &setup.program,
+        "-nodefaults",
+        "-no-user-config",
+        "-vga",
+        "none",
+    ]);
+    add(&[
+        "-machine",
+        "q35,accel=kvm,memory-backend=ram",
+        "-cpu",
+        "host",
+        "-smp",
+        "1",
+    ]);
+    add(&["-m", &format!("{}M", setup.memory)]);
+    let huge = match setup.backend {
+        Backend::Memfd => "",
+        Backend::Huge => ",hugetlb=on,hugetlbsize=2M",
+    };
+    let size = setup.memory;
+    add(&[
+        "-object",
+        &format!("memory-backend-memfd,id=ram,size={size}M,share=on{huge}"),
+    ]);
+    let (width, height) = setup.screen;
+    add(&[
+        "-device",
+        &format!("virtio-gpu-pci,id=gpu,blob=true,xres={width},yres={height}"),
+    ]);
+    for display in &setup.display {
+        add(&["-display", display]);
+    }
+    add(&["-device", "pcie-root-port,id=plug,slot=1,chassis=1"]);
+    if let Some(address) = &setup.vfio {
+        add(&["-device", &format!("vfio-pci,id=disk,host={address}")]);
+    }
+    add(&["-kernel", &initramfs::kernel()?.display().to_string()]);
+    add(&["-initrd", &path("initramfs")]);
+    let console = if setup.console {
+        "console=tty0"
+    } else {
+        "drm_client_lib.active=none"
+    };
+    add(&[
+        "-append",
+        &format!(
+            "{console} console=ttyS0 quiet mitigations=off panic=-1 no_timer_check tsc=reliable"
+        ),
+    ]);
+    add(&["-serial", &format!("file:{}", path("console"))]);
+    add(&["-device", "virtio-serial-pci"]);
+    add(&[
+        "-chardev",
+        &format!("socket,id=link,path={},server=on,wait=off", path("link")),
+    ]);
+    add(&[
+        "-device",
+        &format!("virtserialport,chardev=link,name={PORT}"),
+    ]);
+    add(&["-qmp", &format!("unix:{},server=on,wait=off", path("qmp"))]);
+    words.extend(setup.more.iter().cloned());
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]);
+    Ok(command)
+}
+
+/// Starts QEMU.
+fn spawn(setup: &Setup) -> Result<(Child, PathBuf)> {
+    let directory = Path::new("/tmp/nested").join(&setup.name);
+    let _ = fs::remove_dir_all(&directory);
+    fs::create_dir_all(&directory)?;
+    if let Some(user) = setup.user {
+        std::os::unix::fs::chown(&directory, Some(user.uid), Some(user.uid))?;
+    }
+    initramfs::write(&directory.join("initramfs"), &setup.modules)?;
+    let messages = File::create(directory.join("messages"))?;
+    let mut command = command(setup, &directory)?;
+    command
+        .stdin(Stdio::null())
+        .stdout(messages.try_clone()?)
+        .stderr(messages)
+        .current_dir(&directory);
+    let child = command.spawn().context("starting QEMU")?;
+    Ok((child, directory))
+}
+
+/// Starts QEMU where it is to refuse, and tells what it says.
+pub fn refusal(setup: &Setup) -> Result<String> {
+    let (mut child, directory) = spawn(setup)?;
+    let start = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break Some(status);
+        }
+        if start.elapsed() > Duration::from_secs(20) {
+            break None;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    let _ = child.kill();
+    child.wait()?;
+    let said = fs::read_to_string(directory.join("messages"))?;
+    match status {
+        Some(status) if !status.success() => Ok(said),
+        _ => bail!("QEMU started, which it was not to do: {said}"),
+    }
+}
+
+impl Machine {
+    /// Starts it, and waits until its guest is ready.
+    pub fn start(setup: &Setup) -> Result<Self> {
+        let (mut child, directory) = spawn(setup)?;
+        let connected = connect(&mut child, &directory);
+        let (qmp, link) = match connected {
+            Ok(connected) => connected,
+            Err(error) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                let said = fs::read_to_string(directory.join("messages")).unwrap_or_default();
+                return Err(error.context(format!("QEMU said: {}", said.trim_end())));
+            }
+        };
+        let mut machine = Self {
+            child,
+            directory,
+            qmp,
+            lines: BufReader::new(link.try_clone()?),
+            link,
+            screen: None,
+            dumps: 0,
+        };
+        machine.wait_ready()?;
+        Ok(machine)
+    }
+
+    /// Waits until the guest has booted.
+    pub fn wait_ready(&mut self) -> Result<()> {
+        match self.receive()? {
+            Answer::Ready => Ok(()),
+            other => bail!("the inner guest said {other:?} instead of being ready"),
+        }
+    }
+
+    /// QEMU's process.
+    pub fn process(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A file of this machine's.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// What the screen is now.
+    pub fn screen(&self) -> Result<Shown> {
+        self.screen.context("nothing is shown yet")
+    }
+
+    /// Asks the guest for something.
+    pub fn ask(&mut self, request: &Request) -> Result<Answer> {
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        self.link
+            .write_all(&line)
+            .context("writing to the inner guest")?;
+        match self.receive().with_context(|| format!("{request:?}"))? {
+            Answer::Failed(reason) => bail!("the inner guest, {request:?}: {reason}"),
+            answer => Ok(answer),
+        }
+    }
+
+    fn receive(&mut self) -> Result<Answer> {
+        let mut line = String::new();
+        match self.lines.read_line(&mut line) {
+            Ok(count) if count > 0 => Ok(serde_json::from_str(&line)?),
+            result => {
+                let tail = |name: &str| {
+                    let bytes = fs::read(self.path(name)).unwrap_or_default();
+                    let text = String::from_utf8_lossy(&bytes).into_owned();
+                    let lines: Vec<&str> = text.lines().rev().take(25).collect();
+                    lines.into_iter().rev().collect::<Vec<_>>().join("\n")
+                };
+                let (console, messages) = (tail("console"), tail("messages"));
+                bail!("the inner guest is silent ({result:?}); its console:\n{console}\nQEMU said:\n{messages}")
+            }
+        }
+    }
+
+    /// Lets the guest set up its screen.
+    pub fn show(&mut self, request: &Request) -> Result<Shown> {
+        match self.ask(request)? {
+            Answer::Shown { width, height } => {
+                let shown = Shown { width, height };
+                self.screen = Some(shown);
+                Ok(shown)
+            }
+            other => bail!("{request:?}: {other:?}"),
+        }
+    }
+
+    /// Lets the guest draw a frame, and tells what must then be seen.
+    pub fn draw(&mut self, frame: u32) -> Result<Pattern> {
+        self.ask(&Request::Draw(frame))?;
+        let screen = self.screen()?;
+        Ok(Pattern {
+            width: screen.width,
+            height: screen.height,
+            frame,
+        })
+    }
+
+    /// What QEMU shows.
+    pub fn picture(&mut self) -> Result<Picture> {
+        self.dumps += 1;
+        let file = self.path(&format!("screen-{}.ppm", self.dumps));
+        let arguments = json!({"filename": file.display().to_string()});
+        self.qmp.execute("screendump", arguments)?;
+        let picture = Picture::parse(&fs::read(&file)?);
+        fs::remove_file(&file)?;
+        picture
+    }
+
+    /// Draws frames, and compares each with what QEMU shows of it.
+    pub fn frames(&mut self, frames: std::ops::Range<u32>) -> Result<()> {
+        for frame in frames {
+            let expected = self.draw(frame)?;
+            self.picture()?.compare(expected)?;
+        }
+        Ok(())
+    }
+
+    /// QEMU's dma-bufs: at least one, all of pinbuf's, one as large as the screen.
+    pub fn buffers(&self) -> Result<Vec<(Buffer, Info)>> {
+        let screen = self.screen()?;
+        let process = self.process();
+        let mut found = evidence::buffers(process)?;
+        let bytes = u64::from(screen.width) * u64::from(screen.height) * 4;
+        let bytes = bytes.next_multiple_of(4096);
+        // QEMU 11 asks vfio for dma-bufs of its device's registers.
+        found.retain(|buffer| buffer.exporter != "vfio_pci_core");
+        ensure!(
+            found.iter().all(|buffer| buffer.exporter == "pinbuf"),
+            "not all are pinbuf's: {found:?}"
+        );
+        ensure!(
+            found.iter().any(|buffer| buffer.size == bytes),
+            "none has the screen's {bytes} bytes: {found:?}"
+        );
+        found
+            .into_iter()
+            .map(|buffer| {
+                let info = evidence::info(process, &buffer)?;
+                ensure!(info.bytes == buffer.size, "{info:?} is not {buffer:?}");
+                Ok((buffer, info))
+            })
+            .collect()
+    }
+
+    /// The buffer that is scanned out.
+    pub fn screen_buffer(&self) -> Result<Info> {
+        let screen = self.screen()?;
+        let bytes = u64::from(screen.width) * u64::from(screen.height) * 4;
+        let bytes = bytes.next_multiple_of(4096);
+        // The newest, if there are several of this size.
+        let mut buffers = self.buffers()?;
+        buffers.retain(|(buffer, _)| buffer.size == bytes);
+        buffers.sort_by_key(|(buffer, _)| buffer.fd);
+        buffers.pop().map(|(_, info)| info).context("no buffer")
+    }
+
+    /// What the shim says of each buffer: how many items QEMU named, and how many pieces that made.
+    pub fn items(&self) -> Result<Vec<(u64, u64)>> {
+        let log = fs::read_to_string(self.path("shim.log")).context("the shim's log")?;
+        let number = |line: &str, unit: &str| -> Option<u64> {
+            line.split(", ")
+                .find_map(|part| part.strip_suffix(unit)?.parse().ok())
+        };
+        Ok(log
+            .lines()
+            .filter(|line| line.contains(": created fd "))
+            .filter_map(|line| Some((number(line, " items")?, number(line, " pieces")?)))
+            .collect())
+    }
+
+    /// Starts work on the disk.
+    pub fn disk_start(&mut self, plan: DiskPlan) -> Result<()> {
+        self.ask(&Request::DiskStart(plan)).map(drop)
+    }
+
+    /// Ends it: bytes read and found right, bytes written.
+    pub fn disk_stop(&mut self) -> Result<(u64, u64)> {
+        match self.ask(&Request::DiskStop)? {
+            Answer::Disk { read, written } => Ok((read, written)),
+            other => bail!("{other:?}"),
+        }
+    }
+
+    /// Resets the machine, and waits for the guest.
+    pub fn reset(&mut self) -> Result<()> {
+        self.screen = None;
+        self.qmp.execute("system_reset", json!({}))?;
+        self.wait_ready()
+    }
+
+    /// Ends QEMU in good order.
+    pub fn quit(mut self) -> Result<()> {
+        self.qmp.execute("quit", json!({}))?;
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                ensure!(status.success(), "QEMU ended with {status}");
+                return Ok(());
+            }
+            ensure!(
+                start.elapsed() < Duration::from_secs(60),
+                "QEMU does not end"
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn connect(child: &mut Child, directory: &Path) -> Result<(Qmp, UnixStream)> {
+    let start = Instant::now();
+    let mut stream = |name: &str| loop {
+        match UnixStream::connect(directory.join(name)) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => {
+                if let Some(status) = child.try_wait()? {
+                    bail!("QEMU ended with {status}");
+                }
+                ensure!(start.elapsed() < PATIENCE, "QEMU's socket {name}: {error}");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    };
+    let link = stream("link")?;
+    link.set_read_timeout(Some(PATIENCE))?;
+    Ok((Qmp::new(stream("qmp")?)?, link))
+}

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Pictures of a screen, and what they ought to be.
+
+use anyhow::{bail, ensure, Context, Result};
+
+use crate::pattern::Pattern;
+
+/// A picture: 0x00RRGGBB, row by row.
+pub struct Picture {
+    /// Pixels from left to right.
+    pub width: u32,
+    /// Pixels from top to bottom.
+    pub height: u32,
+    /// The pixels.
+    pub pixels: Vec<u32>,
+}
+
+impl Picture {
+    /// Reads the format that QEMU writes (PPM, "P6").
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let mut rest = bytes;
+        let mut words = Vec::new();
+        while words.len() < 4 {
+            let end = rest
+                .iter()
+                .position(u8::is_ascii_whitespace)
+                .context("the picture is cut off")?;
+            words.push(std::str::from_utf8(&rest[..end])?);
+            rest = &rest[end + 1..];
+        }
+        ensure!(
+            words[0] == "P6" && words[3] == "255",
+            "no picture: {words:?}"
+        );
+        let (width, height): (u32, u32) = (words[1].parse()?, words[2].parse()?);
+        ensure!(
+            rest.len() == width as usize * height as usize * 3,
+            "the picture is cut off"
+        );
+        let pixels = rest
+            .chunks_exact(3)
+            .map(|rgb| u32::from_be_bytes([0, rgb[0], rgb[1], rgb[2]]))
+            .collect();
+        Ok(Self {
+            width,
+            height,
+            pixels,
+        })
+    }
+
+    /// The pixels that are not what was drawn, and the first of them for a person.
+    pub fn wrong(&self, expected: Pattern) -> Result<(usize, String)> {
+        ensure!(
+            (self.width, self.height) == (expected.width, expected.height),
+            "the picture is {}x{}, the screen {}x{}",
+            self.width,
+            self.height,
+            expected.width,
+            expected.height
+        );
+        let (mut wrong, mut first) = (0, String::new());
+        for (y, row) in (0..).zip(self.pixels.chunks_exact(self.width as usize)) {
+            for ((x, &pixel), drawn) in (0..).zip(row).zip(expected.row(y)) {
+                if pixel & 0xff_ffff != drawn {
+                    if wrong == 0 {
+                        let x: u32 = x;
+                        first = format!("at {x},{y} is {pixel:06x}, drawn was {drawn:06x}");
+                    }
+                    wrong += 1;
+                }
+            }
+        }
+        Ok((wrong, first))
+    }
+
+    /// Fails unless every pixel is what was drawn.
+    pub fn compare(&self, expected: Pattern) -> Result<()> {
+        let (wrong, first) = self.wrong(expected)?;
+        if wrong != 0 {
+            let all = self.pixels.len();
+            bail!(
+                "frame {}: {wrong} of {all} pixels are wrong; {first}",
+                expected.frame
+            );
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_wrong_pixel_is_found() {
+        let pattern = Pattern {
+            width: 40,
+            height: 30,
+            frame: 2,
+        };
+        let mut picture = Picture {
+            width: 40,
+            height: 30,
+            pixels: (0..30).flat_map(|y| pattern.row(y)).collect(),
+        };
+        picture.compare(pattern).unwrap();
+        picture.pixels[77] ^= 1;
+        assert_eq!(picture.wrong(pattern).unwrap().0, 1);
+        assert!(picture.compare(pattern).is_err());
+        assert!(picture
+            .compare(Pattern {
+                frame: 3,
+                ..pattern
+            })
+            .is_err());
+    }
+
+    #[test]
+    fn ppm() {
+        let picture = Picture::parse(b"P6\n2 1\n255\n\x01\x02\x03\x0a\x0b\x0c").unwrap();
+        assert_eq!(picture.pixels, [0x010203, 0x0a0b0c]);
+        assert!(Picture::parse(b"P6\n2 1\n255\n\x01\x02\x03\x0a\x0b").is_err());
+    }
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Lines of JSON between the test and the first process of the inner guest.
+
+use serde::{Deserialize, Serialize};
+
+/// The name of the virtio serial port that carries them.
+pub const PORT: &str = "pinbuf.inner";
+
+/// What the inner guest is asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// Make a dumb buffer of the display's preferred size, and show it.
+    Show,
+    /// Draw a frame into it.
+    Draw(u32),
+    /// Allocate so many MiB page by page, then free every other page of that.
+    Fragment(u64),
+    /// Make a process's own memory a dma-buf, by pinbuf, and show that instead of a dumb buffer.
+    ShowExported,
+    /// Read and write the disk, over and over, until told to stop.
+    DiskStart(DiskPlan),
+    /// Stop that, and tell what was done.
+    DiskStop,
+    /// How many disks there are now.
+    Disks,
+}
+
+/// A disk's data: the first part was written outside, the second is written inside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskPlan {
+    /// The size of each of the two parts.
+    pub part: u64,
+    /// What the first part holds: see `pattern::fill`.
+    pub read_seed: u64,
+    /// What the second part is to hold.
+    pub write_seed: u64,
+}
+
+/// What it answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// It has booted.
+    Ready,
+    /// The screen's size.
+    Shown {
+        /// Pixels from left to right.
+        width: u32,
+        /// Pixels from top to bottom.
+        height: u32,
+    },
+    /// Done.
+    Done,
+    /// So many pages were freed one by one.
+    Freed(u64),
+    /// What was read and found right, and written, in bytes.
+    Disk {
+        /// Read and compared.
+        read: u64,
+        /// Written.
+        written: u64,
+    },
+    /// How many there are.
+    Count(usize),
+    /// It went wrong.
+    Failed(String),
+}

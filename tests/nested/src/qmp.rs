@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! QEMU's control protocol.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+use serde_json::{json, Value};
+
+/// A connection.
+pub struct Qmp {
+    reader: BufReader<UnixStream>,
+    writer: UnixStream,
+    events: Vec<Value>,
+}
+
+impl Qmp {
+    /// Greets QEMU.
+    pub fn new(stream: UnixStream) -> Result<Self> {
+        stream.set_read_timeout(Some(Duration::from_secs(120)))?;
+        let mut qmp = Self {
+            writer: stream.try_clone()?,
+            reader: BufReader::new(stream),
+            events: Vec::new(),
+        };
+        qmp.read().context("QEMU's greeting")?;
+        qmp.execute("qmp_capabilities", json!({}))?;
+        Ok(qmp)
+    }
+
+    /// Executes a command and returns its result.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        let request = json!({"execute": command, "arguments": arguments});
+        writeln!(self.writer, "{request}").with_context(|| format!("QMP {command}"))?;
+        loop {
+            let mut answer = self.read().with_context(|| format!("QMP {command}"))?;
+            if let Some(error) = answer.get("error") {
+                bail!("QMP {command}: {error}");
+            }
+            if let Some(result) = answer.get_mut("return") {
+                return Ok(result.take());
+            }
+            self.events.push(answer);
+        }
+    }
+
+    /// Waits for an event of this name, which may have come already.
+    pub fn event(&mut self, name: &str, patience: Duration) -> Result<Value> {
+        let start = Instant::now();
+        loop {
+            if let Some(at) = self.events.iter().position(|event| event["event"] == name) {
+                return Ok(self.events.remove(at));
+            }
+            if start.elapsed() > patience {
+                bail!("QEMU's event {name} did not come");
+            }
+            // Events come with the answers to commands, too.
+            self.execute("query-status", json!({}))?;
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn read(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        if self.reader.read_line(&mut line)? == 0 {
+            bail!("QEMU closed the connection");
+        }
+        Ok(serde_json::from_str(&line)?)
+    }
+}

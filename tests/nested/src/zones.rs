@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Where a virtual machine's memory lies.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+
+use anyhow::{ensure, Context, Result};
+
+const PAGE: u64 = 4096;
+
+/// Pages of a virtual machine's memory that are there, by place.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// All.
+    pub all: u64,
+    /// In ZONE_MOVABLE.
+    pub movable: u64,
+    /// In the contiguous memory allocator's area.
+    pub cma: u64,
+}
+
+/// The page numbers of QEMU's mappings of its guest's memory.
+fn pages(process: u32) -> Result<Vec<u64>> {
+    let maps = fs::read_to_string(format!("/proc/{process}/maps"))?;
+    let pagemap = File::open(format!("/proc/{process}/pagemap"))?;
+    let mut found = Vec::new();
+    for line in maps
+        .lines()
+        .filter(|line| line.contains("/memfd:memory-backend-memfd"))
+    {
+        let (start, end) = line
+            .split_whitespace()
+            .next()
+            .and_then(|range| range.split_once('-'))
+            .context("a mapping without a range")?;
+        let start = u64::from_str_radix(start, 16)? / PAGE;
+        let end = u64::from_str_radix(end, 16)? / PAGE;
+        let mut entries = vec![0; (end - start) as usize * 8];
+        pagemap.read_exact_at(&mut entries, start * 8)?;
+        for entry in entries.chunks_exact(8) {
+            let mut bytes = [0; 8];
+            bytes.copy_from_slice(entry);
+            let entry = u64::from_le_bytes(bytes);
+            if entry >> 63 == 1 {
+                found.push(entry & ((1 << 55) - 1));
+            }
+        }
+    }
+    ensure!(!found.is_empty(), "QEMU maps no memfd");
+    Ok(found)
+}
+
+/// The page numbers of ZONE_MOVABLE.
+fn movable() -> Result<Vec<Range<u64>>> {
+    let text = fs::read_to_string("/proc/zoneinfo")?;
+    let (mut ranges, mut spanned, mut inside) = (Vec::new(), 0, false);
+    for line in text.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words.as_slice() {
+            ["Node", _, "zone", name] => inside = *name == "Movable",
+            ["spanned", number] => spanned = number.parse()?,
+            ["start_pfn:", number] if inside && spanned > 0 => {
+                let start: u64 = number.parse()?;
+                ranges.push(start..start + spanned);
+            }
+            _ => {}
+        }
+    }
+    Ok(ranges)
+}
+
+/// The page numbers of CMA's area, as the kernel's log tells them.
+fn cma() -> Result<Vec<Range<u64>>> {
+    let output = Command::new("dmesg").output().context("running dmesg")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mut ranges = Vec::new();
+    for line in text.lines() {
+        let Some((_, rest)) = line.split_once("cma: Reserved ") else {
+            continue;
+        };
+        let Some((size, start)) = rest.split_once(" MiB at 0x") else {
+            continue;
+        };
+        let start = start.split_whitespace().next().unwrap_or_default();
+        let start = u64::from_str_radix(start, 16)? / PAGE;
+        let size: u64 = size.parse()?;
+        ranges.push(start..start + (size << 20) / PAGE);
+    }
+    Ok(ranges)
+}
+
+/// Where a virtual machine's memory lies now.
+pub fn memory_of(process: u32) -> Result<Memory> {
+    let (movable, cma) = (movable()?, cma()?);
+    let mut memory = Memory::default();
+    for page in pages(process)? {
+        memory.all += 1;
+        memory.movable += u64::from(movable.iter().any(|range| range.contains(&page)));
+        memory.cma += u64::from(cma.iter().any(|range| range.contains(&page)));
+    }
+    Ok(memory)
+}
+
+/// The blocks of ZONE_MOVABLE, and how much of a virtual machine's memory each holds.
+pub fn blocks_of(process: u32) -> Result<BTreeMap<u64, u64>> {
+    let size = fs::read_to_string("/sys/devices/system/memory/block_size_bytes")?;
+    let size = u64::from_str_radix(size.trim(), 16)? / PAGE;
+    let movable = movable()?;
+    let mut blocks = BTreeMap::new();
+    for page in pages(process)? {
+        let block = page / size;
+        let whole = block * size..(block + 1) * size;
+        if movable
+            .iter()
+            .any(|range| range.start <= whole.start && whole.end <= range.end)
+        {
+            *blocks.entry(block).or_insert(0) += 1;
+        }
+    }
+    Ok(blocks)
+}
+
+/// Takes a block of memory offline, or brings it back.
+pub fn set_online(block: u64, online: bool) -> Result<()> {
+    let path = format!("/sys/devices/system/memory/memory{block}/state");
+    let state = if online { "online_movable" } else { "offline" };
+    fs::write(&path, state).with_context(|| format!("{state} to {path}"))
+}
