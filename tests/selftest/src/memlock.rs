@@ -741,7 +741,8 @@ fn never_over_the_limit() -> Result<()> {
         most <= LIMIT as i64,
         "{most} pages were pinned at once, of {LIMIT}"
     );
-    check!(made >= 300, "only {made} buffers of 1200 were made");
+    // How many find room depends on who runs when; that none does would make this prove nothing.
+    check!(made >= 50, "only {made} buffers of 1200 were made");
     Holder::new(USER, LIMIT, LIMIT)?.release()
 }
 
