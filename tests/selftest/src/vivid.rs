@@ -245,7 +245,7 @@ fn poison(memory: &Memory) {
 }
 
 /// In one piece, so that the camera's DMA engine, which reaches 4 GiB, could take it. Where its
-/// pieces of 64 KiB are bounced, to anywhere, the camera must refuse them: run this in a guest of
+/// pieces of 64 KiB are bounced, to anywhere, the camera may only refuse them: run this in a guest of
 /// 2 GiB, which has no memory beyond.
 fn as_a_device() -> Result<()> {
     let _pool = HugePool::with_free(1)?;
@@ -272,19 +272,20 @@ fn as_a_device() -> Result<()> {
         "devices' mappings at the end"
     );
     if bounced {
-        let error = result
-            .err()
-            .and_then(|error| error.downcast::<Errno>().ok());
-        check_eq!(
-            error,
-            Some(Errno::EFAULT),
-            "what the camera makes of bounced pieces"
-        );
-        return Ok(());
+        if let Err(error) = result {
+            check_eq!(
+                error.downcast::<Errno>().ok(),
+                Some(Errno::EFAULT),
+                "what the camera makes of bounced pieces"
+            );
+        }
+        // By chance the pieces came to lie behind one another. The camera, which is software, writes
+        // through its kernel mapping all the same, and unmapping copies the bounce buffer over that:
+        // no picture can be demanded, only that nothing else was written.
+    } else {
+        result?;
+        has_picture(&buffer, &buffer.map()?)?;
     }
-    result?;
-    let mapped = buffer.map()?;
-    has_picture(&buffer, &mapped)?;
     check_eq!(
         memory.get(7 * PAGE - 8),
         POISON,
