@@ -12,11 +12,11 @@ use nix::errno::Errno;
 
 use crate::common::{transparent, views_agree};
 use crate::frames::{all_frames, giga_page, within, Pfn};
-use crate::harness::tests;
 use crate::holders::{vmstat, Piped};
-use crate::support::kernel::Setting;
-use crate::support::memory::{memfd, stamp, GIGA, HUGE, PAGE, RW};
-use crate::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::support::kernel::Setting;
+use pinbuf_test_harness::support::memory::{memfd, stamp, GIGA, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "cma":
     anonymous within 300,

@@ -10,10 +10,12 @@ use pinbuf_test_importer::{Direction, Importer, Limits};
 use pinbuf_uapi::{Info, Range};
 
 use crate::frames;
-use crate::support::kernel::HugePool;
-use crate::support::memory::{huge_memfd, memfd, HUGE, PAGE, RW};
-use crate::support::view::{agree, agree_sampled, DeviceView, KernelView, Mapped, Source, View};
-use crate::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::support::kernel::HugePool;
+use pinbuf_test_harness::support::memory::{huge_memfd, memfd, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::view::{
+    agree, agree_sampled, DeviceView, KernelView, Mapped, Source, View,
+};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
 
 /// Compares all four views of a buffer, each writing and each reading: every byte up to 1 MiB, a
 /// sample beyond.

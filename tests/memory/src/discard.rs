@@ -10,11 +10,13 @@ use pinbuf_test_importer::{Direction, Importer, Limits, Mapping};
 
 use crate::common::huge_private;
 use crate::frames::{all_frames, Pfn};
-use crate::harness::tests;
-use crate::support::kernel::HugePool;
-use crate::support::memory::{huge_memfd, memfd, pattern, punch_hole, HUGE, PAGE, RW};
-use crate::support::view::same;
-use crate::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::support::kernel::HugePool;
+use pinbuf_test_harness::support::memory::{
+    huge_memfd, memfd, pattern, punch_hole, HUGE, PAGE, RW,
+};
+use pinbuf_test_harness::support::view::same;
+use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "discard":
     dont_need,

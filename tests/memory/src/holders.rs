@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
-use crate::support::{check_eq, kernel, Memory, PAGE};
+use pinbuf_test_harness::support::{check_eq, kernel, Memory, PAGE};
 
 /// Plain references on pages, held by a pipe: what `vmsplice` put there and nobody has read.
 #[derive(Debug)]

@@ -15,14 +15,16 @@ use crate::common::{
     huge_private, refused, refused_anywhere, transparent, views_agree, works, works_whole,
 };
 use crate::frames::{all_frames, entries, flags, with_flag, Entry, HEAD, HUGETLB, KSM, ZERO_PAGE};
-use crate::harness::tests;
-use crate::support::kernel::{HugePool, Setting};
-use crate::support::memory::{file_in, huge_memfd, memfd, pattern, GIGA, HUGE, PAGE, RW};
-use crate::support::process::in_child;
-use crate::support::view::same;
-use crate::support::{check, check_eq, kernel, Device, Memory};
 use crate::swap::{force_out, Ext4, Swap};
 use crate::uffd::{Faults, MINOR, MISSING, WRITE_PROTECTED};
+use pinbuf_test_harness::support::kernel::{HugePool, Setting};
+use pinbuf_test_harness::support::memory::{
+    file_in, huge_memfd, memfd, pattern, GIGA, HUGE, PAGE, RW,
+};
+use pinbuf_test_harness::support::process::in_child;
+use pinbuf_test_harness::support::view::same;
+use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "kinds":
     private_anonymous,

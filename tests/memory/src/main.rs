@@ -4,14 +4,12 @@
 //! that are booted for it; prints KTAP.
 //!
 //! Each theme needs a guest of its own kind, which its run in `qemu-scripts/src/runs.rs` makes: a
-//! test that misses what it needs fails. Harness and support are the selftests'.
+//! test that misses what it needs fails.
 
 mod cma;
 mod common;
 mod discard;
 mod frames;
-#[path = "../../selftest/src/harness.rs"]
-mod harness;
 mod holders;
 mod kinds;
 mod movable;
@@ -19,24 +17,16 @@ mod passing;
 mod pinners;
 mod populate;
 mod safety;
-#[allow(
-    dead_code,
-    unused_imports,
-    reason = "the selftests use what is not used here"
-)]
-#[path = "../../selftest/src/support/mod.rs"]
-mod support;
 mod swap;
 mod uffd;
 mod vfio;
 
 use std::process::ExitCode;
-use std::time::Instant;
 
 use anyhow::{bail, Result};
 use clap::Parser;
 
-use harness::{Outcome, Runner, Test};
+use pinbuf_test_harness::{report, Test};
 
 /// Tests pinbuf with every kind of memory, and reports in KTAP.
 #[derive(Debug, Parser)]
@@ -106,26 +96,5 @@ fn main() -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    println!("KTAP version 1");
-    println!("1..{}", chosen.len());
-    let mut runner = Runner::new(!options.no_leak_checks)?;
-    let mut code = ExitCode::SUCCESS;
-    for (index, test) in chosen.into_iter().enumerate() {
-        let number = index + 1;
-        let start = Instant::now();
-        let outcome = runner.run(test);
-        println!("# {}: {} ms", test.name, start.elapsed().as_millis());
-        match outcome {
-            Outcome::Passed => println!("ok {number} {}", test.name),
-            Outcome::Skipped(reason) => println!("ok {number} {} # SKIP {reason}", test.name),
-            Outcome::Failed(lines) => {
-                for line in lines {
-                    println!("# {line}");
-                }
-                println!("not ok {number} {}", test.name);
-                code = ExitCode::FAILURE;
-            }
-        }
-    }
-    Ok(code)
+    report(&chosen, !options.no_leak_checks)
 }

@@ -13,12 +13,12 @@ use crate::common::{views_agree, Kind, Movable};
 use crate::frames::{
     all_frames, block_pages, movable, with_flag, within, Block, Pfn, HUGETLB, THP,
 };
-use crate::harness::tests;
 use crate::holders::{vmstat, Piped};
-use crate::support::kernel::HugePool;
-use crate::support::memory::{stamp, GIGA, HUGE, PAGE, RW};
-use crate::support::process::Child;
-use crate::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::support::kernel::HugePool;
+use pinbuf_test_harness::support::memory::{stamp, GIGA, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::process::Child;
+use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "movable":
     anonymous within 180,

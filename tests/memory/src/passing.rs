@@ -13,11 +13,11 @@ use nix::fcntl::{fcntl, FcntlArg, SealFlag};
 
 use crate::common::{views_agree, Kind};
 use crate::frames::{all_frames, movable, within};
-use crate::harness::tests;
 use crate::holders::{vmstat, Piped, SlowDisk};
-use crate::support::kernel::Setting;
-use crate::support::memory::{memfd, HUGE, PAGE};
-use crate::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::support::kernel::Setting;
+use pinbuf_test_harness::support::memory::{memfd, HUGE, PAGE};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "passing":
     anonymous within 120,
@@ -275,8 +275,8 @@ fn patience_has_an_end() -> Result<()> {
 
 /// A task that waits for pages to be let go can be killed.
 fn killed_while_patient() -> Result<()> {
-    use crate::support::process::Child;
     use nix::sys::signal::Signal;
+    use pinbuf_test_harness::support::process::Child;
 
     let pins = kernel::pins()?;
     let _setting = Setting::parameter("pin_retries", 16)?;

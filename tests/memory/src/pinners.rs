@@ -11,14 +11,14 @@ use nix::errno::Errno;
 
 use crate::common::{views_agree, Kind};
 use crate::frames::{all_frames, movable, within, Pfn};
-use crate::harness::tests;
 use crate::holders::{vmstat, Piped};
 use crate::passing::{sealed_memfd, udmabuf};
-use crate::support::kernel::Setting;
-use crate::support::memory::{stamp, HUGE, PAGE};
-use crate::support::process::{drop_ipc_lock, in_child, set_memlock};
-use crate::support::{check, check_eq, kernel, Buffer, Device, Memory};
 use crate::vfio::Container;
+use pinbuf_test_harness::support::kernel::Setting;
+use pinbuf_test_harness::support::memory::{stamp, HUGE, PAGE};
+use pinbuf_test_harness::support::process::{drop_ipc_lock, in_child, set_memlock};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "pinners":
     pinbuf_first,

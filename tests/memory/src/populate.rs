@@ -16,11 +16,11 @@ use pinbuf_uapi::Range;
 
 use crate::common::{huge_private, refused, views_agree};
 use crate::frames::{entries, Entry};
-use crate::harness::tests;
-use crate::support::kernel::{HugePool, Setting};
-use crate::support::memory::{file_in, memfd, stamp, HUGE, PAGE, RW};
-use crate::support::process::{become_user, in_child, set_memlock, Child, USER};
-use crate::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::support::kernel::{HugePool, Setting};
+use pinbuf_test_harness::support::memory::{file_in, memfd, stamp, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::process::{become_user, in_child, set_memlock, Child, USER};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "populate":
     without_a_write,

@@ -10,13 +10,13 @@ use pinbuf_test_importer::{Direction, Importer, Limits};
 
 use crate::common::views_agree;
 use crate::frames::all_frames;
-use crate::harness::tests;
 use crate::holders::vmstat;
-use crate::support::memory::{memfd, pattern, PAGE};
-use crate::support::process::{Child, Link};
-use crate::support::view::same;
-use crate::support::{check, check_eq, Device, Memory};
 use crate::swap::{force_out, resident, Swap};
+use pinbuf_test_harness::support::memory::{memfd, pattern, PAGE};
+use pinbuf_test_harness::support::process::{Child, Link};
+use pinbuf_test_harness::support::view::same;
+use pinbuf_test_harness::support::{check, check_eq, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "safety":
     anonymous_swapped,

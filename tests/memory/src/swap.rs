@@ -12,7 +12,7 @@ use nix::mount::{mount, umount, MsFlags};
 
 use crate::frames::{entries, Entry};
 use crate::holders::{modprobe, vmstat};
-use crate::support::{check, kernel, Memory, PAGE};
+use pinbuf_test_harness::support::{check, kernel, Memory, PAGE};
 
 /// A block device in memory.
 #[derive(Debug)]

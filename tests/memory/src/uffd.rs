@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
-use crate::support::{check_eq, Memory, PAGE};
+use pinbuf_test_harness::support::{check_eq, Memory, PAGE};
 
 /// `UFFDIO_REGISTER_MODE_MISSING`.
 pub const MISSING: u64 = 1;

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 
 use crate::holders::modprobe;
-use crate::support::{check, check_eq, kernel, Memory};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Memory};
 
 const fn command(nr: u64) -> u64 {
     (b';' as u64) << 8 | nr

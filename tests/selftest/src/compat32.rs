@@ -12,11 +12,11 @@ use nix::errno::Errno;
 use pinbuf_uapi::{Info, Query, Range};
 
 use crate::create::bytes_of;
-use crate::harness::tests;
-use crate::support::device::{create, sync_raw};
-use crate::support::memory::{memfd, pattern, PAGE};
-use crate::support::view::{holds, Mapped};
-use crate::support::{check, check_eq, Buffer, Device, Memory};
+use pinbuf_test_harness::support::device::{create, sync_raw};
+use pinbuf_test_harness::support::memory::{memfd, pattern, PAGE};
+use pinbuf_test_harness::support::view::{holds, Mapped};
+use pinbuf_test_harness::support::{check, check_eq, Buffer, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "compat32":
     query,

@@ -11,13 +11,15 @@ use nix::sys::stat::fstat;
 use pinbuf_test_importer::{Direction, Importer, Limits};
 use pinbuf_uapi::{Create, Range};
 
-use crate::harness::tests;
-use crate::support::device::create;
-use crate::support::memory::{self, file_in, huge_memfd, memfd, pattern, stamp, HUGE, PAGE};
-use crate::support::view::{
+use pinbuf_test_harness::support::device::create;
+use pinbuf_test_harness::support::memory::{
+    self, file_in, huge_memfd, memfd, pattern, stamp, HUGE, PAGE,
+};
+use pinbuf_test_harness::support::view::{
     agree, agree_sampled, holds, same, DeviceView, KernelView, Mapped, Source, View,
 };
-use crate::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "create":
     one_page,

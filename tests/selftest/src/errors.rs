@@ -15,12 +15,12 @@ use nix::sys::statfs::{statfs, OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC};
 use pinbuf_uapi::{Backing, Create, Info, Query, Range};
 
 use crate::create::bytes_of;
-use crate::harness::tests;
-use crate::support::device::{create, ioctl};
-use crate::support::kernel::{HugePool, Setting};
-use crate::support::memory::{self, file_in, huge_memfd, memfd, HUGE, PAGE};
-use crate::support::process::{become_user, in_child, USER};
-use crate::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::support::device::{create, ioctl};
+use pinbuf_test_harness::support::kernel::{HugePool, Setting};
+use pinbuf_test_harness::support::memory::{self, file_in, huge_memfd, memfd, HUGE, PAGE};
+use pinbuf_test_harness::support::process::{become_user, in_child, USER};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "errors":
     struct_too_short,

@@ -8,12 +8,12 @@ use anyhow::Result;
 use nix::sys::signal::Signal;
 use pinbuf_test_importer::{Direction, Importer, Limits};
 
-use crate::harness::tests;
-use crate::support::kernel::HugePool;
-use crate::support::memory::{memfd, pattern, HUGE, PAGE, RW};
-use crate::support::process::{in_child, signal_of, Child, Link};
-use crate::support::view::{holds, Mapped};
-use crate::support::{check_eq, Device, Memory};
+use pinbuf_test_harness::support::kernel::HugePool;
+use pinbuf_test_harness::support::memory::{memfd, pattern, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::process::{in_child, signal_of, Child, Link};
+use pinbuf_test_harness::support::view::{holds, Mapped};
+use pinbuf_test_harness::support::{check_eq, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "fork":
     private_child_writes,
@@ -218,7 +218,7 @@ fn private_huge_pages() -> Result<()> {
     let mut seen = vec![0; 100 * PAGE];
     mapped.read(0, &mut seen);
     let expected = pattern(9, PAGE as u64, 100 * PAGE);
-    crate::support::view::same("the buffer", 0, &seen, &expected)
+    pinbuf_test_harness::support::view::same("the buffer", 0, &seen, &expected)
 }
 
 fn private_huge_pages_not_inherited() -> Result<()> {
@@ -361,7 +361,7 @@ fn child_creates() -> Result<()> {
         let buffer = device.create(&[memory.range()])?;
         link.theirs.send(buffer.as_fd())
     })?;
-    let buffer = crate::support::Buffer::from_fd(link.ours.receive()?);
+    let buffer = pinbuf_test_harness::support::Buffer::from_fd(link.ours.receive()?);
     child.join()?;
     let mapped = buffer.map()?;
     holds(

@@ -10,11 +10,15 @@ use nix::errno::Errno;
 use pinbuf_test_importer::{Direction, Importer, Limits};
 use pinbuf_uapi::{Info, Range};
 
-use crate::harness::tests;
-use crate::support::kernel::HugePool;
-use crate::support::memory::{huge_memfd, pattern, punch_hole, stamp, GIGA, HUGE, PAGE, RW};
-use crate::support::view::{agree, agree_sampled, DeviceView, KernelView, Mapped, Source};
-use crate::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::support::kernel::HugePool;
+use pinbuf_test_harness::support::memory::{
+    huge_memfd, pattern, punch_hole, stamp, GIGA, HUGE, PAGE, RW,
+};
+use pinbuf_test_harness::support::view::{
+    agree, agree_sampled, DeviceView, KernelView, Mapped, Source,
+};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "huge":
     private,
@@ -64,7 +68,7 @@ fn views_agree(memory: &Memory, parts: &[(usize, usize)]) -> Result<Info> {
         importer: &importer,
         mapping,
     };
-    let views: [&dyn crate::support::view::View; 4] =
+    let views: [&dyn pinbuf_test_harness::support::view::View; 4] =
         [&source, &cpu, &view, &KernelView(&importer)];
     if len <= 64 * PAGE {
         agree(&views, len)?;

@@ -12,15 +12,15 @@ use nix::errno::Errno;
 use pinbuf_test_importer::{pin_cost, Direction, Importer, Limits, Mapping};
 use pinbuf_uapi::Range;
 
-use crate::harness::tests;
-use crate::support::device::sync_raw;
-use crate::support::kernel::HugePool;
-use crate::support::memory::{pattern, HUGE, PAGE, RW};
-use crate::support::process::{Child, Link};
-use crate::support::view::{
+use pinbuf_test_harness::support::device::sync_raw;
+use pinbuf_test_harness::support::kernel::HugePool;
+use pinbuf_test_harness::support::memory::{pattern, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::process::{Child, Link};
+use pinbuf_test_harness::support::view::{
     agree, agree_sampled, holds, same, DeviceView, KernelView, Mapped, Source, View,
 };
-use crate::support::{check, check_eq, kernel, Buffer, Device, Memory, Sync};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory, Sync};
+use pinbuf_test_harness::tests;
 
 tests! { "importer":
     device_reads,

@@ -13,11 +13,11 @@ use nix::sys::resource::{getrlimit, Resource};
 use pinbuf_test_importer::{Direction, Importer, Limits};
 use pinbuf_uapi::{Info, Query};
 
-use crate::harness::tests;
-use crate::support::device::ioctl;
-use crate::support::memory::{self, memfd, HUGE, PAGE};
-use crate::support::process::{become_user, in_child, set_memlock, USER};
-use crate::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::support::device::ioctl;
+use pinbuf_test_harness::support::memory::{self, memfd, HUGE, PAGE};
+use pinbuf_test_harness::support::process::{become_user, in_child, set_memlock, USER};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "info":
     query_fields,

@@ -14,11 +14,11 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::execv;
 use pinbuf_test_importer::{Direction, Importer, Limits};
 
-use crate::harness::tests;
-use crate::support::memory::{memfd, pattern, punch_hole, PAGE};
-use crate::support::process::{Child, Link, PATIENCE};
-use crate::support::view::{holds, DeviceView, Mapped};
-use crate::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::support::memory::{memfd, pattern, punch_hole, PAGE};
+use pinbuf_test_harness::support::process::{Child, Link, PATIENCE};
+use pinbuf_test_harness::support::view::{holds, DeviceView, Mapped};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "lifetime":
     mapping_keeps_it,
@@ -507,7 +507,7 @@ fn module_in_use() -> Result<()> {
     drop(importer);
     let mut seen = vec![0; 4 * PAGE];
     memory.read(0, &mut seen);
-    crate::support::view::same("the memory", 0, &seen, &pattern(17, 0, 4 * PAGE))
+    pinbuf_test_harness::support::view::same("the memory", 0, &seen, &pattern(17, 0, 4 * PAGE))
 }
 
 /// Without users it goes, and works when it is back.
@@ -524,7 +524,7 @@ fn module_goes_and_comes() -> Result<()> {
         let result = remove_module();
         check_eq!(result, Ok(()), "rmmod in round {round}");
         check!(
-            !std::path::Path::new(crate::support::device::PATH).exists(),
+            !std::path::Path::new(pinbuf_test_harness::support::device::PATH).exists(),
             "the device stayed"
         );
         load_module()?;

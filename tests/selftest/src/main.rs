@@ -10,24 +10,21 @@ mod compat32;
 mod create;
 mod errors;
 mod fork;
-mod harness;
 mod huge;
 mod importer;
 mod info;
 mod lifetime;
 mod memlock;
 mod mmap;
-mod support;
 mod uffd;
 mod vivid;
 
 use std::process::ExitCode;
-use std::time::Instant;
 
 use anyhow::Result;
 use clap::Parser;
 
-use harness::{Outcome, Runner, Test};
+use pinbuf_test_harness::{report, Test};
 
 /// Tests pinbuf inside a guest, and reports in KTAP.
 #[derive(Debug, Parser)]
@@ -85,26 +82,5 @@ fn main() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
 
-    println!("KTAP version 1");
-    println!("1..{}", chosen.len());
-    let mut runner = Runner::new(!options.no_leak_checks)?;
-    let mut code = ExitCode::SUCCESS;
-    for (index, test) in chosen.into_iter().enumerate() {
-        let number = index + 1;
-        let start = Instant::now();
-        let outcome = runner.run(test);
-        println!("# {}: {} ms", test.name, start.elapsed().as_millis());
-        match outcome {
-            Outcome::Passed => println!("ok {number} {}", test.name),
-            Outcome::Skipped(reason) => println!("ok {number} {} # SKIP {reason}", test.name),
-            Outcome::Failed(lines) => {
-                for line in lines {
-                    println!("# {line}");
-                }
-                println!("not ok {number} {}", test.name);
-                code = ExitCode::FAILURE;
-            }
-        }
-    }
-    Ok(code)
+    report(&chosen, !options.no_leak_checks)
 }

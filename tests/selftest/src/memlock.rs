@@ -10,13 +10,13 @@ use nix::errno::Errno;
 use nix::sched::{unshare, CloneFlags};
 use pinbuf_uapi::{CHARGE_ALLOWANCE, CHARGE_NONE, CHARGE_PROCESS, CHARGE_USER};
 
-use crate::harness::tests;
-use crate::support::kernel::{HugePool, Setting};
-use crate::support::memory::{HUGE, PAGE, RW};
-use crate::support::process::{
+use pinbuf_test_harness::support::kernel::{HugePool, Setting};
+use pinbuf_test_harness::support::memory::{HUGE, PAGE, RW};
+use pinbuf_test_harness::support::process::{
     become_user, drop_ipc_lock, in_child, set_memlock, Child, Link, OTHER_USER, USER,
 };
-use crate::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "memlock":
     limit,

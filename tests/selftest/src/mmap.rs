@@ -10,12 +10,12 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use pinbuf_uapi::Range;
 
-use crate::harness::tests;
-use crate::support::kernel::HugePool;
-use crate::support::memory::{self, pattern, stamp, HUGE, PAGE, RW};
-use crate::support::process::signal_of;
-use crate::support::view::{holds, same, Mapped};
-use crate::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::support::kernel::HugePool;
+use pinbuf_test_harness::support::memory::{self, pattern, stamp, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::process::signal_of;
+use pinbuf_test_harness::support::view::{holds, same, Mapped};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "mmap":
     private_refused,

@@ -12,11 +12,11 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 
-use crate::harness::tests;
-use crate::support::memory::{pattern, PAGE};
-use crate::support::process::{Child, Link};
-use crate::support::view::{holds, Mapped};
-use crate::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::support::memory::{pattern, PAGE};
+use pinbuf_test_harness::support::process::{Child, Link};
+use pinbuf_test_harness::support::view::{holds, Mapped};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::tests;
 
 tests! { "uffd":
     answered,

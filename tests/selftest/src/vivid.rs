@@ -15,10 +15,10 @@ use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use pinbuf_test_importer::{Direction, Importer, Limits};
 
-use crate::harness::tests;
-use crate::support::kernel::HugePool;
-use crate::support::memory::{HUGE, PAGE, RW};
-use crate::support::{check, check_eq, kernel, Buffer, Device, Memory, Skip, Sync};
+use pinbuf_test_harness::support::kernel::HugePool;
+use pinbuf_test_harness::support::memory::{HUGE, PAGE, RW};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory, Skip, Sync};
+use pinbuf_test_harness::tests;
 
 tests! { "vivid":
     as_a_device within 90,

@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
@@ -28,20 +29,19 @@ pub struct Test {
 }
 
 /// Makes a file's table of subtests. A time in seconds may follow a name.
+#[macro_export]
 macro_rules! tests {
     (@timeout) => { 60 };
     (@timeout $seconds:literal) => { $seconds };
     ($theme:literal: $($name:ident $(within $seconds:literal)?),* $(,)?) => {
         /// The subtests of this file.
-        pub const TESTS: &[crate::harness::Test] = &[$(crate::harness::Test {
+        pub const TESTS: &[$crate::Test] = &[$($crate::Test {
             name: concat!($theme, ".", stringify!($name)),
             run: $name,
-            timeout: std::time::Duration::from_secs(tests!(@timeout $($seconds)?)),
+            timeout: std::time::Duration::from_secs($crate::tests!(@timeout $($seconds)?)),
         }),*];
     };
 }
-
-pub(crate) use tests;
 
 /// How one subtest ended.
 #[derive(Debug)]
@@ -52,6 +52,32 @@ pub enum Outcome {
     Skipped(String),
     /// Why it failed, line by line.
     Failed(Vec<String>),
+}
+
+/// Runs `tests` one after the other and reports in KTAP on standard output.
+pub fn report(tests: &[&Test], check_leaks: bool) -> Result<ExitCode> {
+    println!("KTAP version 1");
+    println!("1..{}", tests.len());
+    let mut runner = Runner::new(check_leaks)?;
+    let mut code = ExitCode::SUCCESS;
+    for (index, test) in tests.iter().enumerate() {
+        let number = index + 1;
+        let start = Instant::now();
+        let outcome = runner.run(test);
+        println!("# {}: {} ms", test.name, start.elapsed().as_millis());
+        match outcome {
+            Outcome::Passed => println!("ok {number} {}", test.name),
+            Outcome::Skipped(reason) => println!("ok {number} {} # SKIP {reason}", test.name),
+            Outcome::Failed(lines) => {
+                for line in lines {
+                    println!("# {line}");
+                }
+                println!("not ok {number} {}", test.name);
+                code = ExitCode::FAILURE;
+            }
+        }
+    }
+    Ok(code)
 }
 
 /// What says "skipped" in what a child says.

@@ -26,11 +26,12 @@ impl fmt::Display for Skip {
 impl std::error::Error for Skip {}
 
 /// Fails the test, with both values, unless they are equal.
+#[macro_export]
 macro_rules! check_eq {
     ($seen:expr, $expected:expr, $($what:tt)+) => {{
         let (seen, expected) = (&$seen, &$expected);
         if seen != expected {
-            anyhow::bail!(
+            $crate::support::bail!(
                 "{}:{}: {}: expected {:?}, seen {:?}",
                 file!(), line!(), format_args!($($what)+), expected, seen
             );
@@ -39,12 +40,14 @@ macro_rules! check_eq {
 }
 
 /// Fails the test unless the condition holds.
+#[macro_export]
 macro_rules! check {
     ($condition:expr, $($what:tt)+) => {
         if !$condition {
-            anyhow::bail!("{}:{}: {}", file!(), line!(), format_args!($($what)+));
+            $crate::support::bail!("{}:{}: {}", file!(), line!(), format_args!($($what)+));
         }
     };
 }
 
-pub(crate) use {check, check_eq};
+pub use crate::{check, check_eq};
+pub use anyhow::bail;

@@ -143,6 +143,7 @@ impl Memory {
     }
 
     /// Its size in bytes.
+    #[allow(clippy::len_without_is_empty, reason = "never empty")]
     pub fn len(&self) -> usize {
         self.len
     }

@@ -146,7 +146,10 @@ struct SyncArgument {
     flags: u64,
 }
 
-nix::ioctl_write_ptr!(dma_buf_sync, b'b', 0, SyncArgument);
+nix::ioctl_write_ptr!(
+    /// DMA_BUF_IOCTL_SYNC.
+    dma_buf_sync, b'b', 0, SyncArgument
+);
 
 /// `DMA_BUF_IOCTL_SYNC` with any flags.
 pub fn sync_raw(fd: impl AsFd, flags: u64) -> nix::Result<()> {
@@ -173,6 +176,7 @@ impl Buffer {
     }
 
     /// Its size, as `lseek` tells it.
+    #[allow(clippy::len_without_is_empty, reason = "never empty")]
     pub fn len(&self) -> Result<usize> {
         Ok(usize::try_from(
             lseek(&self.0, 0, Whence::SeekEnd).context("lseek on a dma-buf")?,
