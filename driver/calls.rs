@@ -97,8 +97,10 @@ fn create(argument: UserPtr) -> Result<c_long> {
     if create.flags & !uapi::CREATE_FLAGS != 0 || create.reserved != 0 {
         return Err(EINVAL);
     }
+    let from_files = create.flags & uapi::CREATE_FROM_FILES != 0;
     let check_backing = create.flags & uapi::CREATE_CHECK_BACKING != 0;
-    if create.backing != 0 && !check_backing {
+    let backed = from_files || check_backing;
+    if (create.backing != 0 && !backed) || (from_files && check_backing) {
         return Err(EINVAL);
     }
     if create.count == 0 || create.count > uapi::MAX_RANGES {
@@ -107,7 +109,10 @@ fn create(argument: UserPtr) -> Result<c_long> {
     let count = create.count as usize;
     let ranges = read_array::<uapi::Range>(create.ranges, count)?;
     let pages = total_pages(&ranges)?;
-    let backings = if check_backing {
+    if from_files && ranges.iter().any(|Element(range)| range.addr != 0) {
+        return Err(EINVAL);
+    }
+    let backings = if backed {
         let backings = read_array::<uapi::Backing>(create.backing, count)?;
         check_backings(&ranges, &backings)?;
         Some(backings)
@@ -119,6 +124,7 @@ fn create(argument: UserPtr) -> Result<c_long> {
     let mut pinner = Pinner::new(pages)?;
     let mut files = Files(None);
     for (index, Element(range)) in ranges.iter().enumerate() {
+        let pages = (range.len >> PAGE_SHIFT) as usize;
         let expected = match backings.as_ref().and_then(|all| all.get(index)) {
             Some(Element(backing)) => Some(Expected {
                 file: files.get(backing.fd)?,
@@ -126,11 +132,10 @@ fn create(argument: UserPtr) -> Result<c_long> {
             }),
             None => None,
         };
-        pinner.pin(
-            range.addr as usize,
-            (range.len >> PAGE_SHIFT) as usize,
-            expected,
-        )?;
+        match expected {
+            Some(named) if from_files => pinner.pin_file(named.file, named.page, pages)?,
+            expected => pinner.pin(range.addr as usize, pages, expected)?,
+        }
     }
     drop((ranges, backings, files));
 
@@ -170,13 +175,15 @@ fn total_pages(ranges: &[Element<uapi::Range>]) -> Result<usize> {
     Ok(bytes as usize >> PAGE_SHIFT)
 }
 
-/// Checks what the caller believes to be mapped in the ranges, as far as that is possible.
+/// Checks which parts of files the ranges are said to be of, as far as that is possible.
 fn check_backings(ranges: &[Element<uapi::Range>], backings: &[Element<uapi::Backing>]) -> Result {
     for (Element(range), Element(backing)) in ranges.iter().zip(backings) {
         if backing.reserved != 0 || backing.offset % PAGE_SIZE as u64 != 0 {
             return Err(EINVAL);
         }
-        backing.offset.checked_add(range.len).ok_or(EOVERFLOW)?;
+        let end = backing.offset.checked_add(range.len).ok_or(EOVERFLOW)?;
+        // No file is longer.
+        isize::try_from(end).map_err(|_| EINVAL)?;
     }
     Ok(())
 }
@@ -204,6 +211,7 @@ fn query(argument: UserPtr) -> Result<c_long> {
         size: size_of::<uapi::Query>() as u32,
         version: uapi::VERSION,
         features: uapi::FEATURE_CHECK_BACKING
+            | uapi::FEATURE_FROM_FILES
             | if pfn_map::huge_entries_allowed() {
                 uapi::FEATURE_HUGE_MMAP
             } else {

@@ -7,7 +7,10 @@
 //! [`CHUNK_BYTES`], so that growing costs one chunk, at most, beyond what is used, and indexing
 //! stays constant-time.
 
-use core::mem::size_of;
+use core::mem::{
+    size_of,
+    MaybeUninit, //
+};
 use kernel::alloc::{
     flags::GFP_KERNEL_ACCOUNT,
     AllocError,
@@ -80,6 +83,25 @@ impl<T: Copy> ChunkedVec<T> {
             unsafe { self.tail.inc_len(1) };
         }
         Ok(())
+    }
+
+    /// Room for more values, for one at least; `most` is as for [`Self::push`]. What is written there
+    /// counts after [`Self::fill`].
+    pub(crate) fn room(&mut self, most: usize) -> Result<&mut [MaybeUninit<T>], AllocError> {
+        if self.tail.len() == self.tail.capacity() {
+            self.grow(most)?;
+        }
+        Ok(self.tail.spare_capacity_mut())
+    }
+
+    /// Makes the first `count` values of the room part of the vector.
+    ///
+    /// # Safety
+    ///
+    /// They have been written since [`Self::room`] returned it.
+    pub(crate) unsafe fn fill(&mut self, count: usize) {
+        // SAFETY: By the function's requirements.
+        unsafe { self.tail.inc_len(count) };
     }
 
     /// Drops the values from `len` on.

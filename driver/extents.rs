@@ -110,7 +110,8 @@ enum Form {
 /// * Sparse: the extents' starts begin at 0 and rise strictly; the last is below `pages`.
 /// * Dense: there are `pages` frames, and the first one is marked as the first of its extent.
 /// * `extents` is the number of extents in either form.
-/// * `next` is the frame, without marks of a first, that would continue the last extent.
+/// * `next` is the frame, without marks of a first, that would continue the last extent, if it may be
+///   continued.
 pub(crate) struct ExtentMap {
     form: Form,
     expected: usize,
@@ -187,6 +188,60 @@ impl ExtentMap {
         self.extents += usize::from(!joins);
         self.next = Some(Frame::new(run.pfn + run.pages, run.granularity, false));
         Ok(())
+    }
+
+    /// Appends pages one by one, each pinned for itself, and returns how many from the first on: fewer
+    /// than all only if memory cannot be had. They join each other and the last extent where they
+    /// follow physically.
+    pub(crate) fn push_pages(&mut self, mut pfns: impl Iterator<Item = Pfn>) -> usize {
+        let before = self.pages;
+        let mut next = pfns.next();
+        while let Some(pfn) = next {
+            let mut run = Run {
+                pfn,
+                pages: 1,
+                granularity: Granularity::Page,
+            };
+            next = pfns.next();
+            while next == Some(run.pfn + run.pages) {
+                run.pages += 1;
+                next = pfns.next();
+            }
+            if self.push(run, true).is_err() {
+                break;
+            }
+            // The way of scattered pages, which are what this costs most for.
+            let most = self.expected.saturating_sub(self.pages).max(1);
+            if let Form::Dense(frames) = &mut self.form {
+                let Ok(room) = frames.room(most) else {
+                    continue;
+                };
+                let mut filled = 0;
+                let mut last = self.next;
+                for slot in room {
+                    let Some(pfn) = next else {
+                        break;
+                    };
+                    let joins = last == Some(Frame::new(pfn, Granularity::Page, false));
+                    let frame = Frame::new(pfn, Granularity::Page, !joins);
+                    slot.write(frame);
+                    last = Some(frame.next());
+                    self.extents += usize::from(!joins);
+                    filled += 1;
+                    next = pfns.next();
+                }
+                // SAFETY: So many of them were written.
+                unsafe { frames.fill(filled) };
+                self.pages += filled;
+                self.next = last;
+            }
+        }
+        self.pages - before
+    }
+
+    /// Whatever comes next begins a new extent.
+    pub(crate) fn end_extent(&mut self) {
+        self.next = None;
     }
 
     /// Gives back spare memory, when no more runs will come, and turns sparse where that halves the
@@ -280,6 +335,7 @@ impl ExtentMap {
             map: self,
             page: 0,
             index: 0,
+            piece: &[],
         }
     }
 
@@ -369,6 +425,8 @@ pub(crate) struct Iter<'a> {
     map: &'a ExtentMap,
     page: usize,
     index: usize,
+    /// Dense: the frames from `page` on, as far as they lie in one piece.
+    piece: &'a [Frame],
 }
 
 impl Iterator for Iter<'_> {
@@ -384,7 +442,29 @@ impl Iterator for Iter<'_> {
                 self.map
                     .rest_of(extents, self.index, extent, self.page, usize::MAX)
             }
-            Form::Dense(_) => self.map.find(self.page, usize::MAX)?,
+            Form::Dense(frames) => {
+                if self.piece.is_empty() {
+                    self.piece = frames.piece(self.page);
+                }
+                let first = *self.piece.first()?;
+                let mut pages = 0;
+                loop {
+                    pages += 1;
+                    self.piece = self.piece.get(1..).unwrap_or(&[]);
+                    if self.piece.is_empty() {
+                        self.piece = frames.piece(self.page + pages);
+                    }
+                    match self.piece.first() {
+                        Some(frame) if !frame.is_first() => {}
+                        _ => break,
+                    }
+                }
+                Run {
+                    pfn: first.pfn(),
+                    pages,
+                    granularity: first.granularity(),
+                }
+            }
         };
         self.page += run.pages;
         self.index += 1;

@@ -7,6 +7,7 @@
 use kernel::{
     bindings,
     ffi::{
+        c_long,
         c_uint,
         c_ulong,
         c_void, //
@@ -38,17 +39,43 @@ extern "C" {
     pub(crate) fn pinbuf_page_to_pfn(page: *const bindings::page) -> c_ulong;
     pub(crate) fn pinbuf_pfn_to_page(pfn: c_ulong) -> *mut bindings::page;
     pub(crate) fn pinbuf_page_address(page: *const bindings::page) -> *mut c_void;
-    pub(crate) fn pinbuf_pages_describe(
+    pub(crate) fn pinbuf_page_describe(page: *const bindings::page) -> c_ulong;
+    pub(crate) fn pinbuf_page_folio_pages(page: *const bindings::page) -> c_ulong;
+    pub(crate) fn pinbuf_pages_ordinary(
         pages: *const *mut bindings::page,
         count: c_ulong,
-        out: *mut c_ulong,
-    );
-    pub(crate) fn pinbuf_page_folio_pages(page: *const bindings::page) -> c_ulong;
-    pub(crate) fn pinbuf_page_is_backed_by(
-        page: *const bindings::page,
+    ) -> c_ulong;
+    pub(crate) fn pinbuf_pages_backed_by(
+        pages: *const *mut bindings::page,
+        count: c_ulong,
         file: *const bindings::file,
         index: c_ulong,
+    ) -> c_ulong;
+
+    pub(crate) fn pinbuf_file_pin_folios(
+        file: *mut bindings::file,
+        start: bindings::loff_t,
+        end: bindings::loff_t,
+        folios: *mut *mut bindings::folio,
+        max: c_uint,
+    ) -> c_long;
+    pub(crate) fn pinbuf_file_is_hugetlb(file: *const bindings::file) -> bool;
+    pub(crate) fn pinbuf_file_has_pages(
+        file: *mut bindings::file,
+        index: c_ulong,
+        count: c_ulong,
     ) -> bool;
+    pub(crate) fn pinbuf_folios_small(
+        folios: *const *mut bindings::folio,
+        count: c_ulong,
+        file: *const bindings::file,
+        index: c_ulong,
+    ) -> c_ulong;
+    pub(crate) fn pinbuf_folio_pages_from(
+        folio: *const bindings::folio,
+        file: *const bindings::file,
+        index: c_ulong,
+    ) -> c_ulong;
     pub(crate) fn pinbuf_same_pgmap(a: *const bindings::page, b: *const bindings::page) -> bool;
 
     pub(crate) fn pinbuf_sg_set_page(

@@ -13,16 +13,19 @@
 
 #include <linux/cred.h>
 #include <linux/dma-mapping.h>
+#include <linux/fcntl.h>
 #include <linux/fs.h>
 #include <linux/hugetlb.h>
 #include <linux/memremap.h>
 #include <linux/mm.h>
 #include <linux/moduleparam.h>
 #include <linux/page_table_check.h>
+#include <linux/pagemap.h>
 #include <linux/pgtable.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/user.h>
 #include <linux/scatterlist.h>
+#include <linux/shmem_fs.h>
 #include <linux/user_namespace.h>
 #include <linux/vmalloc.h>
 
@@ -136,7 +139,7 @@ void *pinbuf_page_address(const struct page *page)
 	return page_address(page);
 }
 
-static unsigned long page_describe(const struct page *page)
+unsigned long pinbuf_page_describe(const struct page *page)
 {
 	const struct folio *folio = page_folio(page);
 	unsigned long out = 1UL << PINBUF_PAGE_LEFT_SHIFT;
@@ -161,19 +164,12 @@ static unsigned long page_describe(const struct page *page)
 	return out;
 }
 
-void pinbuf_pages_describe(struct page *const *pages, unsigned long count,
-			   unsigned long *out)
-{
-	while (count--)
-		*out++ = page_describe(*pages++);
-}
-
 unsigned long pinbuf_page_folio_pages(const struct page *page)
 {
 	return folio_nr_pages(page_folio(page));
 }
 
-bool pinbuf_page_is_backed_by(const struct page *page, const struct file *file,
+static bool page_is_backed_by(const struct page *page, const struct file *file,
 			      unsigned long index)
 {
 	const struct folio *folio = page_folio(page);
@@ -184,6 +180,140 @@ bool pinbuf_page_is_backed_by(const struct page *page, const struct file *file,
 	 */
 	return READ_ONCE(folio->mapping) == file->f_mapping &&
 	       folio->index + folio_page_idx(folio, page) == index;
+}
+
+/*
+ * How many of the @count pinned pages need no look of their own: user space's,
+ * neither hugetlb's nor a device's.
+ */
+unsigned long pinbuf_pages_ordinary(struct page *const *pages,
+				    unsigned long count)
+{
+	unsigned long n;
+
+	for (n = 0; n < count; n++) {
+		const struct folio *folio = page_folio(pages[n]);
+
+		if (!READ_ONCE(folio->mapping) && !folio_test_swapbacked(folio))
+			break;
+		if (folio_test_hugetlb(folio) || folio_is_zone_device(folio))
+			break;
+	}
+	return n;
+}
+
+/* How many of the @count pinned pages are those of the file from @index on. */
+unsigned long pinbuf_pages_backed_by(struct page *const *pages,
+				     unsigned long count,
+				     const struct file *file,
+				     unsigned long index)
+{
+	unsigned long n;
+
+	for (n = 0; n < count; n++)
+		if (!page_is_backed_by(pages[n], file, index + n))
+			break;
+	return n;
+}
+
+/* Files whose pages can be pinned without a mapping */
+
+/*
+ * Whether pages of the file may be pinned for writing: 0, EINVAL (of another
+ * kind), EACCES (not open for writing) or EPERM (sealed).  The answer holds
+ * while the inode is locked: F_ADD_SEALS takes that lock exclusively, and
+ * refuses F_SEAL_WRITE when it finds pages pinned.
+ */
+static int may_pin_file(struct file *file)
+{
+	struct inode *inode = file_inode(file);
+	unsigned int seals;
+
+	if (shmem_file(file))
+		seals = SHMEM_I(inode)->seals;
+	else if (is_file_hugepages(file))
+		seals = HUGETLBFS_I(inode)->seals;
+	else
+		return -EINVAL;
+	if (!(file->f_mode & FMODE_WRITE))
+		return -EACCES;
+	if (seals & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE))
+		return -EPERM;
+	return 0;
+}
+
+long pinbuf_file_pin_folios(struct file *file, loff_t start, loff_t end,
+			    struct folio **folios, unsigned int max)
+{
+	struct inode *inode = file_inode(file);
+	pgoff_t offset;
+	long ret;
+
+	/* As udmabuf has it. */
+	inode_lock_shared(inode);
+	ret = may_pin_file(file);
+	if (!ret)
+		ret = memfd_pin_folios(file, start, end - 1, folios, max,
+				       &offset);
+	inode_unlock_shared(inode);
+	return ret;
+}
+
+bool pinbuf_file_is_hugetlb(const struct file *file)
+{
+	return is_file_hugepages(file);
+}
+
+/* Whether the file has pages, not swapped out, for all of @count from @index. */
+bool pinbuf_file_has_pages(struct file *file, unsigned long index,
+			   unsigned long count)
+{
+	unsigned long end = index + count;
+
+	while (index < end) {
+		struct folio *folio = filemap_get_folio(file->f_mapping, index);
+
+		if (IS_ERR(folio))
+			return false;
+		index = folio_next_index(folio);
+		folio_put(folio);
+		cond_resched();
+	}
+	return true;
+}
+
+/*
+ * Of the @count pinned folios, which are expected to follow each other in the
+ * file, how many from the first on have one page and are where they should be.
+ */
+unsigned long pinbuf_folios_small(struct folio *const *folios,
+				  unsigned long count, const struct file *file,
+				  unsigned long index)
+{
+	unsigned long n;
+
+	for (n = 0; n < count; n++)
+		if (folio_test_large(folios[n]) ||
+		    folios[n]->index != index + n ||
+		    READ_ONCE(folios[n]->mapping) != file->f_mapping)
+			break;
+	return n;
+}
+
+/*
+ * How many pages the pinned folio has from the file's page @index on; none if
+ * that is not in it.
+ */
+unsigned long pinbuf_folio_pages_from(const struct folio *folio,
+				      const struct file *file,
+				      unsigned long index)
+{
+	unsigned long skipped = index - folio->index;
+	unsigned long pages = folio_nr_pages(folio);
+
+	if (READ_ONCE(folio->mapping) != file->f_mapping || skipped >= pages)
+		return 0;
+	return pages - skipped;
 }
 
 bool pinbuf_same_pgmap(const struct page *a, const struct page *b)

@@ -9,6 +9,7 @@
 
 struct device;
 struct file;
+struct folio;
 struct page;
 struct scatterlist;
 struct sg_table;
@@ -16,7 +17,7 @@ struct user_struct;
 struct vm_area_struct;
 
 /*
- * What pinbuf_pages_describe() tells of a page: these bits, and above them how
+ * What pinbuf_page_describe() tells of a page: these bits, and above them how
  * many pages of its folio there are from it on.
  */
 #define PINBUF_PAGE_HUGETLB	BIT(0)
@@ -40,11 +41,27 @@ unsigned long pinbuf_totalram_pages(void);
 unsigned long pinbuf_page_to_pfn(const struct page *page);
 struct page *pinbuf_pfn_to_page(unsigned long pfn);
 void *pinbuf_page_address(const struct page *page);
-void pinbuf_pages_describe(struct page *const *pages, unsigned long count,
-			   unsigned long *out);
+unsigned long pinbuf_page_describe(const struct page *page);
 unsigned long pinbuf_page_folio_pages(const struct page *page);
-bool pinbuf_page_is_backed_by(const struct page *page, const struct file *file,
-			      unsigned long index);
+unsigned long pinbuf_pages_ordinary(struct page *const *pages,
+				    unsigned long count);
+unsigned long pinbuf_pages_backed_by(struct page *const *pages,
+				     unsigned long count,
+				     const struct file *file,
+				     unsigned long index);
+
+long pinbuf_file_pin_folios(struct file *file, loff_t start, loff_t end,
+			    struct folio **folios, unsigned int max);
+bool pinbuf_file_is_hugetlb(const struct file *file);
+bool pinbuf_file_has_pages(struct file *file, unsigned long index,
+			   unsigned long count);
+unsigned long pinbuf_folios_small(struct folio *const *folios,
+				  unsigned long count, const struct file *file,
+				  unsigned long index);
+unsigned long pinbuf_folio_pages_from(const struct folio *folio,
+				      const struct file *file,
+				      unsigned long index);
+
 bool pinbuf_same_pgmap(const struct page *a, const struct page *b);
 
 void pinbuf_sg_set_page(struct scatterlist *sg, struct page *page,

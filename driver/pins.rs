@@ -17,6 +17,9 @@
 //! folio is its address's place in the huge page. Transparent huge pages can be mapped
 //! in part, and shared page by page: there every page is pinned.
 //!
+//! Where the caller names a file instead of addresses, there is no mapping to doubt: the folio that
+//! the page cache has at an index is the file's as a whole, and one pin keeps it whole.
+//!
 //! # Patience
 //!
 //! Pages that lie in `ZONE_MOVABLE` or CMA are migrated by GUP before it pins them. That fails
@@ -37,7 +40,8 @@ use crate::{
             self,
             Batch,
             Description,
-            PinnedPage, //
+            PinnedPage,
+            Unpinner, //
         },
         sched, //
     },
@@ -95,7 +99,7 @@ impl Pins {
         if let Err(error) = self.map.push(run, joinable) {
             match run.granularity {
                 // SAFETY: By the function's requirements.
-                Granularity::Page => unsafe { gup::unpin_pages(run.pfn, run.pages) },
+                Granularity::Page => unsafe { Unpinner::new().unpin(run.pfn, run.pages) },
                 Granularity::Folio => {
                     // SAFETY: By the function's requirements.
                     unsafe { gup::unpin_folio(run.pfn) };
@@ -109,10 +113,28 @@ impl Pins {
         };
         Ok(())
     }
+
+    /// Takes over the pins of single pages, and returns of how many from the first on: of fewer than
+    /// all only if memory for remembering them cannot be had.
+    ///
+    /// # Safety
+    ///
+    /// The caller owns one pin of each of these pages, and gives up those that are taken over.
+    unsafe fn push_pages(&mut self, pages: &[PinnedPage<'_>]) -> usize {
+        let Some(&first) = pages.first() else {
+            return 0;
+        };
+        let pfn = first.pfn();
+        let pfns = pages.iter().map(|page| page.pfn_from(first, pfn));
+        let taken = self.map.push_pages(pfns);
+        self.pins += taken;
+        taken
+    }
 }
 
 impl Drop for Pins {
     fn drop(&mut self) {
+        let mut unpinner = Unpinner::new();
         let mut since = 0;
         for run in self.map.iter() {
             let mut done = 0;
@@ -122,7 +144,7 @@ impl Drop for Pins {
                     Granularity::Page => {
                         let pages = (run.pages - done).min(STRIDE);
                         // SAFETY: By the type invariant we hold these pins, and drop them once.
-                        unsafe { gup::unpin_pages(pfn, pages) };
+                        unsafe { unpinner.unpin(pfn, pages) };
                         (pages, pages)
                     }
                     // SAFETY: As above; folios are taken whole or to the end of the extent.
@@ -199,10 +221,65 @@ impl Pinner {
         self.pins
     }
 
+    /// Pins `pages` pages of `file` from its page `index` on, wherever they are mapped.
+    pub(crate) fn pin_file(
+        &mut self,
+        file: &LocalFile,
+        mut index: usize,
+        mut pages: usize,
+    ) -> Result {
+        while pages > 0 {
+            sched::breathe()?;
+            let mut tries = self.tries();
+            let done = loop {
+                let error = match self.batch.pin_file(file, index, pages) {
+                    Ok(_) => match self.take_file_batch(file, index, pages)? {
+                        // Truncated and filled again under our hands.
+                        0 => EAGAIN,
+                        done => break done,
+                    },
+                    Err(error) => error,
+                };
+                if sched::fatal_signal_pending() {
+                    return Err(EINTR);
+                }
+                let asked = pages.min(Batch::most_of(file));
+                if !may_pass(error) || !gup::file_has_pages(file, index, asked) {
+                    return Err(contract_of_file(error, file));
+                }
+                if !self.try_again(&mut tries)? {
+                    return Err(EBUSY);
+                }
+            };
+            index += done;
+            pages -= done;
+        }
+        Ok(())
+    }
+
+    /// The tries for one batch.
+    fn tries(&self) -> Tries {
+        Tries {
+            left: params::pin_retries().min(self.patience),
+            pause_ms: 1,
+        }
+    }
+
+    /// Waits for the next try, if there is one.
+    fn try_again(&mut self, tries: &mut Tries) -> Result<bool> {
+        if tries.left == 0 {
+            return Ok(false);
+        }
+        tries.left -= 1;
+        self.patience -= 1;
+        sched::sleep_killable(tries.pause_ms)?;
+        tries.pause_ms *= 2;
+        Ok(true)
+    }
+
     /// Pins up to `want` pages into the batch, with patience, and translates errors.
     fn pin_batch(&mut self, addr: usize, want: usize) -> Result {
-        let mut tries = params::pin_retries().min(self.patience);
-        let mut pause_ms = 1;
+        let mut tries = self.tries();
         loop {
             let error = match self.batch.pin(addr, want) {
                 Ok(_) => return Ok(()),
@@ -214,7 +291,7 @@ impl Pinner {
             if !may_pass(error) {
                 return Err(contract(error));
             }
-            if tries == 0 {
+            if !self.try_again(&mut tries)? {
                 // GUP says ENOMEM for both. If the pages can be had when they need not move, there
                 // was memory enough for them.
                 return Err(
@@ -225,10 +302,6 @@ impl Pinner {
                     },
                 );
             }
-            tries -= 1;
-            self.patience -= 1;
-            sched::sleep_killable(pause_ms)?;
-            pause_ms *= 2;
         }
     }
 
@@ -240,15 +313,30 @@ impl Pinner {
         left: usize,
         expected: Option<&Expected<'_>>,
     ) -> Result<usize> {
-        let (pages, kinds) = self.batch.describe();
-        let count = pages.len();
-        let origin = pages[0];
-        let origin_pfn = origin.pfn();
+        let count = self.batch.pages().len();
+        if let Some(expected) = expected {
+            if self.batch.backed_by(0, expected.file, expected.page) < count {
+                return Err(EAGAIN);
+            }
+        }
         let mut done = 0;
         while done < count {
-            let (first, kind) = (pages[done], kinds[done]);
-            self.hugetlb = kind.is_hugetlb();
+            let ordinary = self.batch.ordinary(done);
+            if ordinary > 0 {
+                self.hugetlb = false;
+                self.after_device();
+                done += self.take_pages(done, ordinary)?;
+                continue;
+            }
 
+            let pages = self.batch.pages();
+            let first = pages[done];
+            let kind = first.describe();
+            if !kind.is_user() && !kind.is_device() {
+                self.batch.keep(done);
+                return Err(EFAULT);
+            }
+            self.hugetlb = kind.is_hugetlb();
             // The rest of the folio, as far as the batch has it in this order.
             let mut taken = 1;
             let most = kind.left().min(count - done);
@@ -256,7 +344,7 @@ impl Pinner {
                 taken += 1;
             }
             let mut run = Run {
-                pfn: first.pfn_from(origin, origin_pfn),
+                pfn: first.pfn(),
                 pages: taken,
                 granularity: Granularity::Page,
             };
@@ -273,20 +361,6 @@ impl Pinner {
                     None => false,
                 };
             }
-
-            // A folio is one file's, or anonymous, as a whole.
-            let refused = if !kind.is_user() && !kind.is_device() {
-                Some(EFAULT)
-            } else if expected.is_some_and(|it| !first.is_backed_by(it.file, it.page + done)) {
-                Some(EAGAIN)
-            } else {
-                None
-            };
-            if let Some(error) = refused {
-                self.batch.keep(done);
-                return Err(error);
-            }
-
             self.device = kind.is_device().then_some(run.pfn);
             // SAFETY: The batch pinned these pages, and gives them up below in any case.
             let pushed = unsafe { self.pins.push(run, joinable) };
@@ -300,6 +374,68 @@ impl Pinner {
         self.batch.keep(count);
         Ok(done)
     }
+
+    /// Moves the batch, which begins with the folio of the page `index` of `file`, to the pins, and
+    /// returns how many pages of the range's `left` that makes. None if the first folio is not the
+    /// file's any more.
+    fn take_file_batch(&mut self, file: &LocalFile, index: usize, left: usize) -> Result<usize> {
+        let count = self.batch.pages().len();
+        self.after_device();
+        let (mut entry, mut done) = (0, 0);
+        while entry < count && done < left {
+            let small = self.batch.small_folios(entry, file, index + done);
+            if small > 0 {
+                let small = self.take_pages(entry, small.min(left - done))?;
+                entry += small;
+                done += small;
+                continue;
+            }
+            let first = self.batch.pages()[entry];
+            let rest = first.folio_pages_from(file, index + done);
+            if rest == 0 {
+                break;
+            }
+            let skipped = first.folio_pages() - rest;
+            let run = Run {
+                pfn: first.pfn() + skipped,
+                pages: rest.min(left - done),
+                granularity: Granularity::Folio,
+            };
+            entry += 1;
+            // SAFETY: The batch pinned the folio, and gives it up below in any case. Two pins of
+            // one folio must not look like one.
+            let pushed = unsafe { self.pins.push(run, skipped == 0) };
+            if let Err(error) = pushed {
+                // `push` has dropped this pin; the batch drops those behind it.
+                self.batch.keep(entry);
+                return Err(error);
+            }
+            done += run.pages;
+        }
+        self.batch.keep(entry);
+        Ok(done)
+    }
+
+    /// Moves `count` pages of the batch from the entry `from` on, pinned each for itself, to the
+    /// pins, and returns `count`.
+    fn take_pages(&mut self, from: usize, count: usize) -> Result<usize> {
+        let pages = &self.batch.pages()[from..from + count];
+        // SAFETY: The batch pinned these pages; it gives up those that were taken, here or, with
+        // all others, in our callers.
+        let taken = unsafe { self.pins.push_pages(pages) };
+        if taken < count {
+            self.batch.keep(from + taken);
+            return Err(ENOMEM);
+        }
+        Ok(count)
+    }
+
+    /// What comes next is no device's memory: it must not join such an extent.
+    fn after_device(&mut self) {
+        if self.device.take().is_some() {
+            self.pins.map.end_extent();
+        }
+    }
 }
 
 /// Whether the place of a hugetlb page in its folio is that of its address in a huge page of that
@@ -312,6 +448,27 @@ fn in_place(page: PinnedPage<'_>, kind: Description, addr: usize) -> bool {
 /// Whether a failure of GUP's may pass by itself.
 fn may_pass(error: Error) -> bool {
     error == ENOMEM || error == EAGAIN || error == EBUSY
+}
+
+/// Tries that are left for one batch.
+struct Tries {
+    left: u32,
+    pause_ms: u32,
+}
+
+/// The errors of pinning a file, in the contract's terms: no room in its store is `EFAULT`, as
+/// where a mapping of it is pinned.
+fn contract_of_file(error: Error, file: &LocalFile) -> Error {
+    let exhausted = error == ENOSPC || (error == ENOMEM && gup::file_is_hugetlb(file));
+    if exhausted {
+        EFAULT
+    } else if [EINVAL, EACCES, EPERM, ENOMEM].contains(&error) {
+        error
+    } else if error == EAGAIN {
+        EBUSY
+    } else {
+        contract(error)
+    }
 }
 
 /// GUP's errors that do not pass, in the contract's terms: whatever it does not pin is `EFAULT`.

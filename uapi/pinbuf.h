@@ -37,7 +37,8 @@
 
 /**
  * struct pinbuf_range - a range of the caller's address space
- * @addr: first byte; a multiple of the page size
+ * @addr: first byte; a multiple of the page size.  Zero with
+ *        PINBUF_CREATE_FROM_FILES
  * @len:  length in bytes; a multiple of the page size, not zero
  *
  * The layout of a 64-bit struct iovec: one can be passed as it is.
@@ -48,10 +49,11 @@ struct pinbuf_range {
 };
 
 /**
- * struct pinbuf_backing - the file that a range is expected to map
+ * struct pinbuf_backing - the part of a file that a range is about
  * @fd:       a descriptor of the file (memfd, tmpfs or hugetlbfs)
  * @reserved: zero
- * @offset:   the byte of the file that the range's first byte maps
+ * @offset:   the byte of the file that is the range's first; a multiple of the
+ *            page size
  */
 struct pinbuf_backing {
 	__s32 fd;
@@ -68,8 +70,16 @@ struct pinbuf_backing {
  */
 #define PINBUF_CREATE_CHECK_BACKING	(1U << 1)
 /* Bit 2 is kept for reporting discards under a live buffer; EINVAL until then. */
+/*
+ * The ranges are not of the caller's addresses: @backing says, range by range,
+ * which file and offset they are of.  Nothing needs to be mapped; what the file
+ * has no page for yet gets one, as a write would give it.  The descriptors must
+ * be open for writing.  Not together with PINBUF_CREATE_CHECK_BACKING.
+ */
+#define PINBUF_CREATE_FROM_FILES	(1U << 3)
 #define PINBUF_CREATE_FLAGS \
-	(PINBUF_CREATE_CLOEXEC | PINBUF_CREATE_CHECK_BACKING)
+	(PINBUF_CREATE_CLOEXEC | PINBUF_CREATE_CHECK_BACKING | \
+	 PINBUF_CREATE_FROM_FILES)
 
 /**
  * struct pinbuf_create - pin ranges and make them one dma-buf
@@ -79,7 +89,7 @@ struct pinbuf_backing {
  * @count:    ranges, 1 to PINBUF_MAX_RANGES
  * @reserved: zero
  * @backing:  address of @count struct pinbuf_backing with
- *            PINBUF_CREATE_CHECK_BACKING, else zero
+ *            PINBUF_CREATE_CHECK_BACKING or PINBUF_CREATE_FROM_FILES, else zero
  *
  * Returns a dma-buf's descriptor, opened O_RDWR.  The buffer holds the pages
  * that the ranges mapped during the call; ranges may repeat and overlap.  It
@@ -109,7 +119,18 @@ struct pinbuf_backing {
  *              could not be moved, also after retries.  Try again later.
  *   EINTR      a fatal signal arrived
  *   EAGAIN     PINBUF_CREATE_CHECK_BACKING: a page is not the one named
- *   EBADF      PINBUF_CREATE_CHECK_BACKING: a descriptor is not open
+ *   EBADF      a descriptor in @backing is not open
+ *
+ * and with PINBUF_CREATE_FROM_FILES
+ *
+ *   EINVAL     a file is none of memfd, tmpfs and hugetlbfs; a range that ends
+ *              beyond the end of its file
+ *   EACCES     a descriptor is not open for writing
+ *   EPERM      a file is sealed against writing
+ *   EFAULT     (of a range) the file's store is exhausted
+ *
+ * and in any case
+ *
  *   EMFILE, ENFILE  no descriptor is free
  *   ENODEV     the module is being unloaded
  */
@@ -126,6 +147,8 @@ struct pinbuf_create {
 #define PINBUF_FEATURE_HUGE_MMAP	(1ULL << 0)
 /* PINBUF_CREATE_CHECK_BACKING is known. */
 #define PINBUF_FEATURE_CHECK_BACKING	(1ULL << 1)
+/* PINBUF_CREATE_FROM_FILES is known. */
+#define PINBUF_FEATURE_FROM_FILES	(1ULL << 2)
 
 /* How pages are charged; see struct pinbuf_query and struct pinbuf_info. */
 #define PINBUF_CHARGE_USER	0	/* the user's locked pages, RLIMIT_MEMLOCK */

@@ -9,7 +9,10 @@ use crate::{
     extents::Pfn,
     ffi, //
 };
-use core::marker::PhantomData;
+use core::{
+    marker::PhantomData,
+    mem::MaybeUninit, //
+};
 use kernel::{
     alloc::{
         flags::GFP_KERNEL_ACCOUNT,
@@ -18,6 +21,7 @@ use kernel::{
     bindings,
     error::to_result,
     fs::file::LocalFile,
+    page::PAGE_SHIFT,
     prelude::*, //
 };
 
@@ -56,10 +60,17 @@ impl PinnedPage<'_> {
         unsafe { ffi::pinbuf_page_folio_pages(self.0) }
     }
 
-    /// Whether the page was, a moment ago, the page number `index` of `file`.
-    pub(crate) fn is_backed_by(self, file: &LocalFile, index: usize) -> bool {
-        // SAFETY: A pinned page is a valid `struct page`; `file` is a valid `struct file`.
-        unsafe { ffi::pinbuf_page_is_backed_by(self.0, file.as_ptr(), index) }
+    /// What the page tells of its folio.
+    pub(crate) fn describe(self) -> Description {
+        // SAFETY: A pinned page is a valid `struct page`, whose folio cannot be split or freed.
+        Description(unsafe { ffi::pinbuf_page_describe(self.0) })
+    }
+
+    /// The page is the first of a folio: how many pages the folio has from the page `index` of
+    /// `file` on; none if that page is not in it.
+    pub(crate) fn folio_pages_from(self, file: &LocalFile, index: usize) -> usize {
+        // SAFETY: As above; `file` is a valid `struct file`.
+        unsafe { ffi::pinbuf_folio_pages_from(self.0.cast(), file.as_ptr(), index) }
     }
 
     /// Whether the page may share an extent with the frame `pfn`, as far as device memory is
@@ -113,15 +124,16 @@ impl Description {
     }
 }
 
-/// Room for the result of one call of [`Batch::pin`], used again and again.
+/// Room for the result of one call of [`Batch::pin`] or [`Batch::pin_file`], used again and again.
 ///
 /// # Invariants
 ///
-/// The entries of `pages` are pages that are pinned, each once, by this batch. There is room for as
-/// many `descriptions` as for pages.
+/// The first `len` of [`Batch::slots`] are pages that are pinned, each once, by this batch. `many`,
+/// as a vector, is empty; if it has a capacity, the slots are there.
 pub(crate) struct Batch {
-    pages: KVVec<*mut bindings::page>,
-    descriptions: KVVec<Description>,
+    few: [MaybeUninit<*mut bindings::page>; Self::FEW],
+    many: KVVec<*mut bindings::page>,
+    len: usize,
 }
 
 impl Batch {
@@ -129,13 +141,52 @@ impl Batch {
     /// 2 MiB of address space, which GUP's fast path walks with interrupts disabled.
     pub(crate) const MAX: usize = 512;
 
+    /// So many pages are pinned without an allocation: small buffers cost little else.
+    const FEW: usize = 16;
+
+    /// The most pages of a file that one call asks for, where they are not small: if the file has
+    /// no pages there yet, so many are allocated and cleared before the task can be killed.
+    const MAX_OF_FILE: usize = (64 << 20) >> PAGE_SHIFT;
+
     /// A batch with room for `capacity` pages, at most [`Batch::MAX`].
     pub(crate) fn new(capacity: usize) -> Result<Self> {
-        let capacity = capacity.clamp(1, Self::MAX);
+        let many = if capacity <= Self::FEW {
+            KVVec::new()
+        } else {
+            KVVec::with_capacity(capacity.min(Self::MAX), GFP_KERNEL_ACCOUNT)?
+        };
+        // INVARIANT: No page is pinned yet.
         Ok(Self {
-            pages: KVVec::with_capacity(capacity, GFP_KERNEL_ACCOUNT)?,
-            descriptions: KVVec::with_capacity(capacity, GFP_KERNEL_ACCOUNT)?,
+            few: [MaybeUninit::uninit(); Self::FEW],
+            many,
+            len: 0,
         })
+    }
+
+    /// Where the pages are.
+    fn slots(&mut self) -> &mut [MaybeUninit<*mut bindings::page>] {
+        if self.many.capacity() > 0 {
+            self.many.spare_capacity_mut()
+        } else {
+            &mut self.few
+        }
+    }
+
+    /// The pages as C wants them.
+    fn as_ptr(&self) -> *const *mut bindings::page {
+        if self.many.capacity() > 0 {
+            self.many.as_ptr()
+        } else {
+            self.few.as_ptr().cast()
+        }
+    }
+
+    /// The pages that the last call pinned.
+    pub(crate) fn pages(&self) -> &[PinnedPage<'_>] {
+        // SAFETY: By the type invariant so many are there, and `PinnedPage` is transparent over the
+        // pointer. INVARIANT: They stay pinned while `self` is borrowed, as it takes `&mut self` to
+        // unpin them or give them away.
+        unsafe { core::slice::from_raw_parts(self.as_ptr().cast(), self.len) }
     }
 
     /// Pins up to `pages` pages of the current process from the address `addr` on, for writing
@@ -152,87 +203,199 @@ impl Batch {
     /// Whether the `pages` pages from `addr` on can be had for a short time, that is, without
     /// moving them. Keeps none.
     pub(crate) fn can_pin_briefly(&mut self, addr: usize, pages: usize) -> bool {
-        let pages = pages.min(self.pages.capacity());
         // If only some can be had, it is not for lack of memory that the next one cannot.
         let pinned = self.pin_with(addr, pages, bindings::FOLL_WRITE);
-        self.unpin_from(0);
+        self.keep(0);
         pinned.is_ok()
     }
 
     fn pin_with(&mut self, addr: usize, pages: usize, flags: u32) -> Result<usize> {
-        self.unpin_from(0);
-        let pages = pages.min(self.pages.capacity());
-        // SAFETY: The vector has room for `pages` pointers. The current task has a memory map, since only system calls lead here.
-        let pinned = unsafe {
-            bindings::pin_user_pages_fast(addr, pages as c_int, flags, self.pages.as_mut_ptr())
-        };
+        self.keep(0);
+        let slots = self.slots();
+        let pages = pages.min(slots.len()).min(Self::MAX);
+        let out = slots.as_mut_ptr().cast();
+        // SAFETY: There is room for `pages` pointers. The current task has a memory map, since only
+        // system calls lead here.
+        let pinned = unsafe { bindings::pin_user_pages_fast(addr, pages as c_int, flags, out) };
         to_result(pinned)?;
         if pinned == 0 {
             return Err(EAGAIN);
         }
-        // SAFETY: `pinned` is at most `pages`, for which there is capacity, and so many entries
-        // were written. INVARIANT: they are pinned once each.
-        unsafe { self.pages.inc_len(pinned as usize) };
-        Ok(pinned as usize)
+        // INVARIANT: So many entries were written, of pages that are pinned once each.
+        self.len = pinned as usize;
+        Ok(self.len)
     }
 
-    /// The pages that the last call of [`Batch::pin`] pinned, and what each one tells.
-    pub(crate) fn describe(&mut self) -> (&[PinnedPage<'_>], &[Description]) {
-        let count = self.pages.len();
-        self.descriptions.clear();
-        // SAFETY: Pinned pages are valid `struct page`s, whose folios cannot be split or freed.
-        // There is room for so many descriptions, and `Description` is transparent.
-        unsafe {
-            ffi::pinbuf_pages_describe(
-                self.pages.as_ptr(),
-                count,
-                self.descriptions.as_mut_ptr().cast(),
+    /// Pins the folios of up to `pages` pages of `file` from its page `index` on, as
+    /// [`Batch::pin`] does, allocating those that the file does not have yet. Each folio is pinned
+    /// once and stands in [`Batch::pages`] with its first page; the first is the one that `index`
+    /// was in.
+    ///
+    /// The file must be open for writing (`EACCES`), not be sealed against that (`EPERM`), and be
+    /// of shmem or hugetlbfs and not end before (`EINVAL`). Other errors are the kernel's own.
+    /// May sleep for long; takes the inode's lock, shared.
+    pub(crate) fn pin_file(
+        &mut self,
+        file: &LocalFile,
+        index: usize,
+        pages: usize,
+    ) -> Result<usize> {
+        self.keep(0);
+        let most = Self::most_of(file);
+        let end = (index as u64 + pages.min(most) as u64) << PAGE_SHIFT;
+        let start = (index as bindings::loff_t) << PAGE_SHIFT;
+        let slots = self.slots();
+        let room = slots.len().min(Self::MAX);
+        let out = slots.as_mut_ptr().cast();
+        // SAFETY: There is room for so many pointers. `file` is a valid `struct file`.
+        let pinned = unsafe {
+            ffi::pinbuf_file_pin_folios(
+                file.as_ptr(),
+                start,
+                end as bindings::loff_t,
+                out,
+                room as u32,
             )
         };
-        // SAFETY: So many were written.
-        unsafe { self.descriptions.inc_len(count) };
-        // SAFETY: `PinnedPage` is transparent over the pointer. INVARIANT: The pages stay pinned
-        // while `self` is borrowed, as it takes `&mut self` to unpin them or give them away.
-        let pages = unsafe { core::slice::from_raw_parts(self.pages.as_ptr().cast(), count) };
-        (pages, &self.descriptions)
+        to_result(pinned.min(0) as c_int)?;
+        if pinned == 0 {
+            return Err(EAGAIN);
+        }
+        // INVARIANT: So many entries were written, of folios that are pinned once each. A pointer to
+        // a folio is one to its first page, and a pin of that page is one of the folio.
+        self.len = pinned as usize;
+        Ok(self.len)
+    }
+
+    /// The most pages of `file` that one call of [`Batch::pin_file`] asks for.
+    pub(crate) fn most_of(file: &LocalFile) -> usize {
+        // SAFETY: `file` is a valid `struct file`.
+        if unsafe { ffi::pinbuf_file_is_hugetlb(file.as_ptr()) } {
+            Self::MAX_OF_FILE
+        } else {
+            Self::MAX
+        }
+    }
+
+    /// How many pages from the entry `from` on are ordinary: neither a device's nor hugetlb's nor
+    /// such as a driver allocated for itself.
+    pub(crate) fn ordinary(&self, from: usize) -> usize {
+        let rest = self.pages().get(from..).unwrap_or(&[]);
+        // SAFETY: Pinned pages are valid `struct page`s, whose folios cannot be split or freed.
+        unsafe { ffi::pinbuf_pages_ordinary(rest.as_ptr().cast(), rest.len()) }
+    }
+
+    /// How many pages from the entry `from` on were, a moment ago, those of `file` from its page
+    /// `index` on.
+    pub(crate) fn backed_by(&self, from: usize, file: &LocalFile, index: usize) -> usize {
+        let rest = self.pages().get(from..).unwrap_or(&[]);
+        // SAFETY: As above; `file` is a valid `struct file`.
+        unsafe {
+            ffi::pinbuf_pages_backed_by(rest.as_ptr().cast(), rest.len(), file.as_ptr(), index)
+        }
+    }
+
+    /// After [`Batch::pin_file`]: how many folios from the entry `from` on have one page, and are
+    /// those of `file` from its page `index` on.
+    pub(crate) fn small_folios(&self, from: usize, file: &LocalFile, index: usize) -> usize {
+        let rest = self.pages().get(from..).unwrap_or(&[]);
+        // SAFETY: As above; these are the first pages of folios.
+        unsafe { ffi::pinbuf_folios_small(rest.as_ptr().cast(), rest.len(), file.as_ptr(), index) }
     }
 
     /// Hands the first `taken` pins over to the caller and drops the others.
     pub(crate) fn keep(&mut self, taken: usize) {
-        self.unpin_from(taken);
-        self.pages.clear();
-    }
-
-    /// Drops the pins from the entry `from` on.
-    fn unpin_from(&mut self, from: usize) {
-        if let Some(rest) = self.pages.get(from..) {
-            for page in rest {
-                // SAFETY: By the type invariant the page is pinned once by us, and it is forgotten
-                // below. Nothing was written through the pin.
-                unsafe { bindings::unpin_user_page_range_dirty_lock(*page, 1, false) };
-            }
+        for page in self.pages().get(taken..).unwrap_or(&[]) {
+            // SAFETY: By the type invariant the page is pinned once by us, and it is forgotten
+            // below. Nothing was written through the pin.
+            unsafe { bindings::unpin_user_page_range_dirty_lock(page.0, 1, false) };
         }
-        self.pages.truncate(from);
+        self.len = 0;
     }
 }
 
 impl Drop for Batch {
     fn drop(&mut self) {
-        self.unpin_from(0);
+        self.keep(0);
     }
 }
 
-/// Drops one pin of each of the `pages` pages from the frame `pfn` on, after marking their folios
-/// dirty: a device may have written to them without leaving a trace in any page table.
+/// Whether `file` has pages for all of the `pages` from `index` on, none of them swapped out: then
+/// it is not for want of memory that they cannot be pinned.
+pub(crate) fn file_has_pages(file: &LocalFile, index: usize, pages: usize) -> bool {
+    // SAFETY: `file` is a valid `struct file`.
+    unsafe { ffi::pinbuf_file_has_pages(file.as_ptr(), index, pages) }
+}
+
+/// Whether `file` is hugetlb's.
+pub(crate) fn file_is_hugetlb(file: &LocalFile) -> bool {
+    // SAFETY: `file` is a valid `struct file`.
+    unsafe { ffi::pinbuf_file_is_hugetlb(file.as_ptr()) }
+}
+
+/// Drops pins of pages, many at a time where they are scattered.
 ///
-/// # Safety
+/// # Invariants
 ///
-/// The caller owns a pin of each of these pages, and gives it up.
-pub(crate) unsafe fn unpin_pages(pfn: Pfn, pages: usize) {
-    // SAFETY: The frame belongs to a pinned page.
-    let page = unsafe { ffi::pinbuf_pfn_to_page(pfn) };
-    // SAFETY: By the function's requirements.
-    unsafe { bindings::unpin_user_page_range_dirty_lock(page, pages, true) };
+/// The first `len` entries of `pages` are pinned pages, whose pins were given to the value.
+pub(crate) struct Unpinner {
+    pages: [MaybeUninit<*mut bindings::page>; Self::ROOM],
+    len: usize,
+}
+
+impl Unpinner {
+    /// Pages that are collected: half a kilobyte of stack.
+    const ROOM: usize = 64;
+
+    /// From so many pages on, a range is not taken apart.
+    const RANGE: usize = 8;
+
+    /// One that has nothing to do yet.
+    pub(crate) fn new() -> Self {
+        Self {
+            pages: [MaybeUninit::uninit(); Self::ROOM],
+            len: 0,
+        }
+    }
+
+    /// Drops one pin of each of the `pages` pages from the frame `pfn` on, now or later, after
+    /// marking their folios dirty: a device may have written to them without leaving a trace in
+    /// any page table.
+    ///
+    /// # Safety
+    ///
+    /// The caller owns a pin of each of these pages, and gives it up.
+    #[inline]
+    pub(crate) unsafe fn unpin(&mut self, pfn: Pfn, pages: usize) {
+        // SAFETY: The frame belongs to a pinned page.
+        let page = unsafe { ffi::pinbuf_pfn_to_page(pfn) };
+        if pages >= Self::RANGE {
+            // SAFETY: By the function's requirements.
+            unsafe { bindings::unpin_user_page_range_dirty_lock(page, pages, true) };
+            return;
+        }
+        for n in 0..pages {
+            if self.len == Self::ROOM {
+                self.flush();
+            }
+            self.pages[self.len].write(page.wrapping_add(n));
+            // INVARIANT: The pin is the caller's, who gave it up.
+            self.len += 1;
+        }
+    }
+
+    fn flush(&mut self) {
+        let pages = self.pages.as_mut_ptr().cast();
+        // SAFETY: By the type invariant; they are forgotten below.
+        unsafe { bindings::unpin_user_pages_dirty_lock(pages, self.len, true) };
+        self.len = 0;
+    }
+}
+
+impl Drop for Unpinner {
+    fn drop(&mut self) {
+        self.flush();
+    }
 }
 
 /// Drops one pin of the folio that the frame `pfn` is in, after marking it dirty, and returns how
@@ -244,9 +407,8 @@ pub(crate) unsafe fn unpin_pages(pfn: Pfn, pages: usize) {
 pub(crate) unsafe fn unpin_folio(pfn: Pfn) -> usize {
     // SAFETY: The frame belongs to a pinned folio.
     let page = unsafe { ffi::pinbuf_pfn_to_page(pfn) };
-    let mut description = Description(0);
-    // SAFETY: A page of a pinned folio; `Description` is transparent.
-    unsafe { ffi::pinbuf_pages_describe(&page, 1, &mut description.0) };
+    // SAFETY: A page of a pinned folio.
+    let description = Description(unsafe { ffi::pinbuf_page_describe(page) });
     // SAFETY: By the function's requirements; dropping one page's pin drops one of its folio's.
     unsafe { bindings::unpin_user_page_range_dirty_lock(page, 1, true) };
     description.left()

@@ -20,13 +20,13 @@ pub const MAX_RANGES: u32 = 65_536;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Range {
-    /// First byte; a multiple of the page size.
+    /// First byte; a multiple of the page size. Zero with [`CREATE_FROM_FILES`].
     pub addr: u64,
     /// Length in bytes; a multiple of the page size, not zero.
     pub len: u64,
 }
 
-/// The file that a range is expected to map, for [`CREATE_CHECK_BACKING`].
+/// The part of a file that a range is about: [`CREATE_CHECK_BACKING`], [`CREATE_FROM_FILES`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Backing {
@@ -34,7 +34,7 @@ pub struct Backing {
     pub fd: i32,
     /// Zero.
     pub reserved: u32,
-    /// The byte of the file that the range's first byte maps.
+    /// The byte of the file that is the range's first; a multiple of the page size.
     pub offset: u64,
 }
 
@@ -42,8 +42,10 @@ pub struct Backing {
 pub const CREATE_CLOEXEC: u32 = 1 << 0;
 /// Answer `EAGAIN` unless the pinned pages are those that [`Create::backing`] names.
 pub const CREATE_CHECK_BACKING: u32 = 1 << 1;
+/// The ranges are of the files that [`Create::backing`] names, not of the caller's addresses.
+pub const CREATE_FROM_FILES: u32 = 1 << 3;
 /// All flags of [`CREATE`] that this version knows.
-pub const CREATE_FLAGS: u32 = CREATE_CLOEXEC | CREATE_CHECK_BACKING;
+pub const CREATE_FLAGS: u32 = CREATE_CLOEXEC | CREATE_CHECK_BACKING | CREATE_FROM_FILES;
 
 /// The argument of [`CREATE`]: pin ranges and make them one dma-buf.
 #[repr(C)]
@@ -59,7 +61,8 @@ pub struct Create {
     pub count: u32,
     /// Zero.
     pub reserved: u32,
-    /// Address of `count` [`Backing`]s with [`CREATE_CHECK_BACKING`], else zero.
+    /// Address of `count` [`Backing`]s with [`CREATE_CHECK_BACKING`] or [`CREATE_FROM_FILES`], else
+    /// zero.
     pub backing: u64,
 }
 
@@ -67,6 +70,8 @@ pub struct Create {
 pub const FEATURE_HUGE_MMAP: u64 = 1 << 0;
 /// [`CREATE_CHECK_BACKING`] is known.
 pub const FEATURE_CHECK_BACKING: u64 = 1 << 1;
+/// [`CREATE_FROM_FILES`] is known.
+pub const FEATURE_FROM_FILES: u64 = 1 << 2;
 
 /// Charged to the user's locked pages, under `RLIMIT_MEMLOCK`.
 pub const CHARGE_USER: u32 = 0;

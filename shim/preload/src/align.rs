@@ -8,7 +8,6 @@
 
 use core::ffi::c_int;
 
-use crate::layout::align_to;
 use crate::sys::{self, DMA_BUF_MAGIC};
 
 const MIB2: usize = 2 << 20;
@@ -77,6 +76,11 @@ fn map_aligned(
         unsafe { sys::munmap(address + len, end - (address + len)) };
     }
     Some(address)
+}
+
+/// The first number from `least` on that leaves `phase` when divided by `align`.
+fn align_to(least: u64, align: u64, phase: u64) -> u64 {
+    least + (phase + align - least % align) % align
 }
 
 #[cfg(test)]

@@ -15,11 +15,10 @@
 //!
 //! # How a buffer is made
 //!
-//! udmabuf takes (memfd, offset, size); pinbuf takes addresses. If the program has the memfd mapped
-//! shared and writable, its own addresses are used, and the kernel compares the pages it pinned
-//! with the file and offset that were named (`PINBUF_CREATE_CHECK_BACKING`): another thread may
-//! change the mapping at any time. Where that does not hold, the shim maps the items itself, for
-//! the length of the call.
+//! udmabuf takes (memfd, offset, size), and so does pinbuf with `PINBUF_CREATE_FROM_FILES`. The shim
+//! makes the checks that udmabuf makes and the driver has no need of (`F_SEAL_SHRINK`), in
+//! udmabuf's order, and joins items that are neighbours. The program needs no mapping of the file,
+//! and the shim makes none.
 //!
 //! # Signals, threads, allocation
 //!
@@ -34,9 +33,7 @@ mod create;
 mod device;
 #[cfg(not(test))]
 mod interpose;
-mod layout;
 mod log;
-mod mappings;
 #[cfg(not(test))]
 mod next;
 mod plan;

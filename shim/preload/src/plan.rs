@@ -7,7 +7,7 @@ use core::ffi::c_int;
 
 use crate::buffer::Buffer;
 use crate::request::{Item, INLINE_ITEMS};
-use crate::sys::{self, Errno, Plain, Result, HUGETLBFS_MAGIC};
+use crate::sys::{self, Errno, Plain, Result};
 
 pub const PAGE: u64 = 4096;
 
@@ -20,15 +20,9 @@ const LOOK_BACK: usize = 32;
 /// A file that items name.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct File {
-    /// The number that the program uses.
-    pub named: c_int,
-    /// Our copy of it, or the same number when no descriptor was free for one.
+    /// The program's descriptor of it.
     pub fd: c_int,
-    pub dev: u64,
-    pub inode: u64,
     pub size: u64,
-    /// Size of its pages in the page cache: what offsets of mappings are multiples of.
-    pub block: u64,
 }
 
 /// A part of a file; neighbours in a list that are neighbours in the file are one piece.
@@ -46,7 +40,10 @@ unsafe impl Plain for File {}
 // SAFETY: integers.
 unsafe impl Plain for Piece {}
 
-/// The files of a call. Copies are closed when this goes.
+/// The files of a call.
+///
+/// The checks are made on the program's descriptors; another thread may put another file in the
+/// place of one meanwhile. The driver checks for itself what its own safety needs.
 pub struct Files(Buffer<File, 2>);
 
 impl core::ops::Deref for Files {
@@ -58,64 +55,100 @@ impl core::ops::Deref for Files {
 }
 
 impl Files {
-    /// Finds the file that the program calls `named`, or takes a copy of its descriptor.
-    fn index(&mut self, named: u32) -> Result<usize> {
-        let named = named as c_int;
+    /// Finds the file whose descriptor is `fd`, or adds it.
+    fn index(&mut self, fd: u32) -> Result<usize> {
+        let fd = fd as c_int;
         let from = self.0.len().saturating_sub(LOOK_BACK);
-        if let Some(found) = self.0[from..].iter().rposition(|file| file.named == named) {
+        if let Some(found) = self.0[from..].iter().rposition(|file| file.fd == fd) {
             return Ok(from + found);
         }
-        // The checks are made on a copy: the number may come to mean another file at any time.
-        // Where no descriptor is free for one, that has to do.
-        let fd = sys::fcntl(named, libc::F_DUPFD_CLOEXEC, 0).unwrap_or(named);
-        // From here on, what is left closes the copy.
-        let file = File {
-            named,
-            fd,
-            ..File::default()
-        };
-        self.0.push(file).map_err(|_| Errno(libc::ENOMEM))?;
         check_seals(fd)?;
         let stat = sys::fstat(fd).map_err(|_| EBADFD)?;
-        let block = if stat.st_blksize as u64 == PAGE {
-            PAGE
-        } else {
-            page_of(fd)?
-        };
-        let index = self.0.len() - 1;
-        self.0[index] = File {
-            dev: stat.st_dev,
-            inode: stat.st_ino,
-            size: stat.st_size as u64,
-            block,
-            ..file
-        };
-        Ok(index)
-    }
-
-    /// Checks all seals again.
-    pub fn check_seals(&self) -> Result<()> {
-        self.0.iter().try_for_each(|file| check_seals(file.fd))
+        let size = stat.st_size as u64;
+        let file = File { fd, size };
+        self.0.push(file).map_err(|_| Errno(libc::ENOMEM))?;
+        Ok(self.0.len() - 1)
     }
 }
 
-impl Drop for Files {
-    fn drop(&mut self) {
-        for file in self.0.iter().filter(|file| file.fd != file.named) {
-            sys::close(file.fd);
+/// Descriptors of a call's files that are open for writing: the program's own, or, for files that
+/// it opened read-only, which udmabuf takes as well, new ones, made through /proc.
+pub struct Writable {
+    fds: Buffer<c_int, 2>,
+    own: Buffer<c_int, 2>,
+    /// A copy of the device's descriptor. It holds the lowest free number, which the buffer gets in
+    /// the end, as with udmabuf, while the new descriptors get others.
+    held: Option<c_int>,
+}
+
+impl Writable {
+    pub fn new(files: &[File], device: c_int) -> Result<Self> {
+        let mut writable = Self {
+            fds: Buffer::with_capacity(files.len())?,
+            own: Buffer::with_capacity(files.len())?,
+            held: None,
+        };
+        for file in files {
+            let mode = sys::fcntl(file.fd, libc::F_GETFL, 0).map_err(|_| EBADFD)?;
+            let mut fd = file.fd;
+            if mode & libc::O_ACCMODE != libc::O_RDWR {
+                if writable.held.is_none() {
+                    writable.held = sys::fcntl(device, libc::F_DUPFD_CLOEXEC, 0).ok();
+                }
+                fd = reopen(file.fd)?;
+                // There is room for one a file.
+                let _ = writable.own.push(fd);
+            }
+            let _ = writable.fds.push(fd);
+        }
+        Ok(writable)
+    }
+
+    /// The descriptor of the file of that index.
+    pub fn fd(&self, index: usize) -> c_int {
+        self.fds[index]
+    }
+
+    /// Gives back the number that is held for the buffer.
+    pub fn release_number(&self) {
+        if let Some(fd) = self.held {
+            sys::close(fd);
         }
     }
 }
 
-/// The page size of a file whose blocks are larger than a page: hugetlbfs, or shmem that prefers
-/// huge pages and can do without.
-fn page_of(fd: c_int) -> Result<u64> {
-    let fs = sys::fstatfs(fd).map_err(|_| EBADFD)?;
-    Ok(if fs.f_type == HUGETLBFS_MAGIC {
-        fs.f_bsize as u64
-    } else {
-        PAGE
-    })
+impl Drop for Writable {
+    fn drop(&mut self) {
+        for fd in self.own.iter() {
+            sys::close(*fd);
+        }
+    }
+}
+
+/// Opens the file behind a descriptor once more, for reading and writing.
+fn reopen(fd: c_int) -> Result<c_int> {
+    const PREFIX: &[u8] = b"/proc/thread-self/fd/";
+    let mut path = [0u8; PREFIX.len() + 12];
+    path[..PREFIX.len()].copy_from_slice(PREFIX);
+    let mut digits = [0u8; 10];
+    let mut n = 0;
+    let mut rest = fd.unsigned_abs();
+    loop {
+        digits[n] = b'0' + (rest % 10) as u8;
+        n += 1;
+        rest /= 10;
+        if rest == 0 {
+            break;
+        }
+    }
+    for (place, digit) in path[PREFIX.len()..]
+        .iter_mut()
+        .zip(digits[..n].iter().rev())
+    {
+        *place = *digit;
+    }
+    let path = core::ffi::CStr::from_bytes_until_nul(&path).map_err(|_| Errno(libc::EINVAL))?;
+    sys::open(path, libc::O_RDWR | libc::O_CLOEXEC | libc::O_NOCTTY)
 }
 
 /// `check_memfd_seals()` of udmabuf.
@@ -286,12 +319,31 @@ mod tests {
             .collect();
         assert_eq!(parts, [(0, 0, 12288), (0, 4096, 4096), (0, 0, 4096)]);
         assert_eq!(plan.files.len(), 1);
-        assert!(plan.files[0].fd > fd);
-        let copy = plan.files[0].fd;
-        drop(plan);
-        assert!(sys::fcntl(copy, libc::F_GETFD, 0).is_err());
         let beyond = [item(0, 4096), item((1 << 20) - 4096, 8192)];
         assert_eq!(Plan::new(&beyond).err(), Some(EINVAL));
+        sys::close(fd);
+    }
+
+    #[test]
+    fn a_file_opened_read_only_is_opened_again() {
+        // SAFETY: a terminated name.
+        let fd = unsafe { libc::memfd_create(c"plan".as_ptr(), 0) };
+        let path = format!("/proc/self/fd/{fd}\0");
+        let path = core::ffi::CStr::from_bytes_with_nul(path.as_bytes()).unwrap();
+        let readonly = sys::open(path, libc::O_RDONLY).unwrap();
+        let files = [fd, readonly].map(|fd| File { fd, size: 0 });
+        let writable = Writable::new(&files, fd).unwrap();
+        assert_eq!(writable.fd(0), fd);
+        let new = writable.fd(1);
+        assert!(new != readonly && new != fd);
+        let mode = sys::fcntl(new, libc::F_GETFL, 0).unwrap() & libc::O_ACCMODE;
+        assert_eq!(mode, libc::O_RDWR);
+        let inode = |fd| sys::fstat(fd).unwrap().st_ino;
+        assert_eq!(inode(new), inode(fd));
+        writable.release_number();
+        drop(writable);
+        assert_ne!(sys::fstat(new).map(|stat| stat.st_ino), Ok(inode(fd)));
+        sys::close(readonly);
         sys::close(fd);
     }
 }

@@ -9,8 +9,6 @@ use core::ptr;
 
 /// The `f_type` of a dma-buf's file.
 pub const DMA_BUF_MAGIC: i64 = 0x444d_4142;
-/// The `f_type` of a file on hugetlbfs, memfds with `MFD_HUGETLB` included.
-pub const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 
 /// An error number, as in `errno`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,16 +136,6 @@ pub unsafe fn munmap(address: usize, len: usize) {
     let _ = unsafe { libc::syscall(libc::SYS_munmap, address, len) };
 }
 
-/// Gives advice that changes no contents: `MADV_DONTFORK` or `MADV_POPULATE_READ`.
-pub fn advise(address: usize, len: usize, advice: c_int) -> Result<()> {
-    debug_assert!(matches!(
-        advice,
-        libc::MADV_DONTFORK | libc::MADV_POPULATE_READ
-    ));
-    // SAFETY: neither advice changes what the range's memory holds.
-    check(unsafe { libc::syscall(libc::SYS_madvise, address, len, advice) }).map(|_| ())
-}
-
 /// Writes all of `bytes`, as far as possible.
 pub fn write(fd: c_int, bytes: &[u8]) {
     // SAFETY: the kernel reads `bytes` only.
@@ -236,6 +224,8 @@ fn copy_through_pipe(to: *mut u8, from: usize, len: usize) -> Result<()> {
 pub unsafe trait Plain: Copy + Default {}
 
 // SAFETY: structs of integers without padding.
+unsafe impl Plain for c_int {}
+// SAFETY: integers.
 unsafe impl Plain for pinbuf_uapi::Range {}
 // SAFETY: structs of integers without padding.
 unsafe impl Plain for pinbuf_uapi::Backing {}

@@ -174,6 +174,56 @@ proptest! {
         fail_after(None);
         check(&map, &model, &[]);
     }
+
+    #[test]
+    fn pages_in_batches_are_as_pages_one_by_one(
+        runs in runs(),
+        batch in 1usize..600,
+        allocations in proptest::option::of(0usize..60),
+        lookups in proptest::collection::vec((any::<usize>(), any::<usize>()), 30),
+    ) {
+        let mut map = ExtentMap::new(runs.iter().map(|(run, _)| run.pages).sum());
+        let mut model = Model::default();
+        fail_after(allocations);
+        'push: for (at, (run, joinable)) in runs.iter().enumerate() {
+            if run.granularity == Granularity::Folio {
+                if map.push(*run, *joinable).is_err() {
+                    break;
+                }
+                model.push(*run, *joinable);
+                continue;
+            }
+            if at > 0 && runs[at - 1].0.granularity == Granularity::Page {
+                // Was in the batches before.
+                continue;
+            }
+            if !joinable {
+                map.end_extent();
+            }
+            let mut joins = *joinable;
+            let pfns: Vec<usize> = runs[at..]
+                .iter()
+                .take_while(|(run, _)| run.granularity == Granularity::Page)
+                .flat_map(|(run, _)| run.pfn..run.pfn + run.pages)
+                .collect();
+            for pfns in pfns.chunks(batch) {
+                let taken = map.push_pages(pfns.iter().copied());
+                for pfn in &pfns[..taken] {
+                    model.push(page(*pfn), joins);
+                    joins = true;
+                }
+                if taken < pfns.len() {
+                    break 'push;
+                }
+            }
+        }
+        map.finish();
+        fail_after(None);
+        check(&map, &model, &lookups);
+        if allocations.is_none() {
+            prop_assert_eq!(map.pages(), runs.iter().map(|(run, _)| run.pages).sum::<usize>());
+        }
+    }
 }
 
 fn page(pfn: usize) -> Run {

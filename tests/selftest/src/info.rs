@@ -32,11 +32,21 @@ tests! { "info":
     kernel_memory_scattered,
 }
 
+/// Whether the kernel checks page tables, as only our debug kernel does: huge entries of frames
+/// are not for it.
+fn checks_page_tables() -> Result<bool> {
+    let debug = kernel::read("/proc/sys/kernel/osrelease")?.contains("-pinbuf-debug");
+    Ok(debug && !kernel::read("/proc/cmdline")?.contains("page_table_check=off"))
+}
+
 fn query_fields() -> Result<()> {
     let query = Device::open()?.query()?;
     check_eq!(query.size as usize, size_of::<Query>(), "size");
     check_eq!(query.version, pinbuf_uapi::VERSION, "version");
-    let features = pinbuf_uapi::FEATURE_HUGE_MMAP | pinbuf_uapi::FEATURE_CHECK_BACKING;
+    let mut features = pinbuf_uapi::FEATURE_CHECK_BACKING | pinbuf_uapi::FEATURE_FROM_FILES;
+    if !checks_page_tables()? {
+        features |= pinbuf_uapi::FEATURE_HUGE_MMAP;
+    }
     check_eq!(query.features, features, "features");
     check_eq!(
         query.create_flags,

@@ -9,6 +9,7 @@
 mod compat32;
 mod create;
 mod errors;
+mod files;
 mod fork;
 mod huge;
 mod importer;
@@ -51,6 +52,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         create::TESTS,
         info::TESTS,
         errors::TESTS,
+        files::TESTS,
         mmap::TESTS,
         importer::TESTS,
         huge::TESTS,
