@@ -242,21 +242,54 @@ static int may_pin_file(struct file *file)
 	return 0;
 }
 
+/*
+ * Pages that fallocate() gave to a file of shmem are cleared when somebody first
+ * reads them; until then they hold what was in them before, and
+ * memfd_pin_folios() pins them so.  Reading waits for writers, too.  0, or an
+ * error: EAGAIN if the folio is not the file's any more.
+ */
+static int make_uptodate(struct file *file, struct folio *pinned)
+{
+	struct address_space *mapping = file->f_mapping;
+	struct folio *folio;
+
+	if (folio_test_uptodate(pinned))
+		return 0;
+	if (is_file_hugepages(file))
+		return -EAGAIN;
+	folio = shmem_read_folio_gfp(mapping, pinned->index,
+				     mapping_gfp_mask(mapping));
+	if (IS_ERR(folio))
+		return PTR_ERR(folio);
+	folio_put(folio);
+	return folio_test_uptodate(pinned) ? 0 : -EAGAIN;
+}
+
 long pinbuf_file_pin_folios(struct file *file, loff_t start, loff_t end,
 			    struct folio **folios, unsigned int max)
 {
 	struct inode *inode = file_inode(file);
 	pgoff_t offset;
-	long ret;
+	long count, n;
+	int ret;
 
 	/* As udmabuf has it. */
 	inode_lock_shared(inode);
 	ret = may_pin_file(file);
-	if (!ret)
-		ret = memfd_pin_folios(file, start, end - 1, folios, max,
-				       &offset);
+	if (ret)
+		goto out;
+	count = memfd_pin_folios(file, start, end - 1, folios, max, &offset);
+	if (count < 0) {
+		ret = count;
+		goto out;
+	}
+	for (n = 0; n < count && !ret; n++)
+		ret = make_uptodate(file, folios[n]);
+	if (ret)
+		unpin_folios(folios, count);
+out:
 	inode_unlock_shared(inode);
-	return ret;
+	return ret ? ret : count;
 }
 
 bool pinbuf_file_is_hugetlb(const struct file *file)

@@ -3,12 +3,15 @@
 //! `test`: unit tests on the host, then guests.
 
 use std::io::{stderr, IsTerminal, Write};
+use std::num::NonZeroUsize;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 use clap::Args;
+use nix::sys::sysinfo::sysinfo;
 
 use crate::guest::{End, Guest, Options, Streams};
 use crate::ktap;
@@ -37,6 +40,9 @@ pub struct Test {
     /// Only the guest run of this name (`host`: the tests on the host); may be given several times.
     #[arg(long, value_name = "NAME")]
     run: Vec<String>,
+    /// Guests at the same time.  [default: one a processor, as far as memory goes]
+    #[arg(long, value_name = "N")]
+    jobs: Option<NonZeroUsize>,
     /// Names the guest runs, and does nothing.
     #[arg(long)]
     list: bool,
@@ -82,16 +88,21 @@ impl Test {
         if self.wants("host") && self.kernel.is_empty() {
             all.add(self.host());
         }
-        let chosen = RUNS.iter().filter(|run| self.chosen(run));
-        let mut build = true;
-        for run in chosen {
-            let kernels = match self.kernel.as_slice() {
-                [] => vec![run.kernel.to_owned()],
-                kernels => kernels.to_vec(),
-            };
-            for kernel in kernels {
-                all.add(self.guest(run, &kernel, build));
-                build = false;
+        let mut jobs: Vec<Job> = RUNS
+            .iter()
+            .filter(|run| self.chosen(run))
+            .flat_map(|run| match self.kernel.as_slice() {
+                [] => vec![Job::new(run, run.kernel)],
+                kernels => kernels.iter().map(|kernel| Job::new(run, kernel)).collect(),
+            })
+            .collect();
+        if !jobs.is_empty() {
+            match userspace::build() {
+                Ok(_) => all.add(self.guests(&mut jobs)),
+                Err(error) => {
+                    say(&format!("{error:#}"));
+                    all.failed += 1;
+                }
             }
         }
         say(&format!("all tests: {}", seconds(start.elapsed())));
@@ -140,7 +151,8 @@ impl Test {
                 counts.failed = 1;
             }
         }
-        summary("host", counts, start);
+        clear_progress();
+        say(&summary("host", counts, start));
         counts
     }
 
@@ -163,26 +175,63 @@ impl Test {
         Ok((text, output.status.success()))
     }
 
-    /// One guest.
-    fn guest(&self, run: &Run, kernel: &str, build: bool) -> Counts {
+    /// All guests, several at a time.
+    fn guests(&self, jobs: &mut Vec<Job>) -> Counts {
+        // What is built for longest first; from the end, where they are taken.
+        jobs.sort_by_key(|job| job.kernel == "debug");
+        let workers = self.jobs.map_or_else(guests_at_once, NonZeroUsize::get);
+        let queue = Mutex::new(jobs);
+        let all = Mutex::new(Counts::default());
+        let next = || {
+            queue
+                .lock()
+                .unwrap_or_else(|error| error.into_inner())
+                .pop()
+        };
+        thread::scope(|scope| {
+            for _ in 0..workers {
+                scope.spawn(|| {
+                    while let Some(job) = next() {
+                        let counts = self.guest(job.run, &job.kernel);
+                        all.lock()
+                            .unwrap_or_else(|error| error.into_inner())
+                            .add(counts);
+                    }
+                });
+            }
+        });
+        all.into_inner().unwrap_or_else(|error| error.into_inner())
+    }
+
+    /// One guest. What there is to say of it is said in one piece, since others run meanwhile.
+    fn guest(&self, run: &Run, kernel: &str) -> Counts {
         let title = format!("{} ({kernel})", run.name);
         say(&format!("== {title}: {}", run.command));
         let start = Instant::now();
-        let counts = match self.guest_counts(run, kernel, build, &title) {
+        let mut report = Vec::new();
+        let counts = match self.guest_counts(run, kernel, &title, &mut report) {
             Ok(counts) => counts,
             Err(error) => {
-                say(&format!("{title}: {error:#}"));
+                report.push(format!("{title}: {error:#}"));
                 Counts {
                     failed: 1,
                     ..Counts::default()
                 }
             }
         };
-        summary(&title, counts, start);
+        report.push(summary(&title, counts, start));
+        clear_progress();
+        say(&report.join("\n"));
         counts
     }
 
-    fn guest_counts(&self, run: &Run, kernel: &str, build: bool, title: &str) -> Result<Counts> {
+    fn guest_counts(
+        &self,
+        run: &Run,
+        kernel: &str,
+        title: &str,
+        lines: &mut Vec<String>,
+    ) -> Result<Counts> {
         let output = Arc::new(Mutex::new(Vec::new()));
         let mut command = shell_words::split(run.command)?;
         if run.filters {
@@ -198,7 +247,7 @@ impl Test {
             qemu: shell_words::split(run.qemu)?,
             image: run.image.to_owned(),
             bare: run.bare,
-            build,
+            build: false,
             modules: run.modules.iter().map(|&name| name.to_owned()).collect(),
             command,
             timeout: Some(Duration::from_secs(run.timeout)),
@@ -243,13 +292,13 @@ impl Test {
                 counts.passed = report.passed.len();
                 counts.failed = report.failed.len();
                 for (name, diagnostics) in &report.failed {
-                    say(&format!("FAILED {title}: {name}"));
+                    lines.push(format!("FAILED {title}: {name}"));
                     for line in diagnostics {
-                        say(&format!("    {line}"));
+                        lines.push(format!("    {line}"));
                     }
                 }
                 for (name, reason) in &report.skipped {
-                    skip(&mut counts, &format!("{title}: {name}"), reason);
+                    lines.extend(skip(&mut counts, &format!("{title}: {name}"), reason));
                 }
                 problems.extend(report.problems);
                 if outcome.end != End::Exited(0) && report.failed.is_empty() && problems.is_empty()
@@ -266,19 +315,19 @@ impl Test {
             // The machine's own failures count as one test.
             counts.failed += 1;
             for problem in &problems {
-                say(&format!("FAILED {title}: {problem}"));
+                lines.push(format!("FAILED {title}: {problem}"));
             }
-            say(&format!(
+            lines.push(format!(
                 "--- the end of the output:\n{}",
                 last_lines(&text, 40)
             ));
-            say(&format!(
+            lines.push(format!(
                 "--- the end of the kernel's log:\n{}",
                 tail(&outcome.log, TAIL)
             ));
         }
         if counts.failed > 0 {
-            say(&format!(
+            lines.push(format!(
                 "--- the kernel's log: {}",
                 paths::shown(&outcome.log)
             ));
@@ -317,32 +366,58 @@ fn show_progress() -> bool {
     stderr().is_terminal() && std::env::var_os("CI").is_none()
 }
 
-fn summary(title: &str, counts: Counts, start: Instant) {
+fn clear_progress() {
     if show_progress() {
         eprint!("\r\x1b[K");
     }
-    say(&format!(
+}
+
+fn summary(title: &str, counts: Counts, start: Instant) -> String {
+    format!(
         "== {title}: {} passed, {} failed, {} skipped ({})",
         counts.passed,
         counts.failed,
         counts.skipped,
         seconds(start.elapsed())
-    ));
+    )
 }
 
-/// A skipped test is a failed one unless the reason is on the list.
-fn skip(counts: &mut Counts, name: &str, reason: &str) {
+/// A run on a kernel.
+struct Job {
+    run: &'static Run,
+    kernel: String,
+}
+
+impl Job {
+    fn new(run: &'static Run, kernel: &str) -> Self {
+        Self {
+            run,
+            kernel: kernel.to_owned(),
+        }
+    }
+}
+
+/// One guest a processor; and without KVM a guest of 5 GiB touches most of them.
+fn guests_at_once() -> usize {
+    const MEMORY_OF_ONE: u64 = 7 << 30;
+    let memory = sysinfo().map_or(0, |info| info.ram_total());
+    crate::jobs().min((memory / MEMORY_OF_ONE) as usize).max(1)
+}
+
+/// A skipped test is a failed one unless the reason is on the list; then it says so.
+fn skip(counts: &mut Counts, name: &str, reason: &str) -> Option<String> {
     let allowed = watch::entries(ALLOWED_SKIPS);
     if allowed
         .iter()
         .any(|pattern| watch::matches(pattern, reason))
     {
         counts.skipped += 1;
+        None
     } else {
         counts.failed += 1;
-        say(&format!(
+        Some(format!(
             "FAILED {name}: skipped, and the reason is not in qemu-scripts/allowed-skips.txt: {reason}"
-        ));
+        ))
     }
 }
 
@@ -361,7 +436,9 @@ fn read_cargo_test(text: &str) -> Counts {
                 }
             }
         } else if let Some((name, reason)) = line.split_once(" ... ignored") {
-            skip(&mut counts, name, reason.trim_start_matches(", "));
+            if let Some(line) = skip(&mut counts, name, reason.trim_start_matches(", ")) {
+                say(&line);
+            }
             ignored -= 1;
         }
     }

@@ -29,6 +29,7 @@ tests! { "files":
     order_and_files,
     never_mapped_is_filled,
     never_mapped_hugetlb_is_filled,
+    reserved_is_cleared,
     swapped_by_a_hole,
     beyond_the_end,
     other_files,
@@ -203,6 +204,33 @@ fn never_mapped_hugetlb_is_filled() -> Result<()> {
     let mut seen = [0; 8];
     memory.read(HUGE - 4, &mut seen);
     check_eq!(&seen, b"boundary", "what a mapping shows");
+    Ok(())
+}
+
+/// Pages that `fallocate` reserved hold what was there before until the kernel has a reason to clear
+/// them. Where it clears all pages as it allocates them (`init_on_alloc`, Debian's default), this
+/// cannot fail; our debug kernel does not.
+fn reserved_is_cleared() -> Result<()> {
+    const LEN: usize = 16 << 20;
+    // What the pages hold from before.
+    let memory = Memory::anonymous(2 * LEN)?;
+    for page in 0..memory.len() / PAGE {
+        memory.write(page * PAGE, &[0xa5; PAGE]);
+    }
+    drop(memory);
+    let fd = memfd(LEN, 0)?;
+    // SAFETY: touches no memory of this process.
+    Errno::result(unsafe { libc::fallocate(fd.as_raw_fd(), 0, 0, LEN as i64) })?;
+    let buffer = Device::open()?.create_from_files(&[(fd.as_fd(), 0, LEN)])?;
+    let mapped = buffer.map()?;
+    let mut seen = vec![0; PAGE];
+    for page in 0..LEN / PAGE {
+        mapped.read(page * PAGE, &mut seen);
+        check!(
+            seen.iter().all(|&byte| byte == 0),
+            "page {page} shows what it held before"
+        );
+    }
     Ok(())
 }
 
