@@ -20,12 +20,18 @@ use crate::{
         Expected,
         Pinner, //
     },
+    ranges::{
+        check_backings,
+        total_pages,
+        Element, //
+    },
     uapi,
     user_struct::{
         self,
         Extensible, //
     }, //
 };
+use core::ops::Deref;
 use kernel::{
     alloc::{
         flags::GFP_KERNEL_ACCOUNT,
@@ -60,16 +66,6 @@ unsafe impl Extensible for uapi::Query {
 unsafe impl Extensible for uapi::Info {
     const FIRST_SIZE: usize = 96;
 }
-
-/// An element of one of the caller's arrays.
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-struct Element<T>(T);
-
-// SAFETY: Fixed-width integers: every bit pattern is a value.
-unsafe impl FromBytes for Element<uapi::Range> {}
-// SAFETY: As above.
-unsafe impl FromBytes for Element<uapi::Backing> {}
 
 /// The device's calls.
 pub(crate) struct Calls;
@@ -145,47 +141,46 @@ fn create(argument: UserPtr) -> Result<c_long> {
     Ok(fd as c_long)
 }
 
+/// One of the caller's arrays. Most are short, and such need no memory.
+enum Array<T> {
+    Few([Element<T>; FEW], usize),
+    Many(KVVec<Element<T>>),
+}
+
+/// The elements of a short array.
+const FEW: usize = 4;
+
+impl<T> Deref for Array<T> {
+    type Target = [Element<T>];
+
+    fn deref(&self) -> &[Element<T>] {
+        match self {
+            Self::Few(elements, count) => &elements[..*count],
+            Self::Many(elements) => elements,
+        }
+    }
+}
+
 /// Reads `count` elements from the caller's address `address` on, once.
-fn read_array<T>(address: u64, count: usize) -> Result<KVVec<Element<T>>>
+fn read_array<T: Copy + Default>(address: u64, count: usize) -> Result<Array<T>>
 where
     Element<T>: FromBytes,
 {
     let bytes = count.checked_mul(size_of::<T>()).ok_or(EOVERFLOW)?;
     let address = usize::try_from(address).map_err(|_| EFAULT)?;
     let mut reader = UserSlice::new(UserPtr::from_addr(address), bytes).reader();
+    if count <= FEW {
+        let mut array = [Element(T::default()); FEW];
+        for element in &mut array[..count] {
+            *element = reader.read::<Element<T>>()?;
+        }
+        return Ok(Array::Few(array, count));
+    }
     let mut array = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
     for _ in 0..count {
         array.push(reader.read::<Element<T>>()?, GFP_KERNEL_ACCOUNT)?;
     }
-    Ok(array)
-}
-
-/// The pages of all ranges together, each of which has been checked then.
-fn total_pages(ranges: &[Element<uapi::Range>]) -> Result<usize> {
-    let mut bytes: u64 = 0;
-    for Element(range) in ranges {
-        if range.len == 0 || (range.addr | range.len) % PAGE_SIZE as u64 != 0 {
-            return Err(EINVAL);
-        }
-        range.addr.checked_add(range.len).ok_or(EOVERFLOW)?;
-        bytes = bytes.checked_add(range.len).ok_or(EOVERFLOW)?;
-    }
-    // A file cannot be larger, nor, hence, a dma-buf.
-    let bytes = isize::try_from(bytes).map_err(|_| EOVERFLOW)?;
-    Ok(bytes as usize >> PAGE_SHIFT)
-}
-
-/// Checks which parts of files the ranges are said to be of, as far as that is possible.
-fn check_backings(ranges: &[Element<uapi::Range>], backings: &[Element<uapi::Backing>]) -> Result {
-    for (Element(range), Element(backing)) in ranges.iter().zip(backings) {
-        if backing.reserved != 0 || backing.offset % PAGE_SIZE as u64 != 0 {
-            return Err(EINVAL);
-        }
-        let end = backing.offset.checked_add(range.len).ok_or(EOVERFLOW)?;
-        // No file is longer.
-        isize::try_from(end).map_err(|_| EINVAL)?;
-    }
-    Ok(())
+    Ok(Array::Many(array))
 }
 
 /// The file of the last descriptor that was asked for: callers mostly name one for all ranges.

@@ -42,6 +42,10 @@
 //! it is held for a look-up.
 
 use crate::{
+    allowances::{
+        Allowances,
+        Caps, //
+    },
     kernel_ext::user::{
         self,
         User, //
@@ -51,11 +55,7 @@ use crate::{
 use kernel::{
     mm::Mm,
     prelude::*,
-    rbtree::{
-        RBTree,
-        RBTreeNode,
-        RBTreeNodeReservation, //
-    },
+    rbtree::RBTreeNodeReservation,
     sync::aref::ARef, //
 };
 
@@ -113,7 +113,11 @@ impl Charge {
         }
         let uid = user::current_host_uid();
         let spare = RBTreeNodeReservation::new(GFP_KERNEL_ACCOUNT)?;
-        let (result, spare) = ALLOWANCES.lock().take(uid, pages, spare);
+        let caps = Caps {
+            user: params::allowance_pages(),
+            system: params::allowance_system_pages(),
+        };
+        let (result, spare) = ALLOWANCES.lock().take(uid, pages, caps, spare);
         // Freed, if it was not needed, without the lock.
         drop(spare);
         result?;
@@ -181,67 +185,4 @@ kernel::sync::global_lock! {
 pub(crate) unsafe fn init() {
     // SAFETY: By the function's requirements.
     unsafe { ALLOWANCES.init() };
-}
-
-/// What users have of their allowances.
-struct Allowances {
-    /// Pages by user; a user is here while it has some. `None` until the first (a tree cannot be
-    /// made at compile time).
-    users: Option<RBTree<u32, usize>>,
-    /// The sum.
-    total: usize,
-}
-
-impl Allowances {
-    const fn new() -> Self {
-        Self {
-            users: None,
-            total: 0,
-        }
-    }
-
-    fn used_by(&self, uid: u32) -> usize {
-        let pages = self.users.as_ref().and_then(|users| users.get(&uid));
-        pages.copied().unwrap_or(0)
-    }
-
-    /// Gives `pages` to a user, for whom `spare` becomes an entry if it has none; returns `spare`
-    /// otherwise.
-    fn take(
-        &mut self,
-        uid: u32,
-        pages: usize,
-        spare: RBTreeNodeReservation<u32, usize>,
-    ) -> (Result, Option<RBTreeNodeReservation<u32, usize>>) {
-        let (Some(total), Some(used)) = (
-            self.total.checked_add(pages),
-            self.used_by(uid).checked_add(pages),
-        ) else {
-            return (Err(ENOMEM), Some(spare));
-        };
-        if total > params::allowance_system_pages() || used > params::allowance_pages() {
-            return (Err(ENOMEM), Some(spare));
-        }
-        self.total = total;
-        let users = self.users.get_or_insert_with(RBTree::new);
-        if let Some(entry) = users.get_mut(&uid) {
-            *entry = used;
-            return (Ok(()), Some(spare));
-        }
-        users.insert(spare.into_node(uid, used));
-        (Ok(()), None)
-    }
-
-    /// Takes `pages` back, and returns the user's entry if that were all.
-    fn give_back(&mut self, uid: u32, pages: usize) -> Option<RBTreeNode<u32, usize>> {
-        self.total -= pages;
-        let users = self.users.as_mut()?;
-        let entry = users.get_mut(&uid)?;
-        *entry -= pages;
-        if *entry == 0 {
-            users.remove_node(&uid)
-        } else {
-            None
-        }
-    }
 }

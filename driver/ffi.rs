@@ -108,6 +108,12 @@ extern "C" {
     pub(crate) fn pinbuf_vma_is_exec(vma: *const bindings::vm_area_struct) -> bool;
     pub(crate) fn pinbuf_vma_set_pfnmap(vma: *mut bindings::vm_area_struct);
     pub(crate) fn pinbuf_huge_pfns_allowed() -> bool;
+    pub(crate) fn pinbuf_insert_pfn_pmd_near(
+        vmf: *const bindings::vm_fault,
+        distance: c_long,
+        pfn: c_ulong,
+        write: bool,
+    );
     pub(crate) fn pinbuf_set_pte_pfn(
         vma: *mut bindings::vm_area_struct,
         addr: c_ulong,

@@ -438,6 +438,29 @@ bool pinbuf_huge_pfns_allowed(void)
 #endif
 }
 
+/*
+ * Enters a huge page that is @distance entries away from the one that the fault
+ * is about, in the same table, if nothing is there.  Others may enter the same
+ * one meanwhile, which vmf_insert_pfn_pmd() copes with, but not a page table:
+ * whether a block gets one is the same for all faults.
+ */
+void pinbuf_insert_pfn_pmd_near(const struct vm_fault *vmf, long distance,
+				unsigned long pfn, bool write)
+{
+#ifdef CONFIG_ARCH_SUPPORTS_PMD_PFNMAP
+	struct vm_fault near = {
+		.vma = vmf->vma,
+		.address = (vmf->address & PMD_MASK) + distance * PMD_SIZE,
+		.flags = vmf->flags,
+		.pmd = vmf->pmd + distance,
+		.pud = vmf->pud,
+	};
+
+	if (pmd_none(pmdp_get_lockless(near.pmd)))
+		vmf_insert_pfn_pmd(&near, pfn, write);
+#endif
+}
+
 /* Called under the page table's lock; leaves entries alone that are present. */
 void pinbuf_set_pte_pfn(struct vm_area_struct *vma, unsigned long addr,
 			pte_t *pte, unsigned long pfn)

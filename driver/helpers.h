@@ -15,6 +15,7 @@ struct scatterlist;
 struct sg_table;
 struct user_struct;
 struct vm_area_struct;
+struct vm_fault;
 
 /*
  * What pinbuf_page_describe() tells of a page: these bits, and above them how
@@ -83,6 +84,8 @@ bool pinbuf_vma_is_shared(const struct vm_area_struct *vma);
 bool pinbuf_vma_is_exec(const struct vm_area_struct *vma);
 void pinbuf_vma_set_pfnmap(struct vm_area_struct *vma);
 bool pinbuf_huge_pfns_allowed(void);
+void pinbuf_insert_pfn_pmd_near(const struct vm_fault *vmf, long distance,
+				unsigned long pfn, bool write);
 void pinbuf_set_pte_pfn(struct vm_area_struct *vma, unsigned long addr,
 			pte_t *pte, unsigned long pfn);
 

@@ -7,7 +7,7 @@
 //! it is reached. From here, in the order of a call:
 //!
 //! * [`calls`]: the three ioctls, and checking what they are given ([`user_struct`] reads it);
-//! * [`charge`]: who answers for the pages, and how many may be pinned;
+//! * [`charge`] on [`allowances`]: who answers for the pages, and how many may be pinned;
 //! * [`pins`]: pinning them, with patience;
 //! * [`extents`] on [`chunked_vec`]: remembering which they are;
 //! * [`buffer`]: what is exported;
@@ -31,6 +31,7 @@ use kernel::prelude::*;
 #[cfg(not(CONFIG_64BIT))]
 compile_error!("page frames and counters of locked pages are taken for numbers of 64 bits");
 
+mod allowances;
 mod buffer;
 mod calls;
 mod charge;
@@ -40,6 +41,7 @@ mod ffi;
 mod kernel_ext;
 mod params;
 mod pins;
+mod ranges;
 // Public to user space; the driver does not use all of it.
 #[allow(dead_code, unreachable_pub)]
 #[path = "../uapi/src/contract.rs"]

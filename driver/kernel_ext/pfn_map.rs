@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! User mappings of physical pages that somebody else keeps in place, filled in as they are
-//! touched: with huge entries where the address, the mapping and the memory allow it, and
-//! otherwise with all entries of one page table at once.
+//! touched: with huge entries where the address, the mapping and the memory allow it, several at
+//! once ([`AROUND`]), and otherwise with all entries of one page table at once.
 //!
 //! Such a mapping is a `VM_PFNMAP`: its pages are not reference-counted through it, GUP refuses it,
 //! and it does not grow. It must be shared; a private one would need copies.
@@ -39,6 +39,10 @@ use kernel::{
 
 /// Bytes that one page table maps, and so one huge entry of the lowest level.
 const TABLE_SIZE: usize = 1 << bindings::PMD_SHIFT;
+
+/// Blocks that one fault fills in with huge entries: the aligned group, of so many, that it is in.
+/// A fault costs what some fifteen entries cost.
+const AROUND: usize = 16;
 
 /// Frames that are looked up at once when a page table is filled in: half a kilobyte of stack.
 const AHEAD: usize = 64;
@@ -140,21 +144,42 @@ impl<'a, P: Pages> Fault<'a, P> {
         }
     }
 
-    /// The frame that a huge entry of `1 << order` pages would begin with, if one may be used: the
-    /// whole aligned block lies in the VMA, in the memory and in one run of frames, and the
-    /// first frame is aligned.
-    fn huge_frame(&self, order: c_uint) -> Option<usize> {
+    /// The frame that a huge entry of `1 << order` pages for the address `block` would begin with,
+    /// if one may be used: the whole block is aligned and lies in the VMA, in the memory and in one
+    /// run of frames, and the first frame is aligned.
+    fn huge_frame(&self, block: usize, order: c_uint) -> Option<usize> {
         let count = 1usize.checked_shl(order)?;
         let size = count.checked_mul(PAGE_SIZE)?;
-        let block = self.address & !(size - 1);
-        if block < self.start || self.end - block < size {
+        if block < self.start || block > self.end || self.end - block < size {
             return None;
         }
-        let first = self
-            .page
-            .checked_sub((self.address - block) >> PAGE_SHIFT)?;
+        // Pages of the memory are counted as the VMA's addresses are.
+        let first = (self.page + (block >> PAGE_SHIFT)).checked_sub(self.address >> PAGE_SHIFT)?;
         let (pfn, pages) = self.pages.run(first, count)?;
         (pages == count && pfn & (count - 1) == 0).then_some(pfn)
+    }
+
+    /// Fills in huge entries for blocks near that of the address, where there is nothing yet.
+    ///
+    /// # Safety
+    ///
+    /// `vmf` is the fault's, at the level of PMDs.
+    #[cfg(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP)]
+    unsafe fn fill_around(&self, vmf: *mut bindings::vm_fault) {
+        // One lower table holds as many entries as a page table does, which is a multiple of
+        // `AROUND`: the group lies in one.
+        const { assert!(bindings::PTRS_PER_PMD as usize % AROUND == 0) };
+        let here = self.address / TABLE_SIZE;
+        let group = here - here % AROUND;
+        for block in (group..group + AROUND).filter(|block| *block != here) {
+            let Some(pfn) = self.huge_frame(block * TABLE_SIZE, bindings::PMD_ORDER) else {
+                continue;
+            };
+            let distance = block.wrapping_sub(here) as isize;
+            // SAFETY: By the function's requirements. The block lies in the VMA, and in the same
+            // table of entries.
+            unsafe { ffi::pinbuf_insert_pfn_pmd_near(vmf, distance, pfn, self.write) };
+        }
     }
 
     /// Fills in the page table around the address, as far as VMA and memory reach.
@@ -249,7 +274,9 @@ unsafe extern "C" fn huge_fault<P: Pages>(
 ) -> bindings::vm_fault_t {
     // SAFETY: By the function's requirements.
     let fault = unsafe { Fault::<P>::new(vmf) };
-    let Some(pfn) = fault.huge_frame(order).filter(|_| huge_entries_allowed()) else {
+    let size = PAGE_SIZE.checked_shl(order).unwrap_or(usize::MAX / 2 + 1);
+    let frame = fault.huge_frame(fault.address & !(size - 1), order);
+    let Some(pfn) = frame.filter(|_| huge_entries_allowed()) else {
         return bindings::vm_fault_reason_VM_FAULT_FALLBACK;
     };
     // SAFETY: By the function's requirements.
@@ -259,10 +286,17 @@ unsafe extern "C" fn huge_fault<P: Pages>(
         return bindings::vm_fault_reason_VM_FAULT_RETRY;
     }
     match order {
-        // SAFETY: The VMA is a shared `VM_PFNMAP`, and the entry's whole block lies within it.
-        bindings::PMD_ORDER => unsafe { bindings::vmf_insert_pfn_pmd(vmf, pfn, fault.write) },
+        bindings::PMD_ORDER => {
+            // SAFETY: The VMA is a shared `VM_PFNMAP`, and the entry's whole block lies within it.
+            let result = unsafe { bindings::vmf_insert_pfn_pmd(vmf, pfn, fault.write) };
+            if result == bindings::vm_fault_reason_VM_FAULT_NOPAGE {
+                // SAFETY: By the function's requirements.
+                unsafe { fault.fill_around(vmf) };
+            }
+            result
+        }
         #[cfg(CONFIG_ARCH_SUPPORTS_PUD_PFNMAP)]
-        // SAFETY: As above.
+        // SAFETY: As for a PMD.
         bindings::PUD_ORDER => unsafe { bindings::vmf_insert_pfn_pud(vmf, pfn, fault.write) },
         _ => bindings::vm_fault_reason_VM_FAULT_FALLBACK,
     }

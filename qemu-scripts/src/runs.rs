@@ -89,6 +89,18 @@ const NESTED: Run = Run {
     ..PLAIN
 };
 
+/// On the kernel with checkers and fault injection; rows say what.
+const CHECKED: Run = Run {
+    when: When::Long,
+    kernel: "debug",
+    memory: "3G",
+    // KASAN takes addresses for wild ones that an interrupt meets while the kernel finds out, at
+    // the boot, whether it has five levels of page tables; lockdep is off then.
+    cmdline: "no5lvl",
+    timeout: 1200,
+    ..PLAIN
+};
+
 /// All runs.
 pub const RUNS: &[Run] = &[
     Run {
@@ -133,6 +145,16 @@ pub const RUNS: &[Run] = &[
         ..PLAIN
     },
     Run {
+        // Debian's programs that use udmabuf, and the command `pinbuf`, as users run them.
+        name: "clients",
+        memory: "2G",
+        cmdline: "initcall_blacklist=udmabuf_dev_init",
+        image: "clients",
+        modules: &[],
+        command: "pinbuf-clients",
+        ..PLAIN
+    },
+    Run {
         name: "install",
         bare: true,
         memory: "1G",
@@ -164,7 +186,7 @@ pub const RUNS: &[Run] = &[
         // With room for a page of 1 GiB outside of ZONE_MOVABLE, which is at the end.
         memory: "3712M",
         cmdline: "movablecore=640M hugepagesz=1G hugepages=1",
-        command: "pinbuf-memtest movable passing",
+        command: "pinbuf-memtest movable passing files",
         ..PLAIN
     },
     Run {
@@ -205,6 +227,32 @@ pub const RUNS: &[Run] = &[
         ..PLAIN
     },
     Run {
+        // Every allocation and every user copy of a call fails in turn.
+        name: "faults",
+        command: "pinbuf-stress faults leaks",
+        ..CHECKED
+    },
+    Run {
+        name: "faults-movable",
+        // The page-table checker forbids huge entries of ours.
+        cmdline: "no5lvl movablecore=640M page_table_check=off",
+        command: "pinbuf-stress huge migration leaks",
+        ..CHECKED
+    },
+    Run {
+        name: "races",
+        when: When::Long,
+        memory: "3G",
+        cmdline: "",
+        command: "pinbuf-stress races",
+        ..PLAIN
+    },
+    Run {
+        name: "races-debug",
+        command: "pinbuf-stress races leaks",
+        ..CHECKED
+    },
+    Run {
         name: "nested-screen",
         command: "pinbuf-nested --group screen",
         ..NESTED
@@ -217,6 +265,18 @@ pub const RUNS: &[Run] = &[
     Run {
         name: "nested-levels",
         command: "pinbuf-nested --group levels",
+        ..NESTED
+    },
+    Run {
+        // Displays that take the dma-buf itself: D-Bus, EGL, GTK.
+        name: "nested-gl",
+        command: "pinbuf-nested --group gl",
+        ..NESTED
+    },
+    Run {
+        name: "nested-gl-next",
+        image: "qemu-next",
+        command: "pinbuf-nested --group gl",
         ..NESTED
     },
     Run {
@@ -255,6 +315,43 @@ pub const RUNS: &[Run] = &[
         cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on cma=1536M",
         qemu: VFIO,
         command: "pinbuf-nested --group cma",
+        ..NESTED
+    },
+    Run {
+        name: "nested-large-next",
+        image: "qemu-next",
+        command: "pinbuf-nested --group large",
+        ..NESTED
+    },
+    Run {
+        name: "nested-levels-next",
+        image: "qemu-next",
+        command: "pinbuf-nested --group levels",
+        ..NESTED
+    },
+    Run {
+        name: "nested-zones-next",
+        image: "qemu-next",
+        memory: "5G",
+        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on movablecore=3G",
+        qemu: VFIO,
+        command: "pinbuf-nested --group zones",
+        ..NESTED
+    },
+    Run {
+        name: "nested-cma-next",
+        image: "qemu-next",
+        memory: "4G",
+        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on cma=1536M",
+        qemu: VFIO,
+        command: "pinbuf-nested --group cma",
+        ..NESTED
+    },
+    Run {
+        // As the README tells operators of libvirt.
+        name: "nested-libvirt",
+        image: "libvirt",
+        command: "pinbuf-nested --group libvirt",
         ..NESTED
     },
     Run {

@@ -9,7 +9,7 @@
 mod cma;
 mod common;
 mod discard;
-mod frames;
+mod files;
 mod holders;
 mod kinds;
 mod movable;
@@ -26,6 +26,7 @@ use std::process::ExitCode;
 use anyhow::{bail, Result};
 use clap::Parser;
 
+use pinbuf_test_harness::support::frames;
 use pinbuf_test_harness::{report, Test};
 
 /// Tests pinbuf with every kind of memory, and reports in KTAP.
@@ -74,6 +75,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         cma::TESTS,
         cma::spare::TESTS,
         passing::TESTS,
+        files::TESTS,
         pinners::TESTS,
         safety::TESTS,
         discard::TESTS,

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, SealFlag};
 
 use crate::common::{views_agree, Kind};
-use crate::frames::{all_frames, movable, within};
+use crate::frames::{self, all_frames, movable, within};
 use crate::holders::{vmstat, Piped, SlowDisk};
 use pinbuf_test_harness::support::kernel::Setting;
 use pinbuf_test_harness::support::memory::{memfd, HUGE, PAGE};
@@ -26,6 +26,7 @@ tests! { "passing":
     hugetlb within 120,
     many_pages_one_by_one within 120,
     direct_io within 120,
+    caches_dropped within 120,
     patience_has_an_end within 120,
     killed_while_patient within 120,
 }
@@ -195,6 +196,74 @@ fn many_pages_one_by_one() -> Result<()> {
         took.as_millis()
     );
     views_agree(&buffer, &[(memory, 0, memory.len())])
+}
+
+/// The frames of those pages that are mapped at the moment: compaction takes some away for a while.
+fn present(memory: &Memory) -> Result<Vec<frames::Pfn>> {
+    let entries = frames::entries(memory, 0, memory.len())?;
+    Ok(entries
+        .into_iter()
+        .filter_map(|entry| match entry {
+            frames::Entry::Present(pfn) => Some(pfn),
+            _ => None,
+        })
+        .collect())
+}
+
+/// Dirty shmem, while somebody drops caches and compacts memory all the time: pages of it are
+/// isolated at any moment, and come back.
+fn caches_dropped() -> Result<()> {
+    const PAGES: usize = 3000;
+    let device = Device::open()?;
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let dropped = vmstat("drop_pagecache")?;
+    let mut moved = 0;
+    std::thread::scope(|scope| -> Result<()> {
+        let dropper = scope.spawn(|| -> Result<()> {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                kernel::write("/proc/sys/vm/drop_caches", 3)?;
+                kernel::write("/proc/sys/vm/compact_memory", 1)?;
+            }
+            Ok(())
+        });
+        let rounds = (|| {
+            for round in 0..15u64 {
+                let fd = memfd(PAGES * PAGE, 0)?;
+                let memory = Memory::shared(&fd, PAGES * PAGE)?;
+                memory.advise(0, memory.len(), libc::MADV_NOHUGEPAGE)?;
+                for page in 0..PAGES {
+                    memory.set(page * PAGE, round << 32 | page as u64);
+                }
+                moved += within(&present(&memory)?, &[movable()?]);
+                let buffer = device.create(&[memory.range()]).context("PINBUF_CREATE")?;
+                check_eq!(
+                    within(&present(&memory)?, &[movable()?]),
+                    0,
+                    "pages in ZONE_MOVABLE under a buffer"
+                );
+                let mapped = buffer.map()?;
+                for page in 0..PAGES {
+                    check_eq!(
+                        mapped.get(page * PAGE),
+                        round << 32 | page as u64,
+                        "a word of the buffer"
+                    );
+                }
+            }
+            Ok(())
+        })();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        dropper.join().expect("the thread that drops caches")?;
+        rounds
+    })?;
+    let dropped = vmstat("drop_pagecache")? - dropped;
+    check!(dropped > 0, "drop_pagecache has not risen");
+    check!(
+        moved > 15 * PAGES / 2,
+        "{moved} pages only were in the zone"
+    );
+    println!("# 15 rounds, {moved} pages left the zone, caches dropped {dropped} times");
+    Ok(())
 }
 
 /// Direct I/O in flight, on a disk that takes its time.

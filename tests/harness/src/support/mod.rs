@@ -3,6 +3,7 @@
 //! What tests are made of.
 
 pub mod device;
+pub mod frames;
 pub mod kernel;
 pub mod memory;
 pub mod process;

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{bail, Context, Result};
 
-use pinbuf_test_harness::support::{kernel, Memory, PAGE};
+use super::{kernel, Memory, PAGE};
 
 /// The number of a page frame.
 pub type Pfn = u64;
