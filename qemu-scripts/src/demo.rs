@@ -49,6 +49,17 @@ pub struct Demo {
     no_build: bool,
 }
 
+/// Shows the program's picture on a kernel, with userspace as it was built last; fails unless each
+/// pixel of the screen is right.
+pub fn program(kernel: &str) -> Result<()> {
+    let demo = Demo {
+        mode: Mode::Program,
+        kernel: kernel.to_owned(),
+        no_build: true,
+    };
+    demo.program().map(drop)
+}
+
 impl Demo {
     /// Runs it, and returns the status to exit with.
     pub fn run(self) -> Result<i32> {
@@ -91,7 +102,9 @@ impl Demo {
     }
 
     fn program(self) -> Result<i32> {
+        const COPY: &str = "memory.xrgb";
         let start = Instant::now();
+        let share = tempfile::Builder::new().prefix("pinbuf-share-").tempdir()?;
         let picture = paths::build().join("demo.png");
         let _ = fs::remove_file(&picture);
         let options = Options {
@@ -99,7 +112,8 @@ impl Demo {
             memory: "1G".to_owned(),
             qemu: ["-device", "bochs-display"].map(str::to_owned).to_vec(),
             modules: vec!["bochs".to_owned()],
-            command: vec!["pinbuf-demo".to_owned()],
+            share: Some(share.path().to_owned()),
+            command: ["pinbuf-demo", "--copy", COPY].map(str::to_owned).to_vec(),
             build: !self.no_build,
             timeout: Some(Duration::from_secs(180)),
             ..Options::default()
@@ -118,6 +132,7 @@ impl Demo {
         let guest = Guest::start(&options, streams)?;
         let outcome = show(guest, hold, &shown, &picture)?;
         check_end(&outcome, "pinbuf-demo")?;
+        compare(&picture, &share.path().join(COPY))?;
         finish(&picture, start)
     }
 }
@@ -208,8 +223,38 @@ impl Write for Watcher {
     }
 }
 
-/// Makes sure that there is something to see: width, height, number of colours.
-fn check(path: &Path) -> Result<(u32, u32, usize)> {
+/// Compares the screen with what was in the program's memory, pixel by pixel.
+fn compare(picture: &Path, memory: &Path) -> Result<()> {
+    let (info, seen) = read(picture)?;
+    let expected = fs::read(memory).context("the program left no copy of its memory")?;
+    let step = info.color_type.samples() * info.bit_depth as usize / 8;
+    if step < 3 || seen.len() / step != expected.len() / 4 {
+        bail!(
+            "the screen has {} pixels of {step} bytes, the memory {}",
+            seen.len() / step.max(1),
+            expected.len() / 4
+        );
+    }
+    let pixels = seen.chunks_exact(step).zip(expected.chunks_exact(4));
+    let wrong = pixels
+        .filter(|(seen, expected)| seen[..3] != [expected[2], expected[1], expected[0]])
+        .count();
+    if wrong > 0 {
+        bail!(
+            "{wrong} of {} pixels on the screen are not those in memory; see {}",
+            expected.len() / 4,
+            paths::shown(picture)
+        );
+    }
+    say(&format!(
+        "  all {} pixels of the screen are those in the program's memory",
+        expected.len() / 4
+    ));
+    Ok(())
+}
+
+/// A picture's pixels.
+fn read(path: &Path) -> Result<(png::OutputInfo, Vec<u8>)> {
     let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
     let mut reader = png::Decoder::new(BufReader::new(file)).read_info()?;
     let size = reader
@@ -217,11 +262,15 @@ fn check(path: &Path) -> Result<(u32, u32, usize)> {
         .context("the picture is too large")?;
     let mut buffer = vec![0; size];
     let info = reader.next_frame(&mut buffer)?;
+    buffer.truncate(info.buffer_size());
+    Ok((info, buffer))
+}
+
+/// Makes sure that there is something to see: width, height, number of colours.
+fn check(path: &Path) -> Result<(u32, u32, usize)> {
+    let (info, buffer) = read(path)?;
     let pixel = info.color_type.samples() * info.bit_depth as usize / 8;
-    let colours: BTreeSet<&[u8]> = buffer[..info.buffer_size()]
-        .chunks_exact(pixel.max(1))
-        .take(8 << 20)
-        .collect();
+    let colours: BTreeSet<&[u8]> = buffer.chunks_exact(pixel.max(1)).take(8 << 20).collect();
     if colours.len() < COLOURS {
         bail!(
             "the screen shows only {} colours: that is not the demo's picture; see {}",

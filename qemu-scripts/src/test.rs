@@ -17,10 +17,13 @@ use crate::guest::{End, Guest, Options, Streams};
 use crate::ktap;
 use crate::runs::{Run, Verdict, When, RUNS};
 use crate::ui::{say, seconds, tail};
-use crate::{paths, userspace, vm, watch};
+use crate::{demo, paths, userspace, vm, watch};
 
 /// Reasons for which a test may be skipped.
 const ALLOWED_SKIPS: &str = include_str!("../allowed-skips.txt");
+
+/// The run that is not one of [`RUNS`]: it is judged from outside of the guest.
+const SCREEN: &str = "screen";
 
 /// How much of the kernel's log is shown when a guest did not end by itself.
 const TAIL: usize = 60;
@@ -37,7 +40,8 @@ pub struct Test {
     /// Only tests whose names contain this; may be given several times.
     #[arg(long, value_name = "S")]
     filter: Vec<String>,
-    /// Only the guest run of this name (`host`: the tests on the host); may be given several times.
+    /// Only the guest run of this name (`host`: the tests on the host; `screen`: the demo's picture);
+    /// may be given several times.
     #[arg(long, value_name = "NAME")]
     run: Vec<String>,
     /// Guests at the same time.  [default: one a processor, as far as memory goes]
@@ -76,10 +80,11 @@ impl Test {
                 };
                 println!("{}: {} on {}{when}", run.name, run.command, run.kernel);
             }
+            println!("{SCREEN}: pinbuf-demo on default, and a look at the guest's screen");
             return Ok(0);
         }
         for name in &self.run {
-            if name != "host" && !RUNS.iter().any(|run| run.name == name) {
+            if name != "host" && name != SCREEN && !RUNS.iter().any(|run| run.name == name) {
                 bail!("there is no run `{name}`: `test --list` names them");
             }
         }
@@ -88,6 +93,7 @@ impl Test {
         if self.wants("host") && self.kernel.is_empty() {
             all.add(self.host());
         }
+        let screen = self.wants(SCREEN) && self.kernel.is_empty() && self.filter.is_empty();
         let mut jobs: Vec<Job> = RUNS
             .iter()
             .filter(|run| self.chosen(run))
@@ -96,9 +102,14 @@ impl Test {
                 kernels => kernels.iter().map(|kernel| Job::new(run, kernel)).collect(),
             })
             .collect();
-        if !jobs.is_empty() {
+        if !jobs.is_empty() || screen {
             match userspace::build() {
-                Ok(_) => all.add(self.guests(&mut jobs)),
+                Ok(_) => {
+                    all.add(self.guests(&mut jobs));
+                    if screen {
+                        all.add(show());
+                    }
+                }
                 Err(error) => {
                     say(&format!("{error:#}"));
                     all.failed += 1;
@@ -364,6 +375,22 @@ impl Write for Collector {
 
 fn show_progress() -> bool {
     stderr().is_terminal() && std::env::var_os("CI").is_none()
+}
+
+/// The demo, whose picture is compared with the program's memory.
+fn show() -> Counts {
+    say("== screen (default): pinbuf-demo on bochs-display");
+    let start = Instant::now();
+    let mut counts = Counts::default();
+    match demo::program("default") {
+        Ok(()) => counts.passed = 1,
+        Err(error) => {
+            say(&format!("FAILED screen: {error:#}"));
+            counts.failed = 1;
+        }
+    }
+    say(&summary("screen (default)", counts, start));
+    counts
 }
 
 fn clear_progress() {

@@ -65,6 +65,16 @@ impl Canvas {
         size_of_val(&self.pages[..]) as u64
     }
 
+    /// The memory's bytes, row by row: blue, green, red and none of each pixel.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.pages
+            .iter()
+            .flat_map(|page| page.0)
+            .take(self.width * self.height)
+            .flat_map(u32::to_le_bytes)
+            .collect()
+    }
+
     /// Sets a pixel, red, green and blue; nothing happens outside.
     pub fn set(&mut self, x: i32, y: i32, [red, green, blue]: [u8; 3]) {
         let (Ok(x), Ok(y)) = (usize::try_from(x), usize::try_from(y)) else {

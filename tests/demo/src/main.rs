@@ -50,6 +50,11 @@ struct Options {
           value_parser = clap::value_parser!(u16).range(240..=4320))]
     height: u16,
 
+    /// Also write the memory's pixels to this file, as they are: four bytes each (blue, green, red,
+    /// none), row by row
+    #[arg(long, value_name = "PATH")]
+    copy: Option<PathBuf>,
+
     /// Go on drawing into the same memory
     #[arg(long)]
     animate: bool,
@@ -85,6 +90,11 @@ fn main() -> Result<()> {
     step(format!("opened {}", card.describe()));
     // Drawn after the export: the display shows this only if it reads the memory itself.
     export.bracket(|| picture::caption(&mut canvas, &info, card.driver()))?;
+
+    if let Some(path) = &options.copy {
+        std::fs::write(path, canvas.bytes())
+            .with_context(|| format!("writing {}", path.display()))?;
+    }
 
     let screen = card.show(&export, &canvas)?;
     step(format!(

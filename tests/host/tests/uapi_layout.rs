@@ -103,7 +103,7 @@ fn importer_header() -> Header {
         prefix: "PTI_",
         structs: vec![
             describe!(importer::Attach as "pti_attach" {
-                fd, mask_bits, max_seg, reserved, max_mapping,
+                fd, mask_bits, max_seg, pci, max_mapping,
             }),
             describe!(importer::Map as "pti_map" { direction, mapping, ns }),
             describe!(importer::Unmap as "pti_unmap" { mapping, reserved, ns }),
@@ -115,6 +115,7 @@ fn importer_header() -> Header {
             describe!(importer::Time as "pti_time" { ns }),
             describe!(importer::Cpu as "pti_cpu" { direction, flags, ns }),
             describe!(importer::Pin as "pti_pin" { addr, len, stride, pages, pin_ns, unpin_ns }),
+            describe!(importer::Segments as "pti_segments" { count, reserved, map_ns, unmap_ns }),
         ],
         constants: constants! {
             "PTI_MAPPINGS" = importer::MAPPINGS,
@@ -137,6 +138,7 @@ fn importer_header() -> Header {
             ("PTI_VUNMAP", importer::VUNMAP),
             ("PTI_CPU", importer::CPU),
             ("PTI_PIN", importer::PIN),
+            ("PTI_SEGMENTS", importer::SEGMENTS),
         ],
     }
 }
