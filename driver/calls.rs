@@ -26,17 +26,13 @@ use crate::{
         Element, //
     },
     uapi,
+    user_array::UserArray,
     user_struct::{
         self,
         Extensible, //
     }, //
 };
-use core::ops::Deref;
 use kernel::{
-    alloc::{
-        flags::GFP_KERNEL_ACCOUNT,
-        KVVec, //
-    },
     ffi::c_long,
     fs::file::LocalFile,
     page::{
@@ -103,13 +99,13 @@ fn create(argument: UserPtr) -> Result<c_long> {
         return Err(EINVAL);
     }
     let count = create.count as usize;
-    let ranges = read_array::<uapi::Range>(create.ranges, count)?;
+    let ranges = UserArray::<Element<uapi::Range>>::read(create.ranges, count)?;
     let pages = total_pages(&ranges)?;
     if from_files && ranges.iter().any(|Element(range)| range.addr != 0) {
         return Err(EINVAL);
     }
     let backings = if backed {
-        let backings = read_array::<uapi::Backing>(create.backing, count)?;
+        let backings = UserArray::<Element<uapi::Backing>>::read(create.backing, count)?;
         check_backings(&ranges, &backings)?;
         Some(backings)
     } else {
@@ -139,48 +135,6 @@ fn create(argument: UserPtr) -> Result<c_long> {
     let fd = DmaBuf::export(module::this_module()?, buffer)?
         .into_fd(create.flags & uapi::CREATE_CLOEXEC != 0)?;
     Ok(fd as c_long)
-}
-
-/// One of the caller's arrays. Most are short, and such need no memory.
-enum Array<T> {
-    Few([Element<T>; FEW], usize),
-    Many(KVVec<Element<T>>),
-}
-
-/// The elements of a short array.
-const FEW: usize = 4;
-
-impl<T> Deref for Array<T> {
-    type Target = [Element<T>];
-
-    fn deref(&self) -> &[Element<T>] {
-        match self {
-            Self::Few(elements, count) => &elements[..*count],
-            Self::Many(elements) => elements,
-        }
-    }
-}
-
-/// Reads `count` elements from the caller's address `address` on, once.
-fn read_array<T: Copy + Default>(address: u64, count: usize) -> Result<Array<T>>
-where
-    Element<T>: FromBytes,
-{
-    let bytes = count.checked_mul(size_of::<T>()).ok_or(EOVERFLOW)?;
-    let address = usize::try_from(address).map_err(|_| EFAULT)?;
-    let mut reader = UserSlice::new(UserPtr::from_addr(address), bytes).reader();
-    if count <= FEW {
-        let mut array = [Element(T::default()); FEW];
-        for element in &mut array[..count] {
-            *element = reader.read::<Element<T>>()?;
-        }
-        return Ok(Array::Few(array, count));
-    }
-    let mut array = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
-    for _ in 0..count {
-        array.push(reader.read::<Element<T>>()?, GFP_KERNEL_ACCOUNT)?;
-    }
-    Ok(Array::Many(array))
 }
 
 /// The file of the last descriptor that was asked for: callers mostly name one for all ranges.

@@ -12,7 +12,10 @@ use core::mem::{
     MaybeUninit, //
 };
 use kernel::alloc::{
-    flags::GFP_KERNEL_ACCOUNT,
+    flags::{
+        __GFP_NOWARN, //
+        GFP_KERNEL_ACCOUNT,
+    },
     AllocError,
     KVVec, //
 };
@@ -148,15 +151,16 @@ impl<T: Copy> ChunkedVec<T> {
             (2 * len).clamp(4, Self::PER_CHUNK)
         };
         if len == Self::PER_CHUNK {
-            let fresh = KVVec::with_capacity(room.min(most), GFP_KERNEL_ACCOUNT)?;
-            self.full.reserve(1, GFP_KERNEL_ACCOUNT)?;
+            let fresh = KVVec::with_capacity(room.min(most), GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
+            self.full.reserve(1, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
             // There is room, so nothing can fail, and nothing is lost.
             return self.full.push(
                 core::mem::replace(&mut self.tail, fresh),
                 GFP_KERNEL_ACCOUNT,
             );
         }
-        let mut larger = KVVec::with_capacity(room.min(len + most), GFP_KERNEL_ACCOUNT)?;
+        let mut larger =
+            KVVec::with_capacity(room.min(len + most), GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
         larger.extend_from_slice(&self.tail, GFP_KERNEL_ACCOUNT)?;
         self.tail = larger;
         Ok(())

@@ -110,6 +110,7 @@ enum Form {
 /// * Sparse: the extents' starts begin at 0 and rise strictly; the last is below `pages`.
 /// * Dense: there are `pages` frames, and the first one is marked as the first of its extent.
 /// * `extents` is the number of extents in either form.
+/// * `folios` says that some are pinned with [`Granularity::Folio`].
 /// * `next` is the frame, without marks of a first, that would continue the last extent, if it may be
 ///   continued.
 pub(crate) struct ExtentMap {
@@ -118,6 +119,7 @@ pub(crate) struct ExtentMap {
     pages: usize,
     extents: usize,
     next: Option<Frame>,
+    folios: bool,
 }
 
 impl ExtentMap {
@@ -132,7 +134,13 @@ impl ExtentMap {
             pages: 0,
             extents: 0,
             next: None,
+            folios: false,
         }
+    }
+
+    /// Whether each page is pinned for itself, and is told fastest by [`Self::frames`].
+    pub(crate) fn is_scattered(&self) -> bool {
+        matches!(self.form, Form::Dense(_)) && !self.folios
     }
 
     /// The buffer's size in pages.
@@ -185,6 +193,7 @@ impl ExtentMap {
             }
         }
         self.pages += run.pages;
+        self.folios |= run.granularity == Granularity::Folio;
         self.extents += usize::from(!joins);
         self.next = Some(Frame::new(run.pfn + run.pages, run.granularity, false));
         Ok(())

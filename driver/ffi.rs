@@ -14,11 +14,17 @@ use kernel::{
     },
 };
 
-/// `PINBUF_PAGE_HUGETLB` of `driver/helpers.h`, and so on.
-pub(crate) const PAGE_HUGETLB: c_ulong = 1 << 0;
-pub(crate) const PAGE_DEVICE: c_ulong = 1 << 1;
-pub(crate) const PAGE_USER: c_ulong = 1 << 2;
-pub(crate) const PAGE_LEFT_SHIFT: u32 = 3;
+/// `struct pinbuf_place` of `driver/helpers.h`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Place {
+    pub(crate) pfn: c_ulong,
+    pub(crate) left: c_ulong,
+    pub(crate) folio_pages: c_ulong,
+    pub(crate) hugetlb: bool,
+    pub(crate) device: bool,
+    pub(crate) user: bool,
+}
 
 // Behind these pointers are C's structs, some of them empty in this configuration.
 #[allow(improper_ctypes)]
@@ -39,8 +45,7 @@ extern "C" {
     pub(crate) fn pinbuf_page_to_pfn(page: *const bindings::page) -> c_ulong;
     pub(crate) fn pinbuf_pfn_to_page(pfn: c_ulong) -> *mut bindings::page;
     pub(crate) fn pinbuf_page_address(page: *const bindings::page) -> *mut c_void;
-    pub(crate) fn pinbuf_page_describe(page: *const bindings::page) -> c_ulong;
-    pub(crate) fn pinbuf_page_folio_pages(page: *const bindings::page) -> c_ulong;
+    pub(crate) fn pinbuf_page_place(page: *const bindings::page, out: *mut Place);
     pub(crate) fn pinbuf_pages_ordinary(
         pages: *const *mut bindings::page,
         count: c_ulong,
@@ -71,11 +76,15 @@ extern "C" {
         file: *const bindings::file,
         index: c_ulong,
     ) -> c_ulong;
-    pub(crate) fn pinbuf_folio_pages_from(
+    pub(crate) fn pinbuf_folio_place(
         folio: *const bindings::folio,
         file: *const bindings::file,
         index: c_ulong,
-    ) -> c_ulong;
+        out: *mut Place,
+    ) -> bool;
+    pub(crate) fn pinbuf_unpin_folio_dirty(pfn: c_ulong) -> c_ulong;
+    pub(crate) fn pinbuf_unpin_pfns_dirty(pfns: *mut c_ulong, count: c_ulong);
+
     pub(crate) fn pinbuf_same_pgmap(a: *const bindings::page, b: *const bindings::page) -> bool;
 
     pub(crate) fn pinbuf_sg_set_page(

@@ -139,19 +139,15 @@ void *pinbuf_page_address(const struct page *page)
 	return page_address(page);
 }
 
-unsigned long pinbuf_page_describe(const struct page *page)
+void pinbuf_page_place(const struct page *page, struct pinbuf_place *out)
 {
 	const struct folio *folio = page_folio(page);
-	unsigned long out = 1UL << PINBUF_PAGE_LEFT_SHIFT;
 
-	if (folio_test_large(folio)) {
-		out = (folio_nr_pages(folio) - folio_page_idx(folio, page)) <<
-		      PINBUF_PAGE_LEFT_SHIFT;
-		if (folio_test_hugetlb(folio))
-			out |= PINBUF_PAGE_HUGETLB | PINBUF_PAGE_USER;
-	}
-	if (folio_is_zone_device(folio))
-		out |= PINBUF_PAGE_DEVICE;
+	out->pfn = page_to_pfn(page);
+	out->folio_pages = folio_nr_pages(folio);
+	out->left = out->folio_pages - folio_page_idx(folio, page);
+	out->hugetlb = folio_test_hugetlb(folio);
+	out->device = folio_is_zone_device(folio);
 	/*
 	 * Anonymous memory and page cache (shmem, hugetlbfs, files) have a
 	 * mapping and belong to user space.  What has none was allocated by a
@@ -159,14 +155,8 @@ unsigned long pinbuf_page_describe(const struct page *page)
 	 * are that driver's.  A page that was truncated meanwhile has lost its
 	 * mapping, but shmem's stays swap-backed and hugetlb's stays hugetlb.
 	 */
-	if (READ_ONCE(folio->mapping) || folio_test_swapbacked(folio))
-		out |= PINBUF_PAGE_USER;
-	return out;
-}
-
-unsigned long pinbuf_page_folio_pages(const struct page *page)
-{
-	return folio_nr_pages(page_folio(page));
+	out->user = out->hugetlb || READ_ONCE(folio->mapping) ||
+		    folio_test_swapbacked(folio);
 }
 
 static bool page_is_backed_by(const struct page *page, const struct file *file,
@@ -334,19 +324,49 @@ unsigned long pinbuf_folios_small(struct folio *const *folios,
 }
 
 /*
- * How many pages the pinned folio has from the file's page @index on; none if
- * that is not in it.
+ * Where the page @index of the file is in the pinned folio; false if it is not
+ * in it.
  */
-unsigned long pinbuf_folio_pages_from(const struct folio *folio,
-				      const struct file *file,
-				      unsigned long index)
+bool pinbuf_folio_place(const struct folio *folio, const struct file *file,
+			unsigned long index, struct pinbuf_place *out)
 {
 	unsigned long skipped = index - folio->index;
-	unsigned long pages = folio_nr_pages(folio);
 
-	if (READ_ONCE(folio->mapping) != file->f_mapping || skipped >= pages)
-		return 0;
-	return pages - skipped;
+	if (READ_ONCE(folio->mapping) != file->f_mapping ||
+	    skipped >= folio_nr_pages(folio))
+		return false;
+	pinbuf_page_place(folio_page(folio, skipped), out);
+	return true;
+}
+
+/*
+ * Drops one pin of the folio that the page frame is in, after marking it dirty:
+ * how many pages of it there are from that frame on.
+ */
+unsigned long pinbuf_unpin_folio_dirty(unsigned long pfn)
+{
+	struct page *page = pfn_to_page(pfn);
+	const struct folio *folio = page_folio(page);
+	unsigned long left = folio_nr_pages(folio) -
+			     folio_page_idx(folio, page);
+
+	unpin_user_page_range_dirty_lock(page, 1, true);
+	return left;
+}
+
+/*
+ * Drops one pin of each page frame, after marking them dirty.  The numbers are
+ * overwritten.
+ */
+void pinbuf_unpin_pfns_dirty(unsigned long *pfns, unsigned long count)
+{
+	struct page **pages = (struct page **)pfns;
+	unsigned long n;
+
+	BUILD_BUG_ON(sizeof(*pages) != sizeof(*pfns));
+	for (n = 0; n < count; n++)
+		pages[n] = pfn_to_page(pfns[n]);
+	unpin_user_pages_dirty_lock(pages, count, true);
 }
 
 bool pinbuf_same_pgmap(const struct page *a, const struct page *b)

@@ -2,7 +2,6 @@
 #ifndef PINBUF_HELPERS_H
 #define PINBUF_HELPERS_H
 
-#include <linux/bits.h>
 #include <linux/types.h>
 #include <linux/dma-direction.h>
 #include <linux/pgtable.h>
@@ -17,14 +16,15 @@ struct user_struct;
 struct vm_area_struct;
 struct vm_fault;
 
-/*
- * What pinbuf_page_describe() tells of a page: these bits, and above them how
- * many pages of its folio there are from it on.
- */
-#define PINBUF_PAGE_HUGETLB	BIT(0)
-#define PINBUF_PAGE_DEVICE	BIT(1)	/* in ZONE_DEVICE */
-#define PINBUF_PAGE_USER	BIT(2)	/* not a driver's own page */
-#define PINBUF_PAGE_LEFT_SHIFT	3
+/* Where a page is, and what it is.  driver/ffi.rs has its twin. */
+struct pinbuf_place {
+	unsigned long pfn;
+	unsigned long left;		/* pages of its folio from it on */
+	unsigned long folio_pages;
+	bool hugetlb;
+	bool device;			/* in ZONE_DEVICE */
+	bool user;			/* not a driver's own page */
+};
 
 unsigned int pinbuf_param_allowance_mb(void);
 unsigned int pinbuf_param_allowance_system_mb(void);
@@ -42,8 +42,7 @@ unsigned long pinbuf_totalram_pages(void);
 unsigned long pinbuf_page_to_pfn(const struct page *page);
 struct page *pinbuf_pfn_to_page(unsigned long pfn);
 void *pinbuf_page_address(const struct page *page);
-unsigned long pinbuf_page_describe(const struct page *page);
-unsigned long pinbuf_page_folio_pages(const struct page *page);
+void pinbuf_page_place(const struct page *page, struct pinbuf_place *out);
 unsigned long pinbuf_pages_ordinary(struct page *const *pages,
 				    unsigned long count);
 unsigned long pinbuf_pages_backed_by(struct page *const *pages,
@@ -59,9 +58,10 @@ bool pinbuf_file_has_pages(struct file *file, unsigned long index,
 unsigned long pinbuf_folios_small(struct folio *const *folios,
 				  unsigned long count, const struct file *file,
 				  unsigned long index);
-unsigned long pinbuf_folio_pages_from(const struct folio *folio,
-				      const struct file *file,
-				      unsigned long index);
+bool pinbuf_folio_place(const struct folio *folio, const struct file *file,
+			unsigned long index, struct pinbuf_place *out);
+unsigned long pinbuf_unpin_folio_dirty(unsigned long pfn);
+void pinbuf_unpin_pfns_dirty(unsigned long *pfns, unsigned long count);
 
 bool pinbuf_same_pgmap(const struct page *a, const struct page *b);
 

@@ -46,6 +46,7 @@ mod ranges;
 #[allow(dead_code, unreachable_pub)]
 #[path = "../uapi/src/contract.rs"]
 mod uapi;
+mod user_array;
 mod user_struct;
 
 module! {

@@ -39,8 +39,8 @@ use crate::{
         gup::{
             self,
             Batch,
-            Description,
             PinnedPage,
+            Place,
             Unpinner, //
         },
         sched, //
@@ -56,6 +56,9 @@ use kernel::{
 
 /// In one call, at most so many times `pin_retries` new tries.
 const TRIES_IN_ALL: u32 = 4;
+
+/// Calls of GUP between two such looks: it looks for itself when it has to fault pages in.
+const CALLS: u32 = 8;
 
 /// Pages between two looks at whether somebody else should run, or the task be killed.
 const STRIDE: usize = Batch::MAX;
@@ -132,8 +135,34 @@ impl Pins {
     }
 }
 
+impl Pins {
+    /// The pages of a map of single ones, without a look at where extents begin.
+    fn drop_scattered(&self) {
+        let mut frames = [0; 64];
+        let mut page = 0;
+        let mut since = 0;
+        loop {
+            let count = self.map.frames(page, &mut frames);
+            if count == 0 {
+                return;
+            }
+            // SAFETY: By the type invariant we hold these pins, and drop them once.
+            unsafe { gup::unpin_frames(&mut frames[..count]) };
+            page += count;
+            since += count;
+            if since >= STRIDE {
+                since = 0;
+                sched::cond_resched();
+            }
+        }
+    }
+}
+
 impl Drop for Pins {
     fn drop(&mut self) {
+        if self.map.is_scattered() {
+            return self.drop_scattered();
+        }
         let mut unpinner = Unpinner::new();
         let mut since = 0;
         for run in self.map.iter() {
@@ -180,6 +209,8 @@ pub(crate) struct Pinner {
     device: Option<Pfn>,
     /// New tries that this call still has.
     patience: u32,
+    /// Calls of GUP.
+    calls: u32,
 }
 
 impl Pinner {
@@ -191,6 +222,7 @@ impl Pinner {
             hugetlb: true,
             device: None,
             patience: TRIES_IN_ALL * params::pin_retries(),
+            calls: 0,
         })
     }
 
@@ -202,7 +234,10 @@ impl Pinner {
         mut expected: Option<Expected<'_>>,
     ) -> Result {
         while pages > 0 {
-            sched::breathe()?;
+            if self.calls % CALLS == 0 {
+                sched::breathe()?;
+            }
+            self.calls = self.calls.wrapping_add(1);
             let want = if self.hugetlb { 1 } else { pages };
             self.pin_batch(addr, want)?;
             let done = self.take_batch(addr, pages, expected.as_ref())?;
@@ -244,7 +279,9 @@ impl Pinner {
                     return Err(EINTR);
                 }
                 let asked = pages.min(Batch::most_of(file));
-                if !may_pass(error) || !gup::file_has_pages(file, index, asked) {
+                // Memory may be short for moving pages, which passes, or for new ones.
+                let short = error == ENOMEM && !gup::file_has_pages(file, index, asked);
+                if !may_pass(error) || short {
                     return Err(contract_of_file(error, file));
                 }
                 if !self.try_again(&mut tries)? {
@@ -321,7 +358,12 @@ impl Pinner {
         }
         let mut done = 0;
         while done < count {
-            let ordinary = self.batch.ordinary(done);
+            // Where hugetlb is expected, there is one page to be looked at.
+            let ordinary = if self.hugetlb && count == 1 {
+                0
+            } else {
+                self.batch.ordinary(done)
+            };
             if ordinary > 0 {
                 self.hugetlb = false;
                 self.after_device();
@@ -331,37 +373,37 @@ impl Pinner {
 
             let pages = self.batch.pages();
             let first = pages[done];
-            let kind = first.describe();
-            if !kind.is_user() && !kind.is_device() {
+            let place = first.place();
+            if !place.user && !place.device {
                 self.batch.keep(done);
                 return Err(EFAULT);
             }
-            self.hugetlb = kind.is_hugetlb();
+            self.hugetlb = place.hugetlb;
             // The rest of the folio, as far as the batch has it in this order.
             let mut taken = 1;
-            let most = kind.left().min(count - done);
+            let most = place.left.min(count - done);
             while taken < most && pages[done + taken].follows(first, taken) {
                 taken += 1;
             }
             let mut run = Run {
-                pfn: first.pfn(),
+                pfn: place.pfn,
                 pages: taken,
                 granularity: Granularity::Page,
             };
             let mut joinable = true;
-            if count == 1 && kind.is_hugetlb() && in_place(first, kind, addr) {
-                run.pages = left.min(kind.left());
+            if count == 1 && place.hugetlb && in_place(&place, addr) {
+                run.pages = left.min(place.left);
                 run.granularity = Granularity::Folio;
                 // Two pins of one folio must not look like one.
-                joinable = kind.left() == first.folio_pages();
-            } else if kind.is_device() || self.device.is_some() {
+                joinable = place.left == place.folio_pages;
+            } else if place.device || self.device.is_some() {
                 joinable = match self.device {
                     // SAFETY: The frame is in `pins`, hence pinned.
                     Some(last) => unsafe { first.same_pgmap(last) },
                     None => false,
                 };
             }
-            self.device = kind.is_device().then_some(run.pfn);
+            self.device = place.device.then_some(run.pfn);
             // SAFETY: The batch pinned these pages, and gives them up below in any case.
             let pushed = unsafe { self.pins.push(run, joinable) };
             if let Err(error) = pushed {
@@ -391,20 +433,18 @@ impl Pinner {
                 continue;
             }
             let first = self.batch.pages()[entry];
-            let rest = first.folio_pages_from(file, index + done);
-            if rest == 0 {
+            let Some(place) = first.place_in_file(file, index + done) else {
                 break;
-            }
-            let skipped = first.folio_pages() - rest;
+            };
             let run = Run {
-                pfn: first.pfn() + skipped,
-                pages: rest.min(left - done),
+                pfn: place.pfn,
+                pages: place.left.min(left - done),
                 granularity: Granularity::Folio,
             };
             entry += 1;
             // SAFETY: The batch pinned the folio, and gives it up below in any case. Two pins of
             // one folio must not look like one.
-            let pushed = unsafe { self.pins.push(run, skipped == 0) };
+            let pushed = unsafe { self.pins.push(run, place.left == place.folio_pages) };
             if let Err(error) = pushed {
                 // `push` has dropped this pin; the batch drops those behind it.
                 self.batch.keep(entry);
@@ -440,9 +480,8 @@ impl Pinner {
 
 /// Whether the place of a hugetlb page in its folio is that of its address in a huge page of that
 /// size, as it must be where hugetlb mapped it.
-fn in_place(page: PinnedPage<'_>, kind: Description, addr: usize) -> bool {
-    let pages = page.folio_pages();
-    (addr >> PAGE_SHIFT) & (pages - 1) == pages - kind.left()
+fn in_place(place: &Place, addr: usize) -> bool {
+    (addr >> PAGE_SHIFT) & (place.folio_pages - 1) == place.folio_pages - place.left
 }
 
 /// Whether a failure of GUP's may pass by itself.

@@ -54,23 +54,21 @@ impl PinnedPage<'_> {
         pfn.wrapping_add_signed(bytes / size_of::<bindings::page>() as isize)
     }
 
-    /// The size of the page's folio in pages.
-    pub(crate) fn folio_pages(self) -> usize {
+    /// Where the page is, and what it is.
+    pub(crate) fn place(self) -> Place {
+        let mut place = Place::default();
         // SAFETY: A pinned page is a valid `struct page`, whose folio cannot be split or freed.
-        unsafe { ffi::pinbuf_page_folio_pages(self.0) }
+        unsafe { ffi::pinbuf_page_place(self.0, &mut place) };
+        place
     }
 
-    /// What the page tells of its folio.
-    pub(crate) fn describe(self) -> Description {
-        // SAFETY: A pinned page is a valid `struct page`, whose folio cannot be split or freed.
-        Description(unsafe { ffi::pinbuf_page_describe(self.0) })
-    }
-
-    /// The page is the first of a folio: how many pages the folio has from the page `index` of
-    /// `file` on; none if that page is not in it.
-    pub(crate) fn folio_pages_from(self, file: &LocalFile, index: usize) -> usize {
+    /// The page is the first of a folio: where in it the page `index` of `file` is; `None` if that
+    /// is not in it.
+    pub(crate) fn place_in_file(self, file: &LocalFile, index: usize) -> Option<Place> {
+        let mut place = Place::default();
         // SAFETY: As above; `file` is a valid `struct file`.
-        unsafe { ffi::pinbuf_folio_pages_from(self.0.cast(), file.as_ptr(), index) }
+        unsafe { ffi::pinbuf_folio_place(self.0.cast(), file.as_ptr(), index, &mut place) }
+            .then_some(place)
     }
 
     /// Whether the page may share an extent with the frame `pfn`, as far as device memory is
@@ -93,36 +91,11 @@ impl PinnedPage<'_> {
     }
 }
 
-/// What a pinned page tells of the folio it is in, which stays the same while it is pinned.
-#[derive(Clone, Copy)]
-#[repr(transparent)]
-pub(crate) struct Description(usize);
-
-impl Description {
-    /// How many pages of the folio there are from this one on; physically, they follow it.
-    #[inline]
-    pub(crate) fn left(self) -> usize {
-        self.0 >> ffi::PAGE_LEFT_SHIFT
-    }
-
-    /// It belongs to hugetlb, where it can only be mapped whole and at its own alignment.
-    #[inline]
-    pub(crate) fn is_hugetlb(self) -> bool {
-        self.0 & ffi::PAGE_HUGETLB != 0
-    }
-
-    /// It is memory of a device.
-    #[inline]
-    pub(crate) fn is_device(self) -> bool {
-        self.0 & ffi::PAGE_DEVICE != 0
-    }
-
-    /// It is anonymous memory or page cache, not pages that a driver allocated for itself.
-    #[inline]
-    pub(crate) fn is_user(self) -> bool {
-        self.0 & ffi::PAGE_USER != 0
-    }
-}
+/// Where a pinned page is (its frame, how many pages its folio has from it on and in all), and
+/// what: hugetlb's, where it can only be mapped whole and at its own alignment; memory of a device;
+/// anonymous memory or page cache, not what a driver allocated for itself. All of that stays the same
+/// while it is pinned.
+pub(crate) use crate::ffi::Place;
 
 /// Room for the result of one call of [`Batch::pin`] or [`Batch::pin_file`], used again and again.
 ///
@@ -398,6 +371,17 @@ impl Drop for Unpinner {
     }
 }
 
+/// Drops one pin of each of these page frames, after marking them dirty. The numbers are
+/// overwritten.
+///
+/// # Safety
+///
+/// The caller owns a pin of each of these pages, and gives it up.
+pub(crate) unsafe fn unpin_frames(pfns: &mut [Pfn]) {
+    // SAFETY: By the function's requirements.
+    unsafe { ffi::pinbuf_unpin_pfns_dirty(pfns.as_mut_ptr(), pfns.len()) };
+}
+
 /// Drops one pin of the folio that the frame `pfn` is in, after marking it dirty, and returns how
 /// many pages of it there are from that frame on.
 ///
@@ -405,11 +389,6 @@ impl Drop for Unpinner {
 ///
 /// The caller owns one pin of that folio, and gives it up.
 pub(crate) unsafe fn unpin_folio(pfn: Pfn) -> usize {
-    // SAFETY: The frame belongs to a pinned folio.
-    let page = unsafe { ffi::pinbuf_pfn_to_page(pfn) };
-    // SAFETY: A page of a pinned folio.
-    let description = Description(unsafe { ffi::pinbuf_page_describe(page) });
-    // SAFETY: By the function's requirements; dropping one page's pin drops one of its folio's.
-    unsafe { bindings::unpin_user_page_range_dirty_lock(page, 1, true) };
-    description.left()
+    // SAFETY: By the function's requirements.
+    unsafe { ffi::pinbuf_unpin_folio_dirty(pfn) }
 }

@@ -14,6 +14,7 @@ mod image;
 mod initramfs;
 mod kernel;
 mod ktap;
+mod lint;
 mod module;
 mod paths;
 mod payload;

@@ -69,6 +69,11 @@ pub fn ensure(tools: &Tree, kernel: &Kernel) -> Result<Vec<PathBuf>> {
         .collect())
 }
 
+/// Copies what modules are built from to a directory.
+pub fn copy(place: &Path) -> Result<()> {
+    copy_changed(&sources()?, place)
+}
+
 /// The files that Kbuild reads, relative to the repository's root.
 fn sources() -> Result<BTreeSet<PathBuf>> {
     let root = paths::root();

@@ -15,6 +15,7 @@ use nix::sys::sysinfo::sysinfo;
 
 use crate::guest::{End, Guest, Options, Streams};
 use crate::ktap;
+use crate::lint::{Outcome, CHECKS};
 use crate::runs::{Run, Verdict, When, RUNS};
 use crate::ui::{say, seconds, tail};
 use crate::{demo, paths, userspace, vm, watch};
@@ -22,8 +23,10 @@ use crate::{demo, paths, userspace, vm, watch};
 /// Reasons for which a test may be skipped.
 const ALLOWED_SKIPS: &str = include_str!("../allowed-skips.txt");
 
-/// The run that is not one of [`RUNS`]: it is judged from outside of the guest.
+/// Runs that are not among [`RUNS`]: this one is judged from outside of the guest,
 const SCREEN: &str = "screen";
+/// and this one has none.
+const LINT: &str = "lint";
 
 /// How much of the kernel's log is shown when a guest did not end by itself.
 const TAIL: usize = 60;
@@ -40,8 +43,8 @@ pub struct Test {
     /// Only tests whose names contain this; may be given several times.
     #[arg(long, value_name = "S")]
     filter: Vec<String>,
-    /// Only the guest run of this name (`host`: the tests on the host; `screen`: the demo's picture);
-    /// may be given several times.
+    /// Only the guest run of this name (`host`: the tests on the host; `lint`; `screen`: the
+    /// demo's picture); may be given several times.
     #[arg(long, value_name = "NAME")]
     run: Vec<String>,
     /// Guests at the same time.  [default: one a processor, as far as memory goes]
@@ -80,11 +83,14 @@ impl Test {
                 };
                 println!("{}: {} on {}{when}", run.name, run.command, run.kernel);
             }
+            println!("host: cargo test");
+            println!("{LINT}: rustfmt, clippy and checkpatch");
             println!("{SCREEN}: pinbuf-demo on default, and a look at the guest's screen");
             return Ok(0);
         }
         for name in &self.run {
-            if name != "host" && name != SCREEN && !RUNS.iter().any(|run| run.name == name) {
+            let other = ["host", LINT, SCREEN].contains(&name.as_str());
+            if !other && !RUNS.iter().any(|run| run.name == name) {
                 bail!("there is no run `{name}`: `test --list` names them");
             }
         }
@@ -92,6 +98,9 @@ impl Test {
         let mut all = Counts::default();
         if self.wants("host") && self.kernel.is_empty() {
             all.add(self.host());
+        }
+        if self.wants(LINT) && self.kernel.is_empty() && self.filter.is_empty() {
+            all.add(lint());
         }
         let screen = self.wants(SCREEN) && self.kernel.is_empty() && self.filter.is_empty();
         let mut jobs: Vec<Job> = RUNS
@@ -375,6 +384,33 @@ impl Write for Collector {
 
 fn show_progress() -> bool {
     stderr().is_terminal() && std::env::var_os("CI").is_none()
+}
+
+/// What is said of the source.
+fn lint() -> Counts {
+    say("== lint: rustfmt, clippy, checkpatch");
+    let start = Instant::now();
+    let mut counts = Counts::default();
+    for (name, check) in CHECKS {
+        match check() {
+            Ok(Outcome::Clean) => counts.passed += 1,
+            Ok(Outcome::Skipped(reason)) => {
+                if let Some(line) = skip(&mut counts, &format!("{LINT}: {name}"), reason) {
+                    say(&line);
+                }
+            }
+            Ok(Outcome::Dirty(text)) => {
+                counts.failed += 1;
+                say(&format!("FAILED {LINT}: {name}\n{}", last_lines(&text, 60)));
+            }
+            Err(error) => {
+                counts.failed += 1;
+                say(&format!("FAILED {LINT}: {name}: {error:#}"));
+            }
+        }
+    }
+    say(&summary(LINT, counts, start));
+    counts
 }
 
 /// The demo, whose picture is compared with the program's memory.

@@ -2,8 +2,9 @@
 
 //! As much of the `kernel` crate as the driver's pure parts use, for tests on the host.
 //!
-//! The names and behaviour are those of `rust/kernel/alloc/kvec.rs`, with one addition:
-//! [`alloc::fail_after`] makes an allocation fail, to see what the callers do then.
+//! The names and behaviour are those of the files of the same names in `rust/kernel`, with two
+//! additions: [`alloc::fail_after`] makes an allocation fail, to see what the callers do then, and
+//! [`uaccess::User`] is the memory of a caller.
 
 /// Allocation.
 pub mod alloc {
@@ -38,12 +39,22 @@ pub mod alloc {
     #[derive(Clone, Copy)]
     pub struct Flags;
 
+    impl std::ops::BitOr for Flags {
+        type Output = Self;
+
+        fn bitor(self, _: Self) -> Self {
+            self
+        }
+    }
+
     /// The flags by name.
     pub mod flags {
         /// Ordinary memory.
         pub const GFP_KERNEL: super::Flags = super::Flags;
         /// Ordinary memory, charged to the memory cgroup.
         pub const GFP_KERNEL_ACCOUNT: super::Flags = super::Flags;
+        /// No line in the log if there is none.
+        pub const __GFP_NOWARN: super::Flags = super::Flags;
     }
 
     /// A vector that reports when there is no memory.
@@ -160,7 +171,90 @@ pub mod alloc {
     }
 }
 
+pub mod rbtree;
+pub mod uaccess;
+
+/// Error numbers.
+pub mod error {
+    use crate::alloc::AllocError;
+
+    /// An error number.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+    pub struct Error(i32);
+
+    /// What calls return.
+    pub type Result<T = (), E = Error> = core::result::Result<T, E>;
+
+    impl From<AllocError> for Error {
+        fn from(_: AllocError) -> Self {
+            code::ENOMEM
+        }
+    }
+
+    /// The error numbers by name.
+    pub mod code {
+        use super::Error;
+
+        /// Too long, or not known.
+        pub const E2BIG: Error = Error(-7);
+        /// No memory, or no more than so much.
+        pub const ENOMEM: Error = Error(-12);
+        /// A bad address.
+        pub const EFAULT: Error = Error(-14);
+        /// A bad argument.
+        pub const EINVAL: Error = Error(-22);
+        /// A number that does not fit.
+        pub const EOVERFLOW: Error = Error(-75);
+    }
+}
+
+/// Pages.
+pub mod page {
+    /// The size of a page, as a power of two.
+    pub const PAGE_SHIFT: usize = 12;
+    /// The size of a page.
+    pub const PAGE_SIZE: usize = 1 << PAGE_SHIFT;
+}
+
+/// Values as bytes.
+pub mod transmute {
+    /// A type for which all bytes are values.
+    ///
+    /// # Safety
+    ///
+    /// They are.
+    pub unsafe trait FromBytes: Sized {}
+
+    /// A type without padding.
+    ///
+    /// # Safety
+    ///
+    /// It has none.
+    pub unsafe trait AsBytes {
+        /// Its bytes.
+        fn as_bytes(&self) -> &[u8] {
+            let size = size_of_val(self);
+            // SAFETY: A type without padding.
+            unsafe { core::slice::from_raw_parts(core::ptr::from_ref(self).cast(), size) }
+        }
+
+        /// Its bytes.
+        fn as_bytes_mut(&mut self) -> &mut [u8]
+        where
+            Self: FromBytes,
+        {
+            let size = size_of_val(self);
+            // SAFETY: A type without padding, for which all bytes are values.
+            unsafe { core::slice::from_raw_parts_mut(core::ptr::from_mut(self).cast(), size) }
+        }
+    }
+
+    // SAFETY: An integer.
+    unsafe impl FromBytes for u32 {}
+}
+
 /// What every driver file imports.
 pub mod prelude {
     pub use crate::alloc::flags::{GFP_KERNEL, GFP_KERNEL_ACCOUNT};
+    pub use crate::error::{code::*, Error, Result};
 }

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What is said of the source without running it: rustfmt, clippy (of user space and of the kernel
+//! module), and the kernel's checkpatch for its C.
+
+use std::process::Command;
+
+use anyhow::{bail, Context, Result};
+
+use crate::kernel::Kernel;
+use crate::tree::{Tree, BUILD};
+use crate::{module, paths, userspace};
+
+/// clippy for the compiler that kernels are built with, and what checkpatch is written in.
+const PACKAGES: &[&str] = &["perl", "rust-clippy"];
+
+/// The C of the kernel modules.  checkpatch would have `BIT()` in the uapi header, which user space
+/// does not know.
+const C: &[&str] = &[
+    "driver/helpers.c",
+    "driver/helpers.h",
+    "tests/importer/importer.c",
+    "tests/importer/importer.h",
+    "uapi/pinbuf.h",
+];
+
+/// How a check ended.
+pub enum Outcome {
+    /// Nothing to complain of.
+    Clean,
+    /// The tool is not there.
+    Skipped(&'static str),
+    /// What the tool says.
+    Dirty(String),
+}
+
+/// A check: its name, and what it does.
+type Check = (&'static str, fn() -> Result<Outcome>);
+
+/// All checks.
+pub const CHECKS: &[Check] = &[
+    ("rustfmt.userspace", format_userspace),
+    ("rustfmt.driver", format_driver),
+    ("clippy.userspace", clippy_userspace),
+    ("clippy.driver", clippy_driver),
+    ("checkpatch", checkpatch),
+];
+
+fn format_userspace() -> Result<Outcome> {
+    let mut command = userspace::cargo();
+    command.args(["fmt", "--all", "--check"]);
+    of_host(
+        &mut command,
+        &["fmt", "--version"],
+        "this cargo has no rustfmt",
+    )
+}
+
+fn format_driver() -> Result<Outcome> {
+    let mut command = Command::new("rustfmt");
+    command.current_dir(paths::root()).args([
+        "--check",
+        "--edition",
+        "2021",
+        "driver/pinbuf_main.rs",
+    ]);
+    of_host(
+        &mut command,
+        &["fmt", "--version"],
+        "this cargo has no rustfmt",
+    )
+}
+
+fn clippy_userspace() -> Result<Outcome> {
+    let mut command = userspace::cargo();
+    command.args(["clippy", "--workspace", "--all-targets", "--quiet"]);
+    command.args(["--", "--deny", "warnings"]);
+    of_host(
+        &mut command,
+        &["clippy", "--version"],
+        "this cargo has no clippy",
+    )
+}
+
+fn clippy_driver() -> Result<Outcome> {
+    let tools = Tree::tools()?;
+    tools.require("lint", PACKAGES)?;
+    let kernel = Kernel::select(&tools, "default")?;
+    let (arguments, _) = kernel.build_tree(&tools)?;
+    let name = format!("lint/{}", kernel.release);
+    module::copy(&paths::build().join(&name))?;
+    let inside = format!("M={BUILD}/{name}");
+    let mut make = vec!["make"];
+    make.extend(arguments.iter().map(String::as_str));
+    // All again: what compiled before says nothing the second time.
+    let mut clean = make.clone();
+    clean.extend([inside.as_str(), "clean"]);
+    run(&mut tools.command(&clean)?)?;
+    make.extend([inside.as_str(), "CLIPPY=1", "modules"]);
+    let (well, text) = run(&mut tools.command(&make)?)?;
+    if well && !text.contains("warning:") {
+        return Ok(Outcome::Clean);
+    }
+    Ok(Outcome::Dirty(text))
+}
+
+fn checkpatch() -> Result<Outcome> {
+    let tools = Tree::tools()?;
+    tools.require("lint", PACKAGES)?;
+    let kernel = Kernel::select(&tools, "default")?;
+    let (_, _) = kernel.build_tree(&tools)?;
+    let name = format!("lint/{}", kernel.release);
+    module::copy(&paths::build().join(&name))?;
+    let script = format!(
+        "{BUILD}/kbuild/{}/source/scripts/checkpatch.pl",
+        kernel.release
+    );
+    let files: Vec<String> = C
+        .iter()
+        .map(|file| format!("{BUILD}/{name}/{file}"))
+        .collect();
+    let mut words = vec!["perl", &script, "--no-tree", "--strict", "--terse"];
+    words.extend(["--show-types", "--ignore", "BIT_MACRO", "--file"]);
+    words.extend(files.iter().map(String::as_str));
+    let (well, text) = run(&mut tools.command(&words)?)?;
+    Ok(if well {
+        Outcome::Clean
+    } else {
+        Outcome::Dirty(text)
+    })
+}
+
+/// A tool of the host's, which may lack it.
+fn of_host(command: &mut Command, probe: &[&str], missing: &'static str) -> Result<Outcome> {
+    let (there, _) = run(userspace::cargo().args(probe))?;
+    if !there {
+        return Ok(Outcome::Skipped(missing));
+    }
+    let (well, text) = run(command)?;
+    Ok(if well {
+        Outcome::Clean
+    } else {
+        Outcome::Dirty(text)
+    })
+}
+
+/// Whether it ended well, and what it said.
+fn run(command: &mut Command) -> Result<(bool, String)> {
+    let output = command
+        .output()
+        .with_context(|| format!("running {:?}", command.get_program()))?;
+    if output.status.code().is_none() {
+        bail!("{:?} was killed", command.get_program());
+    }
+    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text += &String::from_utf8_lossy(&output.stderr);
+    Ok((output.status.success(), text))
+}
