@@ -1,33 +1,61 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `bench`: measures pinbuf in a guest.
+//! `bench`: measures pinbuf beside udmabuf in a guest.
 
-use std::io::{stderr, stdout};
-use std::time::Duration;
+use std::io::{stderr, stdout, Write};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use anyhow::{bail, Result};
 use clap::Args;
 
 use crate::guest::{End, Guest, Options, Streams};
-use crate::ui::{say, tail};
+use crate::ui::{say, seconds, tail};
 use crate::{paths, vm};
 
-/// Runs pinbuf-bench in a guest; what it measures goes to standard output.
+/// Runs pinbuf-bench in a guest: the table goes to standard output, progress to standard error.
 #[derive(Debug, Args)]
 pub struct Bench {
+    /// Count the guest's instructions instead of time: figures then repeat, however busy the
+    /// machine is. Processors: one.
+    #[arg(long)]
+    icount: bool,
+    /// Every line once, on small memory.
+    #[arg(long)]
+    quick: bool,
+    /// Only lines whose title contains this; may be given several times.
+    #[arg(long, value_name = "SUBSTR")]
+    filter: Vec<String>,
+    /// Write the figures there, below the current directory.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw a chart (SVG) there, below the current directory.
+    #[arg(long, value_name = "FILE")]
+    chart: Option<PathBuf>,
     /// The kernel: default, debug, a series (7.2, 7.2-cloud), or a release as `uname -r` tells it.
     #[arg(long, value_name = "RELEASE", default_value = "default")]
     kernel: String,
-    /// Memory.
-    #[arg(long, value_name = "SIZE", default_value = "6G")]
+    /// Memory: how cost grows is measured as far as it goes.
+    #[arg(long, value_name = "SIZE", default_value = "11G")]
     mem: String,
-    /// Processors: with one, figures vary least.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    cpus: u32,
+    /// Processors.  [default: 2; with --icount 1]
+    #[arg(long, value_name = "N", conflicts_with = "icount")]
+    cpus: Option<u32>,
+    /// Words for the kernel's command line.
+    #[arg(
+        long,
+        value_name = "STR",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    cmdline: String,
+    /// Minutes until the guest is stopped.
+    #[arg(long, value_name = "MINUTES", default_value_t = 120)]
+    timeout: u64,
     /// Take userspace as it was built last.
     #[arg(long)]
     no_build: bool,
-    /// Arguments for pinbuf-bench.
+    /// More arguments for pinbuf-bench (`-- --help` lists them).
     #[arg(last = true)]
     arguments: Vec<String>,
 }
@@ -35,22 +63,37 @@ pub struct Bench {
 impl Bench {
     /// Runs it, and returns the status to exit with.
     pub fn run(self) -> Result<i32> {
-        let mut command = vec!["pinbuf-bench".to_owned()];
-        command.extend(self.arguments);
+        // A device behind an IOMMU, which nobody else uses.
+        let iommu = [
+            "-device",
+            "intel-iommu,intremap=off",
+            "-device",
+            "virtio-rng-pci",
+        ];
+        let mut qemu: Vec<String> = iommu.map(str::to_owned).into();
+        if self.icount {
+            // One nanosecond of the guest's clock is one instruction. The emulator counts each step
+            // of a string instruction: by bytes, as the kernel clears pages on processors with
+            // these features, that would be 4,096 for a page.
+            qemu.extend(["-icount", "shift=0", "-cpu", "max,-erms,-fsrm"].map(str::to_owned));
+        }
         let options = Options {
+            command: self.command(),
+            processors: self.cpus.unwrap_or(if self.icount { 1 } else { 2 }),
             kernel: self.kernel,
             memory: self.mem,
-            processors: self.cpus,
+            cmdline: format!("intel_iommu=on {}", self.cmdline),
+            qemu,
+            share: Some(std::env::current_dir()?),
             build: !self.no_build,
-            timeout: Some(Duration::from_secs(3600)),
+            timeout: Some(Duration::from_secs(self.timeout * 60)),
             modules: vec!["pinbuf_test_importer".to_owned()],
-            command,
             ..Options::default()
         };
         let streams = Streams {
             input: None,
             output: Box::new(stdout()),
-            error: Box::new(stderr()),
+            error: Box::new(Stamped::new(stderr())),
         };
         let outcome = Guest::start(&options, streams)?.wait()?;
         for complaint in &outcome.complaints {
@@ -72,5 +115,75 @@ impl Bench {
                 )
             }
         }
+    }
+
+    /// What runs in the guest.
+    fn command(&self) -> Vec<String> {
+        let mut command = vec!["pinbuf-bench".to_owned()];
+        let flags = [(self.icount, "--instructions"), (self.quick, "--quick")];
+        let flags = flags.into_iter().filter(|(given, _)| *given);
+        command.extend(flags.map(|(_, flag)| flag.to_owned()));
+        let files = [("--json", &self.json), ("--chart", &self.chart)];
+        for (name, file) in files {
+            if let Some(file) = file {
+                command.extend([name.to_owned(), file.display().to_string()]);
+            }
+        }
+        for part in &self.filter {
+            command.extend(["--filter".to_owned(), part.clone()]);
+        }
+        command.extend(self.arguments.iter().cloned());
+        command
+    }
+}
+
+/// Puts the host's time before every line: the guest's clock may count something else.
+struct Stamped<W> {
+    to: W,
+    start: Instant,
+    fresh: bool,
+}
+
+impl<W: Write> Stamped<W> {
+    fn new(to: W) -> Self {
+        Self {
+            to,
+            start: Instant::now(),
+            fresh: true,
+        }
+    }
+}
+
+impl<W: Write> Write for Stamped<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        for line in bytes.split_inclusive(|byte| *byte == b'\n') {
+            if self.fresh {
+                write!(self.to, "  {:>12}  ", seconds(self.start.elapsed()))?;
+            }
+            self.to.write_all(line)?;
+            self.fresh = line.ends_with(b"\n");
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.to.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_line_gets_the_time_once() {
+        let mut stamped = Stamped::new(Vec::new());
+        for part in ["one ", "line\nand", " another\n"] {
+            stamped.write_all(part.as_bytes()).unwrap();
+        }
+        let text = String::from_utf8(stamped.to).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 2);
+        assert!(lines[0].ends_with("  one line") && lines[1].ends_with("  and another"));
     }
 }

@@ -2,6 +2,7 @@
 
 //! `test`: unit tests on the host, then guests.
 
+use std::fs;
 use std::io::{stderr, IsTerminal, Write};
 use std::num::NonZeroUsize;
 use std::process::Stdio;
@@ -296,6 +297,9 @@ impl Test {
         let outcome = Guest::start(&options, streams)?.wait()?;
         let output = output.lock().unwrap_or_else(|error| error.into_inner());
         let text = String::from_utf8_lossy(&output).into_owned();
+        // Also of runs that pass: their figures are in it.
+        fs::create_dir_all(paths::logs())?;
+        fs::write(paths::logs().join(format!("test-{}.log", run.name)), &text)?;
 
         let mut problems = Vec::new();
         problems.extend(vm::problem(&outcome));

@@ -3,8 +3,10 @@
  * A dma-buf importer for tests: every open descriptor is a device of its own,
  * which reads and writes the buffer at the addresses that it was given.
  *
- * For guests without an IOMMU only: a DMA address is then a physical address,
- * or a bounce buffer's, and either is in the direct map.
+ * No IOMMU translates for such a device: a DMA address is a physical address,
+ * or a bounce buffer's, and either is in the direct map.  In the name of a PCI
+ * device (struct pti_attach, @pci) a buffer can be mapped through an IOMMU, but
+ * not be read or written.
  */
 #include <linux/align.h>
 #include <linux/bits.h>
@@ -20,6 +22,7 @@
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
+#include <linux/pci.h>
 #include <linux/scatterlist.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
@@ -31,6 +34,8 @@
 #define PIN_BATCH 512
 /* The most pages that PTI_PIN holds at once: 16 GiB in small pages. */
 #define PIN_MAX (1UL << 22)
+/* The most entries of PTI_SEGMENTS: 64 GiB in segments of 64 KiB. */
+#define SEGMENTS_MAX (1U << 20)
 
 /**
  * struct pti_mapping - one map call's result
@@ -45,9 +50,11 @@ struct pti_mapping {
 /**
  * struct pti - an open descriptor
  * @lock:     taken by every call; outside of the buffer's reservation lock
- * @id:       of the device's name
  * @dev:      the device, NULL while detached
+ * @faux:     the same if it is our own
+ * @id:       of its name
  * @parms:    its limits
+ * @max_seg:  the PCI device's own limit, put back when it is let go
  * @buf:      the buffer
  * @attach:   the attachment
  * @mappings: what is mapped
@@ -57,9 +64,11 @@ struct pti_mapping {
  */
 struct pti {
 	struct mutex lock; /* see above */
+	struct device *dev;
+	struct faux_device *faux;
 	int id;
-	struct faux_device *dev;
 	struct device_dma_parameters parms;
+	unsigned int max_seg;
 	struct dma_buf *buf;
 	struct dma_buf_attachment *attach;
 	struct pti_mapping mappings[PTI_MAPPINGS];
@@ -95,6 +104,19 @@ static u64 pti_vunmap_now(struct pti *pti)
 	return ktime_get_ns() - start;
 }
 
+static void pti_drop_device(struct pti *pti)
+{
+	if (pti->faux) {
+		faux_device_destroy(pti->faux);
+		pti->faux = NULL;
+		ida_free(&pti_ids, pti->id);
+	} else {
+		dma_set_max_seg_size(pti->dev, pti->max_seg);
+		pci_dev_put(to_pci_dev(pti->dev));
+	}
+	pti->dev = NULL;
+}
+
 static void pti_detach_now(struct pti *pti)
 {
 	int i;
@@ -110,9 +132,21 @@ static void pti_detach_now(struct pti *pti)
 	pti->attach = NULL;
 	dma_buf_put(pti->buf);
 	pti->buf = NULL;
-	faux_device_destroy(pti->dev);
-	pti->dev = NULL;
-	ida_free(&pti_ids, pti->id);
+	pti_drop_device(pti);
+}
+
+static int pti_take_pci_device(struct pti *pti, const struct pti_attach *arg)
+{
+	struct pci_dev *pdev;
+
+	pdev = pci_get_domain_bus_and_slot(0, arg->pci >> 8, arg->pci & 0xff);
+	if (!pdev)
+		return -ENODEV;
+	pti->dev = &pdev->dev;
+	pti->max_seg = dma_get_max_seg_size(pti->dev);
+	if (arg->max_seg)
+		dma_set_max_seg_size(pti->dev, arg->max_seg);
+	return 0;
 }
 
 static int pti_make_device(struct pti *pti, const struct pti_attach *arg)
@@ -121,31 +155,28 @@ static int pti_make_device(struct pti *pti, const struct pti_attach *arg)
 	struct device *dev;
 	int ret;
 
+	if (arg->pci)
+		return pti_take_pci_device(pti, arg);
+
 	pti->id = ida_alloc(&pti_ids, GFP_KERNEL);
 	if (pti->id < 0)
 		return pti->id;
 	snprintf(name, sizeof(name), "pinbuf_test_importer.%d", pti->id);
-	pti->dev = faux_device_create(name, NULL, NULL);
-	if (!pti->dev) {
-		ret = -ENOMEM;
-		goto free_id;
+	pti->faux = faux_device_create(name, NULL, NULL);
+	if (!pti->faux) {
+		ida_free(&pti_ids, pti->id);
+		return -ENOMEM;
 	}
 
-	dev = &pti->dev->dev;
+	dev = &pti->faux->dev;
+	pti->dev = dev;
 	memset(&pti->parms, 0, sizeof(pti->parms));
 	dev->dma_parms = &pti->parms;
 	if (arg->max_seg)
 		dma_set_max_seg_size(dev, arg->max_seg);
 	ret = dma_coerce_mask_and_coherent(dev, DMA_BIT_MASK(arg->mask_bits));
 	if (ret)
-		goto destroy;
-	return 0;
-
-destroy:
-	faux_device_destroy(pti->dev);
-	pti->dev = NULL;
-free_id:
-	ida_free(&pti_ids, pti->id);
+		pti_drop_device(pti);
 	return ret;
 }
 
@@ -158,7 +189,7 @@ static int pti_attach(struct pti *pti, struct pti_attach __user *user)
 
 	if (copy_from_user(&arg, user, sizeof(arg)))
 		return -EFAULT;
-	if (arg.reserved || arg.mask_bits < 24 || arg.mask_bits > 64)
+	if (arg.pci > 0xffff || arg.mask_bits < 24 || arg.mask_bits > 64)
 		return -EINVAL;
 	if (pti->attach)
 		return -EBUSY;
@@ -169,7 +200,7 @@ static int pti_attach(struct pti *pti, struct pti_attach __user *user)
 	ret = pti_make_device(pti, &arg);
 	if (ret)
 		goto put;
-	attach = dma_buf_attach(buf, &pti->dev->dev);
+	attach = dma_buf_attach(buf, pti->dev);
 	if (IS_ERR(attach)) {
 		ret = PTR_ERR(attach);
 		goto destroy;
@@ -177,7 +208,7 @@ static int pti_attach(struct pti *pti, struct pti_attach __user *user)
 	pti->buf = buf;
 	pti->attach = attach;
 
-	arg.max_mapping = dma_max_mapping_size(&pti->dev->dev);
+	arg.max_mapping = dma_max_mapping_size(pti->dev);
 	if (copy_to_user(user, &arg, sizeof(arg))) {
 		pti_detach_now(pti);
 		return -EFAULT;
@@ -185,9 +216,7 @@ static int pti_attach(struct pti *pti, struct pti_attach __user *user)
 	return 0;
 
 destroy:
-	faux_device_destroy(pti->dev);
-	pti->dev = NULL;
-	ida_free(&pti_ids, pti->id);
+	pti_drop_device(pti);
 put:
 	dma_buf_put(buf);
 	return ret;
@@ -333,6 +362,8 @@ static int pti_rw_device(struct pti *pti, const struct pti_rw *arg)
 
 	if (!slot)
 		return -EINVAL;
+	if (!pti->faux)
+		return -EOPNOTSUPP;
 	for_each_sgtable_dma_sg(slot->table, sg, i) {
 		u64 len = sg_dma_len(sg);
 		char *memory;
@@ -344,7 +375,7 @@ static int pti_rw_device(struct pti *pti, const struct pti_rw *arg)
 			offset -= len;
 			continue;
 		}
-		memory = phys_to_virt(dma_to_phys(&pti->dev->dev,
+		memory = phys_to_virt(dma_to_phys(pti->dev,
 						  sg_dma_address(sg)));
 		len = min(len - offset, left);
 		ret = pti_copy(memory + offset, data, len, arg->flags);
@@ -488,6 +519,52 @@ static int pti_pin(struct pti_pin __user *user)
 	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
 }
 
+/* The floor that any exporter's map_dma_buf stands on. */
+static int pti_segments(struct pti *pti, struct pti_segments __user *user)
+{
+	const struct pti_attach limits = {
+		.mask_bits = 64,
+		.max_seg = UINT_MAX,
+	};
+	struct pti_segments arg;
+	struct scatterlist *sg;
+	struct sg_table table;
+	u64 start;
+	int ret, i;
+
+	if (copy_from_user(&arg, user, sizeof(arg)))
+		return -EFAULT;
+	if (!arg.count || arg.count > SEGMENTS_MAX || arg.reserved)
+		return -EINVAL;
+	if (pti->attach)
+		return -EBUSY;
+	ret = pti_make_device(pti, &limits);
+	if (ret)
+		return ret;
+
+	start = ktime_get_ns();
+	ret = sg_alloc_table(&table, arg.count, GFP_KERNEL_ACCOUNT);
+	if (ret)
+		goto destroy;
+	for_each_sgtable_sg(&table, sg, i)
+		sg_set_page(sg, pti->page, PAGE_SIZE, 0);
+	ret = dma_map_sgtable(pti->dev, &table, DMA_BIDIRECTIONAL, 0);
+	arg.map_ns = ktime_get_ns() - start;
+	if (ret)
+		goto free_table;
+
+	start = ktime_get_ns();
+	dma_unmap_sgtable(pti->dev, &table, DMA_BIDIRECTIONAL, 0);
+free_table:
+	sg_free_table(&table);
+	arg.unmap_ns = ktime_get_ns() - start;
+destroy:
+	pti_drop_device(pti);
+	if (ret)
+		return ret;
+	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
+}
+
 static long pti_ioctl(struct file *file, unsigned int cmd, unsigned long value)
 {
 	struct pti *pti = file->private_data;
@@ -527,6 +604,9 @@ static long pti_ioctl(struct file *file, unsigned int cmd, unsigned long value)
 		break;
 	case PTI_CPU:
 		ret = pti_cpu(pti, user);
+		break;
+	case PTI_SEGMENTS:
+		ret = pti_segments(pti, user);
 		break;
 	default:
 		ret = -ENOTTY;

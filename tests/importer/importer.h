@@ -27,14 +27,17 @@
  * @fd:       the dma-buf
  * @mask_bits: width of the device's addresses, 24 to 64
  * @max_seg:  the longest segment it takes, bytes; 0: it does not say (64 KiB)
- * @reserved: zero
+ * @pci:      0: a device of its own, which no IOMMU translates for; else the
+ *            address of a PCI device of domain 0, bus << 8 | devfn, in whose
+ *            name the buffer is mapped; @mask_bits is then that device's, and
+ *            PTI_RW as the device does not work
  * @max_mapping: out: the longest segment that the DMA layer can map, bytes
  */
 struct pti_attach {
 	__s32 fd;
 	__u32 mask_bits;
 	__u32 max_seg;
-	__u32 reserved;
+	__u32 pci;
 	__u64 max_mapping;
 };
 
@@ -156,6 +159,20 @@ struct pti_pin {
 	__u64 unpin_ns;
 };
 
+/**
+ * struct pti_segments - map a scatterlist, and unmap it: what its entries alone cost
+ * @count:    entries, 1 to 2^20; each is one page, the same
+ * @reserved: zero
+ * @map_ns:   out: how long allocating, filling and mapping it took
+ * @unmap_ns: out: how long unmapping and freeing it took
+ */
+struct pti_segments {
+	__u32 count;
+	__u32 reserved;
+	__u64 map_ns;
+	__u64 unmap_ns;
+};
+
 #define PTI_IOC_TYPE	'u'
 #define PTI_ATTACH	_IOWR(PTI_IOC_TYPE, 0xe0, struct pti_attach)
 #define PTI_DETACH	_IO(PTI_IOC_TYPE, 0xe1)
@@ -167,5 +184,6 @@ struct pti_pin {
 #define PTI_VUNMAP	_IOR(PTI_IOC_TYPE, 0xe7, struct pti_time)
 #define PTI_CPU		_IOWR(PTI_IOC_TYPE, 0xe8, struct pti_cpu)
 #define PTI_PIN		_IOWR(PTI_IOC_TYPE, 0xe9, struct pti_pin)
+#define PTI_SEGMENTS	_IOWR(PTI_IOC_TYPE, 0xea, struct pti_segments)
 
 #endif /* _PINBUF_TEST_IMPORTER_H */

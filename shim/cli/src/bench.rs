@@ -128,15 +128,7 @@ impl Times {
     }
 
     fn median(all: &[Self]) -> Self {
-        let of = |field: fn(&Self) -> f64| {
-            let mut values: Vec<f64> = all.iter().map(field).collect();
-            values.sort_by(f64::total_cmp);
-            match values.len() {
-                0 => 0.0,
-                n if n % 2 == 1 => values[n / 2],
-                n => (values[n / 2 - 1] + values[n / 2]) / 2.0,
-            }
-        };
+        let of = |field: fn(&Self) -> f64| median(all.iter().map(field).collect());
         Self {
             create: of(|t| t.create),
             touch: of(|t| t.touch),
@@ -146,6 +138,23 @@ impl Times {
     }
 }
 
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => 0.0,
+        n if n % 2 == 1 => values[n / 2],
+        n => (values[n / 2 - 1] + values[n / 2]) / 2.0,
+    }
+}
+
+/// What a side measured in one process.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Turn {
+    times: Vec<Times>,
+    /// Creates by pinbuf's own call, each of the same memory just after the one by the shim.
+    native_creates: Vec<f64>,
+}
+
 #[derive(Debug, Serialize)]
 struct Row {
     memory: Memory,
@@ -153,6 +162,9 @@ struct Row {
     medians: BTreeMap<Side, Times>,
     /// The same, divided by udmabuf's.
     ratios: BTreeMap<Side, BTreeMap<&'static str, f64>>,
+    /// What a create by the shim takes, in microseconds, and what one by pinbuf's own call takes, of
+    /// the same memory in the same process: medians.
+    shim_and_native_create: Option<(f64, f64)>,
     /// Why a side is missing.
     missing: BTreeMap<Side, String>,
 }
@@ -208,9 +220,11 @@ impl Bench {
             memory,
             medians: BTreeMap::new(),
             ratios: BTreeMap::new(),
+            shim_and_native_create: None,
             missing: BTreeMap::new(),
         };
         let mut times: BTreeMap<Side, Vec<Times>> = BTreeMap::new();
+        let mut native = Vec::new();
         let sides = [Side::Pinbuf, Side::Udmabuf, Side::Shim];
         let sides = sides.into_iter().filter(|side| memory.suits(*side));
         // In turns, the first of which only warms up.
@@ -227,7 +241,10 @@ impl Bench {
                 };
                 match self.turn(side, memory, repeat, shim) {
                     Ok(_) if turn == 0 => {}
-                    Ok(found) => times.entry(side).or_default().extend(found),
+                    Ok(found) => {
+                        times.entry(side).or_default().extend(found.times);
+                        native.extend(found.native_creates);
+                    }
                     Err(error) => {
                         row.missing.insert(side, format!("{error:#}"));
                     }
@@ -236,6 +253,9 @@ impl Bench {
         }
         for (side, times) in times {
             row.medians.insert(side, Times::median(&times));
+        }
+        if let (Some(shim), false) = (row.medians.get(&Side::Shim), native.is_empty()) {
+            row.shim_and_native_create = Some((shim.create, median(native)));
         }
         if let Some(base) = row.medians.get(&Side::Udmabuf).copied() {
             for (side, times) in row
@@ -254,13 +274,7 @@ impl Bench {
     }
 
     /// Runs a side in a process of its own.
-    fn turn(
-        &self,
-        side: Side,
-        memory: Memory,
-        repeat: usize,
-        shim: Option<&Path>,
-    ) -> Result<Vec<Times>> {
+    fn turn(&self, side: Side, memory: Memory, repeat: usize, shim: Option<&Path>) -> Result<Turn> {
         let name = |value: Option<clap::builder::PossibleValue>| {
             value
                 .map(|value| value.get_name().to_owned())
@@ -320,6 +334,13 @@ fn print(report: &Report) {
             }
             println!("{line}");
         }
+        if let Some((shim, native)) = row.shim_and_native_create {
+            println!(
+                "{:24}the same memory: {shim:.1} by the shim, {native:.1} by pinbuf's call, {:+.1}",
+                row.memory.name(),
+                shim - native
+            );
+        }
         for (side, why) in &row.missing {
             println!(
                 "{:24}{:10}{why}",
@@ -330,25 +351,40 @@ fn print(report: &Report) {
     }
 }
 
-fn measure(side: Side, memory: Memory, bytes: usize, repeat: usize) -> Result<Vec<Times>> {
-    match side {
-        Side::Pinbuf => {
-            let device = Device::open()?;
-            let region = region(memory, bytes)?;
-            // Filled, as memory in use is.
-            region.fill(0, region.len(), 1)?;
-            times(repeat, true, || Ok(device.export(&region)?))
+fn measure(side: Side, memory: Memory, bytes: usize, repeat: usize) -> Result<Turn> {
+    let mut turn = Turn::default();
+    if side == Side::Pinbuf {
+        let device = Device::open()?;
+        let region = region(memory, bytes)?;
+        // Filled, as memory in use is.
+        region.fill(0, region.len(), 1)?;
+        for _ in 0..repeat {
+            turn.times
+                .push(times(true, || Ok(device.export(&region)?))?);
         }
-        Side::Udmabuf | Side::Shim => {
-            let device = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .open("/dev/udmabuf")
-                .context("/dev/udmabuf")?;
-            let (memfd, _map) = memfd(memory, bytes)?;
-            times(repeat, false, || udmabuf(&device, &memfd, bytes))
+        return Ok(turn);
+    }
+    let device = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/udmabuf")
+        .context("/dev/udmabuf")?;
+    let (memfd, mapped) = memfd(memory, bytes)?;
+    let native = match mapped.as_ref().filter(|_| side == Side::Shim) {
+        Some(region) => Some((Device::open()?, region)),
+        None => None,
+    };
+    for _ in 0..repeat {
+        turn.times
+            .push(times(false, || udmabuf(&device, &memfd, bytes))?);
+        if let Some((device, region)) = &native {
+            let start = Instant::now();
+            let buffer = device.export(region)?;
+            turn.native_creates.push(micros(start));
+            drop(buffer);
         }
     }
+    Ok(turn)
 }
 
 fn region(memory: Memory, bytes: usize) -> Result<Region> {
@@ -408,39 +444,37 @@ fn udmabuf(device: &File, memfd: &OwnedFd, bytes: usize) -> Result<DmaBuf> {
     Ok(DmaBuf::from_fd(unsafe { OwnedFd::from_raw_fd(fd) })?)
 }
 
-fn times(repeat: usize, aligned: bool, create: impl Fn() -> Result<DmaBuf>) -> Result<Vec<Times>> {
-    let micros = |since: Instant| since.elapsed().as_nanos() as f64 / 1000.0;
-    let mut all = Vec::new();
-    for _ in 0..repeat {
-        let start = Instant::now();
-        let buffer = create()?;
-        let created = micros(start);
+fn micros(since: Instant) -> f64 {
+    since.elapsed().as_nanos() as f64 / 1000.0
+}
 
-        // pinbuf's own side by the library, the others as programs do, without a wish for an
-        // address.
-        let len = buffer.size()?;
-        let start = Instant::now();
-        let map = Plain::new(&buffer, len, aligned)?;
-        let guard = buffer.begin_cpu_access(Access::ReadWrite)?;
-        map.touch();
-        guard.finish()?;
-        let touched = micros(start);
+fn times(aligned: bool, make: impl Fn() -> Result<DmaBuf>) -> Result<Times> {
+    let start = Instant::now();
+    let buffer = make()?;
+    let create = micros(start);
 
-        let start = Instant::now();
-        drop(map);
-        let unmapped = micros(start);
+    // pinbuf's own side by the library, the others as programs do, without a wish for an address.
+    let len = buffer.size()?;
+    let start = Instant::now();
+    let map = Plain::new(&buffer, len, aligned)?;
+    let guard = buffer.begin_cpu_access(Access::ReadWrite)?;
+    map.touch();
+    guard.finish()?;
+    let touch = micros(start);
 
-        let start = Instant::now();
-        drop(buffer);
-        let closed = micros(start);
-        all.push(Times {
-            create: created,
-            touch: touched,
-            unmap: unmapped,
-            close: closed,
-        });
-    }
-    Ok(all)
+    let start = Instant::now();
+    drop(map);
+    let unmap = micros(start);
+
+    let start = Instant::now();
+    drop(buffer);
+    let close = micros(start);
+    Ok(Times {
+        create,
+        touch,
+        unmap,
+        close,
+    })
 }
 
 /// A mapping: the library's, which is aligned, or one by libc, where the shim stands.

@@ -2,15 +2,17 @@
 
 //! Looking at a program: can the shim reach it?
 
-use std::ffi::CString;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result};
+
+use crate::elf::Elf;
 
 /// Why the shim cannot reach a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +60,26 @@ impl fmt::Display for Obstacle {
     }
 }
 
+/// Why there is nothing to execute.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Missing {
+    /// No such file, or no command of this name.
+    NotFound(PathBuf),
+    /// A file that may not be executed.
+    NotExecutable(PathBuf),
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotFound(path) => write!(f, "{}: not found", path.display()),
+            Self::NotExecutable(path) => write!(f, "{}: not executable", path.display()),
+        }
+    }
+}
+
+impl std::error::Error for Missing {}
+
 /// A program, as far as it matters here.
 #[derive(Debug)]
 pub struct Program {
@@ -93,24 +115,24 @@ impl Program {
     }
 }
 
-fn locate(command: &Path) -> Result<PathBuf> {
+fn locate(command: &Path) -> Result<PathBuf, Missing> {
     let is_program = |path: &Path| {
         fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
     };
     if command.as_os_str().as_bytes().contains(&b'/') {
-        if !command.exists() {
-            bail!("{}: no such file", command.display());
-        }
-        if !is_program(command) {
-            bail!("{}: not executable", command.display());
-        }
-        return Ok(command.to_owned());
+        return if is_program(command) {
+            Ok(command.to_owned())
+        } else if command.exists() {
+            Err(Missing::NotExecutable(command.to_owned()))
+        } else {
+            Err(Missing::NotFound(command.to_owned()))
+        };
     }
     let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/bin".into());
     std::env::split_paths(&path)
         .map(|directory| directory.join(command))
         .find(|path| is_program(path))
-        .with_context(|| format!("{}: command not found", command.display()))
+        .ok_or_else(|| Missing::NotFound(command.to_owned()))
 }
 
 enum Kind {
@@ -127,18 +149,21 @@ fn inspect(path: &Path) -> Result<Kind> {
             interpreter(line).context("a script without an interpreter")?,
         ));
     }
-    let mut obstacles = elf(&file, &start).with_context(|| format!("{}", path.display()))?;
-    let metadata = file.metadata()?;
-    // A file's bits do nothing for those that it gives nothing new.
-    let set_user =
-        metadata.mode() & 0o4000 != 0 && metadata.uid() != nix::unistd::geteuid().as_raw();
-    let set_group =
-        metadata.mode() & 0o2010 == 0o2010 && metadata.gid() != nix::unistd::getegid().as_raw();
-    if set_user || set_group {
-        obstacles.push(Obstacle::SetId);
-    }
-    if has_capabilities(path) && !nix::unistd::geteuid().is_root() {
-        obstacles.push(Obstacle::FileCapabilities);
+    let elf = Elf::read(&file).with_context(|| format!("{}", path.display()))?;
+    let mut obstacles = of_elf(&elf);
+    if !ignores_privileges(&file)? {
+        let metadata = file.metadata()?;
+        // A file's bits do nothing for those that it gives nothing new.
+        let set_user =
+            metadata.mode() & 0o4000 != 0 && metadata.uid() != nix::unistd::getuid().as_raw();
+        let set_group =
+            metadata.mode() & 0o2010 == 0o2010 && metadata.gid() != nix::unistd::getgid().as_raw();
+        if set_user || set_group {
+            obstacles.push(Obstacle::SetId);
+        }
+        if has_capabilities(&file) && !nix::unistd::getuid().is_root() {
+            obstacles.push(Obstacle::FileCapabilities);
+        }
     }
     Ok(Kind::Program(obstacles))
 }
@@ -157,81 +182,48 @@ fn interpreter(line: &[u8]) -> Option<PathBuf> {
     Some(first)
 }
 
-fn has_capabilities(path: &Path) -> bool {
-    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else {
-        return false;
-    };
-    let name = c"security.capability";
-    // SAFETY: terminated strings, and no buffer to write to.
-    unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), std::ptr::null_mut(), 0) > 0 }
+/// Does executing this file never give privileges?  Then it is as any other.
+fn ignores_privileges(file: &File) -> Result<bool> {
+    let mounted = nix::sys::statvfs::fstatvfs(file)?.flags();
+    // SAFETY: no memory is involved.
+    let given_up = unsafe { libc::prctl(libc::PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) } == 1;
+    Ok(given_up || mounted.contains(nix::sys::statvfs::FsFlags::ST_NOSUID))
 }
 
-#[cfg(target_arch = "x86_64")]
-const MACHINE: u16 = 62;
-#[cfg(target_arch = "aarch64")]
-const MACHINE: u16 = 183;
-#[cfg(target_arch = "riscv64")]
-const MACHINE: u16 = 243;
+fn has_capabilities(file: &File) -> bool {
+    let name = c"security.capability";
+    // SAFETY: a terminated string, and no buffer to write to.
+    unsafe { libc::fgetxattr(file.as_raw_fd(), name.as_ptr(), std::ptr::null_mut(), 0) > 0 }
+}
 
-const PT_INTERP: u32 = 3;
-const PT_NOTE: u32 = 4;
+/// What the headers of a program's file say against preloading.
+pub fn obstacles_of_file(path: &Path) -> Result<Vec<Obstacle>> {
+    Ok(of_elf(&Elf::read(&File::open(path)?)?))
+}
 
-/// Reads an ELF file's headers.
-fn elf(file: &File, start: &[u8]) -> Result<Vec<Obstacle>> {
-    if start.get(..4) != Some(b"\x7fELF") || start.len() < 64 {
-        bail!("neither a program nor a script");
+fn of_elf(elf: &Elf) -> Vec<Obstacle> {
+    if elf.bits32 {
+        return vec![Obstacle::Bits32];
     }
-    if start[4] == 1 {
-        return Ok(vec![Obstacle::Bits32]);
+    if elf.foreign {
+        return vec![Obstacle::OtherMachine];
     }
-    let u16_at = |bytes: &[u8], at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
-    let u64_at = |bytes: &[u8], at: usize| {
-        let mut word = [0; 8];
-        word.copy_from_slice(&bytes[at..at + 8]);
-        u64::from_le_bytes(word)
-    };
-    if u16_at(start, 18) != MACHINE {
-        return Ok(vec![Obstacle::OtherMachine]);
-    }
-    let (offset, size, count) = (u64_at(start, 32), u16_at(start, 54), u16_at(start, 56));
-    if size < 56 {
-        bail!("a damaged program");
-    }
-    let mut headers = vec![0; usize::from(size) * usize::from(count)];
-    file.read_exact_at(&mut headers, offset)
-        .context("a damaged program")?;
     let mut obstacles = Vec::new();
-    let mut interpreter = None;
-    let mut go = false;
-    for header in headers.chunks_exact(usize::from(size)) {
-        let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
-        let mut content = vec![0; u64_at(header, 32).min(4096) as usize];
-        if matches!(kind, PT_INTERP | PT_NOTE) {
-            file.read_exact_at(&mut content, u64_at(header, 8))
-                .context("a damaged program")?;
-        }
-        match kind {
-            PT_INTERP => interpreter = Some(String::from_utf8_lossy(&content).into_owned()),
-            // The build's number, which Go's linker puts into every program.
-            PT_NOTE => go |= content.windows(8).any(|w| w == b"\x04\0\0\0Go\0\0"),
-            _ => {}
-        }
-    }
-    // A note's type precedes its name; Go's is 4.
-    if go {
+    if elf.go {
         obstacles.push(Obstacle::Go);
     }
-    match interpreter {
+    match &elf.interpreter {
         None => obstacles.push(Obstacle::Static),
         Some(interpreter) if interpreter.contains("ld-musl") => obstacles.push(Obstacle::Musl),
         Some(_) => {}
     }
-    Ok(obstacles)
+    obstacles
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::elf::tests::{program, GLIBC};
 
     #[test]
     fn interpreters() {
@@ -247,7 +239,58 @@ mod tests {
     fn this_program_can_be_reached() {
         let program = Program::find(&std::env::current_exe().unwrap()).unwrap();
         assert_eq!(program.obstacles, []);
-        assert!(Program::find(Path::new("no-such-command")).is_err());
-        assert!(Program::find(Path::new("/etc/passwd")).is_err());
+    }
+
+    #[test]
+    fn missing_programs() {
+        let of = |name: &str| {
+            let error = Program::find(Path::new(name)).unwrap_err();
+            error.downcast_ref::<Missing>().cloned()
+        };
+        for name in ["no-such-command", "/no/such/file"] {
+            assert_eq!(of(name), Some(Missing::NotFound(name.into())));
+        }
+        let name = "/etc/passwd";
+        assert_eq!(of(name), Some(Missing::NotExecutable(name.into())));
+    }
+
+    /// Writes an executable file and looks at it.
+    fn look(content: &[u8]) -> Result<Program> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("program");
+        fs::write(&path, content).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        Program::find(&path)
+    }
+
+    #[test]
+    fn obstacles_in_headers() {
+        let musl: (u32, &[u8]) = (3, b"/lib/ld-musl-x86_64.so.1\0");
+        let go = ".go.buildinfo";
+        let mut narrow = program(&[GLIBC], &[]);
+        narrow[4] = 1;
+        let mut foreign = program(&[GLIBC], &[]);
+        foreign[18] = 8;
+        for (content, wanted) in [
+            (program(&[GLIBC], &[]), vec![]),
+            (program(&[], &[]), vec![Obstacle::Static]),
+            (program(&[musl], &[]), vec![Obstacle::Musl]),
+            (program(&[GLIBC], &[go]), vec![Obstacle::Go]),
+            (program(&[], &[go]), vec![Obstacle::Go, Obstacle::Static]),
+            (narrow, vec![Obstacle::Bits32]),
+            (foreign, vec![Obstacle::OtherMachine]),
+        ] {
+            assert_eq!(look(&content).unwrap().obstacles, wanted);
+        }
+    }
+
+    #[test]
+    fn scripts_are_as_their_interpreters() {
+        let this = std::env::current_exe().unwrap();
+        let script = format!("#!{}\n", this.display());
+        let program = look(script.as_bytes()).unwrap();
+        assert_eq!((program.loaded, program.obstacles), (this, vec![]));
+        assert!(look(b"#!\n").is_err());
+        assert!(look(b"neither").is_err());
     }
 }

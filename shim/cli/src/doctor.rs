@@ -13,7 +13,9 @@ use nix::sys::resource::{getrlimit, Resource};
 use pinbuf::{Device, Error, Region};
 use serde::Serialize;
 
-use crate::command::Program;
+use crate::apparmor::{self, Confinement};
+use crate::command::{self, Obstacle, Program};
+use crate::process::Process;
 use crate::run::user_name;
 use crate::shim;
 
@@ -28,6 +30,9 @@ pub struct Doctor {
     /// A program that should run on pinbuf.
     #[arg(value_name = "COMMAND")]
     command: Option<PathBuf>,
+    /// A process that should be running on pinbuf.
+    #[arg(long, value_name = "PID", conflicts_with = "command")]
+    pid: Option<u32>,
 }
 
 /// How bad it is.
@@ -100,11 +105,14 @@ impl Doctor {
         findings.push(hugepages());
         findings.push(lockdown());
         findings.push(library());
-        findings.push(apparmor(self.command.as_deref()));
+        findings.push(apparmor());
         findings.push(qemu());
         findings.extend(libvirt());
         if let Some(name) = &self.command {
-            findings.push(command(name));
+            findings.extend(program(name));
+        }
+        if let Some(pid) = self.pid {
+            findings.extend(process(pid));
         }
         if self.json {
             println!("{}", serde_json::to_string_pretty(&findings)?);
@@ -408,43 +416,45 @@ fn library() -> Finding {
     }
 }
 
-fn apparmor(command: Option<&Path>) -> Finding {
-    let on = read("/sys/module/apparmor/parameters/enabled").is_some_and(|text| text == "Y");
-    if !on {
-        return good("AppArmor", "not in use");
+fn apparmor() -> Finding {
+    const WHAT: &str = "AppArmor";
+    if !apparmor::in_use() {
+        return good(WHAT, "not in use");
     }
-    let own = read("/proc/self/attr/apparmor/current")
-        .or_else(|| read("/proc/self/attr/current"))
-        .unwrap_or_default();
-    let profile = command.and_then(|command| {
-        let path = Program::find(command).ok()?.loaded.canonicalize().ok()?;
-        let profiles = read("/sys/kernel/security/apparmor/profiles")?;
-        let path = path.to_string_lossy().into_owned();
-        let name = path.rsplit('/').next().unwrap_or_default().to_owned();
-        profiles
-            .lines()
-            .find(|line| {
-                let profile = line.split(" (").next().unwrap_or_default();
-                profile == path || profile == name
-            })
-            .map(str::to_owned)
-    });
-    match profile {
-        Some(profile) if !profile.contains("(unconfined)") => note(
-            "AppArmor",
-            format!("the command is confined: {profile}"),
-            "its profile must allow `/dev/pinbuf rw,` and `/usr/lib/pinbuf/*.so mr,`; and a \
-             change of profile at its start may make the dynamic linker ignore LD_PRELOAD (use \
-             `ux` or `px`, not `Ux` or `Px`, in the profile of the program that starts it)",
-        ),
-        _ if own.is_empty() || own.starts_with("unconfined") => {
-            good("AppArmor", "in use, not for us")
-        }
-        _ => note(
-            "AppArmor",
-            format!("this shell is confined: {own}"),
-            "its profile must allow `/dev/pinbuf rw,`",
-        ),
+    match apparmor::of_process("self") {
+        None => good(WHAT, "in use, not for us"),
+        Some(confinement) => allowance(WHAT, "this shell", &confinement),
+    }
+}
+
+/// What a profile means for who is confined by it.
+fn allowance(what: &'static str, who: &str, confinement: &Confinement) -> Finding {
+    const MEND: &str = "its profile (for libvirt's machines: \
+                        /etc/apparmor.d/local/abstractions/libvirt-qemu) must have \
+                        `/dev/pinbuf rw,` and `/usr/lib/pinbuf/*.so mr,`";
+    let name = &confinement.name;
+    let device = confinement.allows(Path::new(Device::PATH));
+    let shim = shim::find().ok().and_then(|shim| confinement.allows(&shim));
+    let mut refused = Vec::new();
+    if device.is_some_and(|allowed| !allowed.read_write) {
+        refused.push(Device::PATH.to_owned());
+    }
+    if shim.is_some_and(|allowed| !allowed.library) {
+        refused.push("the shim".to_owned());
+    }
+    let text = format!("{who} is confined by the profile `{name}`");
+    if confinement.only_complains() {
+        good(what, format!("{text}, which only complains"))
+    } else if !refused.is_empty() {
+        bad(
+            what,
+            format!("{text}, which refuses {}", refused.join(" and ")),
+            MEND,
+        )
+    } else if device.is_none() {
+        note(what, text, MEND)
+    } else {
+        good(what, format!("{text}, which allows what is needed"))
     }
 }
 
@@ -491,24 +501,94 @@ fn libvirt() -> Option<Finding> {
     })
 }
 
-fn command(name: &Path) -> Finding {
-    match Program::find(name) {
-        Ok(program) if program.obstacles.is_empty() => good(
-            "command",
-            format!("{} can be reached by the shim", program.loaded.display()),
-        ),
-        Ok(program) => {
-            let reasons: Vec<_> = program.obstacles.iter().map(ToString::to_string).collect();
-            bad(
-                "command",
-                format!("{} cannot be reached by the shim", program.loaded.display()),
-                reasons.join("; "),
-            )
+fn reasons(obstacles: &[Obstacle]) -> String {
+    let reasons: Vec<_> = obstacles.iter().map(ToString::to_string).collect();
+    reasons.join("; ")
+}
+
+fn program(name: &Path) -> Vec<Finding> {
+    const WHAT: &str = "command";
+    let program = match Program::find(name) {
+        Ok(program) => program,
+        Err(error) => {
+            let mend = "name it as you would in a shell";
+            return vec![bad(WHAT, format!("{error:#}"), mend)];
         }
-        Err(error) => bad(
-            "command",
-            format!("{error:#}"),
-            "name it as you would in a shell",
-        ),
+    };
+    let loaded = program.loaded.display();
+    let mut findings = Vec::new();
+    if program.obstacles.is_empty() {
+        findings.push(good(WHAT, format!("{loaded} can be reached by the shim")));
+    } else {
+        findings.push(bad(
+            WHAT,
+            format!("{loaded} cannot be reached by the shim"),
+            reasons(&program.obstacles),
+        ));
     }
+    if apparmor::in_use() {
+        findings.extend(
+            apparmor::of_program(&program.loaded)
+                .map(|confinement| allowance(WHAT, &loaded.to_string(), &confinement)),
+        );
+    }
+    findings
+}
+
+fn process(pid: u32) -> Vec<Finding> {
+    const WHAT: &str = "process";
+    let process = match Process::find(pid) {
+        Ok(process) => process,
+        Err(error) => {
+            let mend = "give the number of a process that runs; for others' processes, be root";
+            return vec![bad(WHAT, format!("{error:#}"), mend)];
+        }
+    };
+    let who = format!("{} ({})", process.program.display(), process.pid);
+    let mut findings = Vec::new();
+    findings.push(if process.shim && process.uses_pinbuf {
+        good(WHAT, format!("{who} runs on pinbuf"))
+    } else if process.shim {
+        note(
+            WHAT,
+            format!("{who} has the shim, and nothing of pinbuf's open now"),
+            "a program may open /dev/udmabuf only when it needs a buffer",
+        )
+    } else if process.uses_pinbuf {
+        good(WHAT, format!("{who} uses pinbuf without the shim"))
+    } else if process.secure {
+        bad(
+            WHAT,
+            format!(
+                "{who} was started with a scrubbed environment (AT_SECURE), so the dynamic linker \
+                 ignored LD_PRELOAD"
+            ),
+            "it is set-user-ID, its file has capabilities, or AppArmor changed its profile at its \
+             start: in the profile of the program that starts it, use `px`, `cx` or `ux` instead \
+             of `Px`, `Cx` or `Ux`, and `change_profile unsafe`",
+        )
+    } else {
+        let obstacles = command::obstacles_of_file(&process.executable()).unwrap_or_default();
+        let mend = if obstacles.is_empty() {
+            "start it with `pinbuf run`, or with LD_PRELOAD=/usr/lib/pinbuf/libudmabuf_shim.so"
+                .to_owned()
+        } else {
+            reasons(&obstacles)
+        };
+        bad(WHAT, format!("{who} was started without the shim"), mend)
+    });
+    if process.uses_udmabuf {
+        findings.push(note(
+            WHAT,
+            format!("{who} has the kernel's own udmabuf open"),
+            "it came by it before, or past, the shim",
+        ));
+    }
+    if apparmor::in_use() {
+        findings.extend(
+            apparmor::of_process(&pid.to_string())
+                .map(|confinement| allowance(WHAT, &who, &confinement)),
+        );
+    }
+    findings
 }

@@ -3,10 +3,13 @@
 //! `pinbuf`: run programs written for udmabuf on pinbuf, find out why that does not work, look at
 //! live buffers, and measure.
 
+mod apparmor;
 mod bench;
 mod command;
 mod doctor;
+mod elf;
 mod info;
+mod process;
 mod run;
 mod shim;
 

@@ -12,7 +12,7 @@ use clap::Args;
 use nix::sys::resource::{getrlimit, setrlimit, Resource};
 use pinbuf::{Device, Error};
 
-use crate::command::Program;
+use crate::command::{Missing, Program};
 use crate::{doctor, shim};
 
 /// Runs a program written for udmabuf on pinbuf.
@@ -48,7 +48,11 @@ impl Run {
             Ok(program) => program,
             Err(error) => {
                 eprintln!("pinbuf: {error:#}");
-                return Ok(ExitCode::from(127));
+                let status = match error.downcast_ref() {
+                    Some(Missing::NotFound(_)) => 127,
+                    _ => 126,
+                };
+                return Ok(ExitCode::from(status));
             }
         };
         if let Some(obstacle) = program.obstacles.first() {

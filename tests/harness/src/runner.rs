@@ -26,19 +26,27 @@ pub struct Test {
     pub run: fn() -> Result<()>,
     /// How long it may take.
     pub timeout: Duration,
+    /// Parts of lines in the kernel's log that it causes on purpose, complaints though they are.
+    pub allowed: &'static [&'static str],
 }
 
-/// Makes a file's table of subtests. A time in seconds may follow a name.
+/// Makes a file's table of subtests. A time in seconds may follow a name, and then a list of
+/// complaints of the kernel's that the subtest is to cause.
 #[macro_export]
 macro_rules! tests {
     (@timeout) => { 60 };
     (@timeout $seconds:literal) => { $seconds };
-    ($theme:literal: $($name:ident $(within $seconds:literal)?),* $(,)?) => {
+    (@allowed) => { &[] };
+    (@allowed $allowed:expr) => { &$allowed };
+    ($theme:literal: $(
+        $name:ident $(within $seconds:literal)? $(allowing $allowed:expr)?
+    ),* $(,)?) => {
         /// The subtests of this file.
         pub const TESTS: &[$crate::Test] = &[$($crate::Test {
             name: concat!($theme, ".", stringify!($name)),
             run: $name,
             timeout: std::time::Duration::from_secs($crate::tests!(@timeout $($seconds)?)),
+            allowed: $crate::tests!(@allowed $($allowed)?),
         }),*];
     };
 }
@@ -272,9 +280,10 @@ impl Log {
         Ok(Self(file))
     }
 
-    fn bad_lines(&mut self) -> Vec<String> {
+    fn bad_lines(&mut self, allowed: &[&str]) -> Vec<String> {
         let mut found = Vec::new();
-        let mut killer = false;
+        // The stack that comes next belongs to a line that was wanted.
+        let mut wanted = false;
         let mut record = [0; 8192];
         loop {
             match self.0.read(&mut record) {
@@ -283,11 +292,12 @@ impl Log {
                     let text = String::from_utf8_lossy(&record[..count]);
                     let line = text.split_once(';').map_or(&*text, |parts| parts.1);
                     let line = line.lines().next().unwrap_or_default();
-                    if line.contains("invoked oom-killer") {
-                        // Which a test may want; it shows where, too.
-                        killer = true;
-                    } else if killer && line.contains("Call Trace") {
-                        killer = false;
+                    if line.contains("invoked oom-killer")
+                        || allowed.iter().any(|part| line.contains(part))
+                    {
+                        wanted = true;
+                    } else if wanted && line.contains("Call Trace") {
+                        wanted = false;
                     } else if Self::BAD.iter().any(|bad| line.contains(bad)) {
                         found.push(format!("the kernel says: {line}"));
                     }
@@ -342,7 +352,7 @@ impl Runner {
             faults.extend(Self::left_behind(&before)?);
             before.restore()?;
         }
-        faults.extend(self.log.bad_lines());
+        faults.extend(self.log.bad_lines(test.allowed));
         if !faults.is_empty() {
             let mut lines = match outcome {
                 Outcome::Failed(lines) => lines,

@@ -111,6 +111,32 @@ pub fn pin_cost(addr: u64, len: u64, stride: u64) -> io::Result<PinCost> {
     })
 }
 
+/// What a scatterlist of so many entries cost.
+#[derive(Clone, Copy, Debug)]
+pub struct SegmentCost {
+    /// The time that allocating, filling and mapping it took.
+    pub map: Duration,
+    /// The time that unmapping and freeing it took.
+    pub unmap: Duration,
+}
+
+/// Maps a scatterlist of `count` entries for a device without limits, and unmaps it.
+///
+/// # Errors
+/// As `sg_alloc_table` and `dma_map_sgtable` give them.
+pub fn segment_cost(count: u32) -> io::Result<SegmentCost> {
+    let device = open()?;
+    let mut argument = uapi::Segments {
+        count,
+        ..Default::default()
+    };
+    call(device.as_raw_fd(), uapi::SEGMENTS, &mut argument)?;
+    Ok(SegmentCost {
+        map: Duration::from_nanos(argument.map_ns),
+        unmap: Duration::from_nanos(argument.unmap_ns),
+    })
+}
+
 impl Importer {
     /// A new device, attached to a dma-buf.
     ///
@@ -122,6 +148,27 @@ impl Importer {
             fd: buffer.as_raw_fd(),
             mask_bits: limits.mask_bits,
             max_seg: limits.max_segment,
+            ..Default::default()
+        };
+        call(file.as_raw_fd(), uapi::ATTACH, &mut argument)?;
+        Ok(Self {
+            file,
+            max_mapping: argument.max_mapping,
+        })
+    }
+
+    /// Attaches in the name of a PCI device of domain 0 (bus << 8 | device << 3 | function), behind
+    /// whose IOMMU the buffer is then mapped. Such an importer cannot read or write as the device.
+    ///
+    /// # Errors
+    /// If there is no such device, and as for [`attach`](Self::attach).
+    pub fn attach_as(pci: u32, buffer: BorrowedFd<'_>, max_segment: u32) -> io::Result<Self> {
+        let file = open()?;
+        let mut argument = uapi::Attach {
+            fd: buffer.as_raw_fd(),
+            mask_bits: Limits::NONE.mask_bits,
+            max_seg: max_segment,
+            pci,
             ..Default::default()
         };
         call(file.as_raw_fd(), uapi::ATTACH, &mut argument)?;

@@ -24,8 +24,8 @@ pub struct Attach {
     pub mask_bits: u32,
     /// The longest segment, bytes; zero: not said.
     pub max_seg: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Zero, or the address of a PCI device.
+    pub pci: u32,
     /// Out: the longest segment that the DMA layer can map, bytes.
     pub max_mapping: u64,
 }
@@ -150,6 +150,20 @@ pub struct Pin {
     pub unpin_ns: u64,
 }
 
+/// [`SEGMENTS`]'s argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Segments {
+    /// Entries.
+    pub count: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Out: nanoseconds.
+    pub map_ns: u64,
+    /// Out: nanoseconds.
+    pub unmap_ns: u64,
+}
+
 const NONE: u32 = 0;
 const WRITE: u32 = 1;
 const READ: u32 = 2;
@@ -178,3 +192,5 @@ pub const VUNMAP: u32 = ioc(READ, 0xe7, size_of::<Time>());
 pub const CPU: u32 = ioc(READ | WRITE, 0xe8, size_of::<Cpu>());
 /// Pins and unpins memory; takes [`Pin`].
 pub const PIN: u32 = ioc(READ | WRITE, 0xe9, size_of::<Pin>());
+/// Maps and unmaps a scatterlist; takes [`Segments`].
+pub const SEGMENTS: u32 = ioc(READ | WRITE, 0xea, size_of::<Segments>());

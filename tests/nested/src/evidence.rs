@@ -3,7 +3,9 @@
 //! What the kernel says of buffers, pins and locked pages.
 
 use std::fs::{self, File};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
@@ -18,6 +20,8 @@ pub struct Buffer {
     pub exporter: String,
     /// Bytes.
     pub size: u64,
+    /// Its number, the same for every descriptor of it.
+    pub inode: u64,
 }
 
 /// The dma-bufs that a process has open.
@@ -35,6 +39,9 @@ pub fn buffers(process: u32) -> Result<Vec<Buffer>> {
         let Ok(text) = fs::read_to_string(format!("/proc/{process}/fdinfo/{name}")) else {
             continue;
         };
+        let Ok(metadata) = fs::metadata(format!("/proc/{process}/fd/{name}")) else {
+            continue;
+        };
         let field = |field: &str| {
             text.lines()
                 .find_map(|line| line.strip_prefix(field))
@@ -45,9 +52,39 @@ pub fn buffers(process: u32) -> Result<Vec<Buffer>> {
             fd: name.parse()?,
             exporter: field("exp_name:")?,
             size: field("size:")?.parse()?,
+            inode: metadata.ino(),
         });
     }
     Ok(found)
+}
+
+/// The dma-buf that a descriptor of ours is of.
+pub fn buffer_of(fd: BorrowedFd<'_>) -> Result<Buffer> {
+    buffers(std::process::id())?
+        .into_iter()
+        .find(|buffer| buffer.fd == fd.as_raw_fd())
+        .context("the descriptor is no dma-buf's")
+}
+
+/// The last lines of a file, as far as there is one.
+pub fn tail(path: &Path) -> String {
+    let bytes = fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    let lines: Vec<&str> = text.lines().rev().take(25).collect();
+    lines.into_iter().rev().collect::<Vec<_>>().join("\n")
+}
+
+/// How a process maps a dma-buf: the permissions of each mapping.
+pub fn mappings(process: u32, inode: u64) -> Result<Vec<String>> {
+    let text = fs::read_to_string(format!("/proc/{process}/maps"))?;
+    // range, permissions, offset, device, inode, path
+    Ok(text
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .filter(|words| words.get(4).is_some_and(|word| *word == inode.to_string()))
+        .filter(|words| words.get(5).is_some_and(|path| path.contains("dmabuf")))
+        .map(|words| words[1].to_owned())
+        .collect())
 }
 
 /// How many dma-bufs of each exporter there are in the whole system, as debugfs lists them.

@@ -128,7 +128,19 @@ impl Guest {
                 self.screen = Some(screen);
                 Answer::Shown { width, height }
             }
+            Request::ShowAnother => {
+                let screen = self.screen.as_mut().context("there is no screen yet")?;
+                screen.another()?;
+                let (width, height) = screen.size();
+                Answer::Shown { width, height }
+            }
             Request::Draw(frame) => {
+                let screen = self.screen.as_mut().context("there is no screen yet")?;
+                screen.draw(frame)?;
+                screen.flush()?;
+                Answer::Done
+            }
+            Request::DrawQuietly(frame) => {
                 let screen = self.screen.as_mut().context("there is no screen yet")?;
                 screen.draw(frame)?;
                 Answer::Done

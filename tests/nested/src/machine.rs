@@ -3,7 +3,6 @@
 //! An inner virtual machine: stock QEMU, and our program as its guest's first process.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -15,13 +14,11 @@ use serde_json::json;
 
 use crate::evidence::{self, Buffer};
 use crate::initramfs;
+use crate::link::{Link, Shown, PATIENCE};
 use crate::pattern::Pattern;
 use crate::picture::Picture;
 use crate::protocol::{Answer, DiskPlan, Request, PORT};
 use crate::qmp::Qmp;
-
-/// How long the inner guest may take for anything.
-const PATIENCE: Duration = Duration::from_secs(240);
 
 /// What the inner guest's memory is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +55,10 @@ pub struct Setup {
     pub screen: (u32, u32),
     /// QEMU's display.
     pub display: Vec<String>,
+    /// Whether the screen's resources are the guest's memory, not copies of it.
+    pub blob: bool,
+    /// Environment of QEMU's.
+    pub environment: Vec<(&'static str, String)>,
     /// A device of the outer guest to pass through from the start.
     pub vfio: Option<String>,
     /// Further arguments.
@@ -81,6 +82,8 @@ impl Setup {
             backend: Backend::Memfd,
             screen: (1920, 1080),
             display: vec!["none".to_owned()],
+            blob: true,
+            environment: Vec::new(),
             vfio: None,
             more: Vec::new(),
             modules: Vec::new(),
@@ -90,23 +93,13 @@ impl Setup {
     }
 }
 
-/// A screen as its guest set it up.
-#[derive(Debug, Clone, Copy)]
-pub struct Shown {
-    /// Pixels from left to right.
-    pub width: u32,
-    /// Pixels from top to bottom.
-    pub height: u32,
-}
-
 /// A virtual machine that runs.
 pub struct Machine {
     child: Child,
     directory: PathBuf,
     /// QEMU's control protocol.
     pub qmp: Qmp,
-    lines: BufReader<UnixStream>,
-    link: UnixStream,
+    link: Link,
     screen: Option<Shown>,
     dumps: u32,
 }
@@ -164,9 +157,10 @@ fn command(setup: &Setup, directory: &Path) -> Result<Command> {
         &format!("memory-backend-memfd,id=ram,size={size}M,share=on{huge}"),
     ]);
     let (width, height) = setup.screen;
+    let blob = setup.blob;
     add(&[
         "-device",
-        &format!("virtio-gpu-pci,id=gpu,blob=true,xres={width},yres={height}"),
+        &format!("virtio-gpu-pci,id=gpu,blob={blob},xres={width},yres={height}"),
     ]);
     for display in &setup.display {
         add(&["-display", display]);
@@ -217,6 +211,7 @@ fn spawn(setup: &Setup) -> Result<(Child, PathBuf)> {
     let messages = File::create(directory.join("messages"))?;
     let mut command = command(setup, &directory)?;
     command
+        .envs(setup.environment.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stdout(messages.try_clone()?)
         .stderr(messages)
@@ -265,8 +260,7 @@ impl Machine {
             child,
             directory,
             qmp,
-            lines: BufReader::new(link.try_clone()?),
-            link,
+            link: Link::new(link)?,
             screen: None,
             dumps: 0,
         };
@@ -276,10 +270,8 @@ impl Machine {
 
     /// Waits until the guest has booted.
     pub fn wait_ready(&mut self) -> Result<()> {
-        match self.receive()? {
-            Answer::Ready => Ok(()),
-            other => bail!("the inner guest said {other:?} instead of being ready"),
-        }
+        let result = self.link.wait_ready();
+        result.map_err(|error| self.explain(error))
     }
 
     /// QEMU's process.
@@ -299,55 +291,37 @@ impl Machine {
 
     /// Asks the guest for something.
     pub fn ask(&mut self, request: &Request) -> Result<Answer> {
-        let mut line = serde_json::to_vec(request)?;
-        line.push(b'\n');
-        self.link
-            .write_all(&line)
-            .context("writing to the inner guest")?;
-        match self.receive().with_context(|| format!("{request:?}"))? {
-            Answer::Failed(reason) => bail!("the inner guest, {request:?}: {reason}"),
-            answer => Ok(answer),
-        }
-    }
-
-    fn receive(&mut self) -> Result<Answer> {
-        let mut line = String::new();
-        match self.lines.read_line(&mut line) {
-            Ok(count) if count > 0 => Ok(serde_json::from_str(&line)?),
-            result => {
-                let tail = |name: &str| {
-                    let bytes = fs::read(self.path(name)).unwrap_or_default();
-                    let text = String::from_utf8_lossy(&bytes).into_owned();
-                    let lines: Vec<&str> = text.lines().rev().take(25).collect();
-                    lines.into_iter().rev().collect::<Vec<_>>().join("\n")
-                };
-                let (console, messages) = (tail("console"), tail("messages"));
-                bail!("the inner guest is silent ({result:?}); its console:\n{console}\nQEMU said:\n{messages}")
-            }
-        }
+        let result = self.link.ask(request);
+        result.map_err(|error| self.explain(error))
     }
 
     /// Lets the guest set up its screen.
     pub fn show(&mut self, request: &Request) -> Result<Shown> {
-        match self.ask(request)? {
-            Answer::Shown { width, height } => {
-                let shown = Shown { width, height };
-                self.screen = Some(shown);
-                Ok(shown)
-            }
-            other => bail!("{request:?}: {other:?}"),
-        }
+        let result = self.link.show(request);
+        let shown = result.map_err(|error| self.explain(error))?;
+        self.screen = Some(shown);
+        Ok(shown)
+    }
+
+    /// Adds what the guest's kernel and QEMU said last.
+    fn explain(&self, error: anyhow::Error) -> anyhow::Error {
+        let (console, messages) = (
+            evidence::tail(&self.path("console")),
+            evidence::tail(&self.path("messages")),
+        );
+        error.context(format!("its console:\n{console}\nQEMU said:\n{messages}"))
     }
 
     /// Lets the guest draw a frame, and tells what must then be seen.
     pub fn draw(&mut self, frame: u32) -> Result<Pattern> {
         self.ask(&Request::Draw(frame))?;
-        let screen = self.screen()?;
-        Ok(Pattern {
-            width: screen.width,
-            height: screen.height,
-            frame,
-        })
+        Ok(self.screen()?.pattern(frame))
+    }
+
+    /// The same, but the guest does not tell its driver.
+    pub fn draw_quietly(&mut self, frame: u32) -> Result<Pattern> {
+        self.ask(&Request::DrawQuietly(frame))?;
+        Ok(self.screen()?.pattern(frame))
     }
 
     /// What QEMU shows.
@@ -397,8 +371,17 @@ impl Machine {
             .collect()
     }
 
-    /// The buffer that is scanned out.
+    /// What pinbuf tells of the buffer that is scanned out.
     pub fn screen_buffer(&self) -> Result<Info> {
+        self.scanned_out().map(|(_, info)| info)
+    }
+
+    /// The descriptor of that.
+    pub fn screen_fd(&self) -> Result<Buffer> {
+        self.scanned_out().map(|(buffer, _)| buffer)
+    }
+
+    fn scanned_out(&self) -> Result<(Buffer, Info)> {
         let screen = self.screen()?;
         let bytes = u64::from(screen.width) * u64::from(screen.height) * 4;
         let bytes = bytes.next_multiple_of(4096);
@@ -406,7 +389,7 @@ impl Machine {
         let mut buffers = self.buffers()?;
         buffers.retain(|(buffer, _)| buffer.size == bytes);
         buffers.sort_by_key(|(buffer, _)| buffer.fd);
-        buffers.pop().map(|(_, info)| info).context("no buffer")
+        buffers.pop().context("no buffer")
     }
 
     /// What the shim says of each buffer: how many items QEMU named, and how many pieces that made.
@@ -483,6 +466,5 @@ fn connect(child: &mut Child, directory: &Path) -> Result<(Qmp, UnixStream)> {
         }
     };
     let link = stream("link")?;
-    link.set_read_timeout(Some(PATIENCE))?;
     Ok((Qmp::new(stream("qmp")?)?, link))
 }

@@ -3,11 +3,15 @@
 //! Stock QEMU on pinbuf, in the test guest: inner guests draw, QEMU shows what they drew, and
 //! every pixel is compared.  The same program is the first process of the inner guests.
 
+mod dbus;
 mod disk;
 mod evidence;
 mod fragment;
+mod gl;
 mod initramfs;
 mod inner;
+mod libvirt;
+mod link;
 mod machine;
 mod pattern;
 mod picture;
@@ -17,6 +21,7 @@ mod scenarios;
 mod screen;
 mod vfio;
 mod vnc;
+mod x11;
 mod zones;
 
 use std::io::Write;

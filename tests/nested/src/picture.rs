@@ -2,6 +2,8 @@
 
 //! Pictures of a screen, and what they ought to be.
 
+use std::io::Cursor;
+
 use anyhow::{bail, ensure, Context, Result};
 
 use crate::pattern::Pattern;
@@ -49,6 +51,30 @@ impl Picture {
         })
     }
 
+    /// Reads a PNG of 8 bits a colour.
+    pub fn parse_png(bytes: &[u8]) -> Result<Self> {
+        let mut reader = png::Decoder::new(Cursor::new(bytes)).read_info()?;
+        let size = reader
+            .output_buffer_size()
+            .context("the picture is too large")?;
+        let mut data = vec![0; size];
+        let info = reader.next_frame(&mut data)?;
+        let samples = info.color_type.samples();
+        ensure!(
+            info.bit_depth == png::BitDepth::Eight && samples >= 3,
+            "{info:?}"
+        );
+        let pixels = data[..info.buffer_size()]
+            .chunks_exact(samples)
+            .map(|rgb| u32::from_be_bytes([0, rgb[0], rgb[1], rgb[2]]))
+            .collect();
+        Ok(Self {
+            width: info.width,
+            height: info.height,
+            pixels,
+        })
+    }
+
     /// The pixels that are not what was drawn, and the first of them for a person.
     pub fn wrong(&self, expected: Pattern) -> Result<(usize, String)> {
         ensure!(
@@ -72,6 +98,40 @@ impl Picture {
             }
         }
         Ok((wrong, first))
+    }
+
+    /// Where in this picture what was drawn begins, to judge by its first row.
+    pub fn find(&self, expected: Pattern) -> Option<(u32, u32)> {
+        let wanted: Vec<u32> = expected.row(0).collect();
+        (0..self.height)
+            .zip(self.pixels.chunks_exact(self.width as usize))
+            .find_map(|(y, row)| {
+                let at = row
+                    .windows(wanted.len())
+                    .position(|part| part.iter().zip(&wanted).all(|(a, b)| a & 0xff_ffff == *b))?;
+                Some((at as u32, y))
+            })
+    }
+
+    /// A part of this picture; what lies outside of it is black.
+    pub fn part(&self, start: (u32, u32), size: (u32, u32)) -> Self {
+        let pixel = |x: u32, y: u32| {
+            let inside = x < self.width && y < self.height;
+            let index = y as usize * self.width as usize + x as usize;
+            if inside {
+                self.pixels[index]
+            } else {
+                0
+            }
+        };
+        Self {
+            width: size.0,
+            height: size.1,
+            pixels: (start.1..start.1 + size.1)
+                .flat_map(|y| (start.0..start.0 + size.0).map(move |x| (x, y)))
+                .map(|(x, y)| pixel(x, y))
+                .collect(),
+        }
     }
 
     /// Fails unless every pixel is what was drawn.
@@ -114,6 +174,29 @@ mod tests {
                 ..pattern
             })
             .is_err());
+    }
+
+    #[test]
+    fn a_window_is_found() {
+        let pattern = Pattern {
+            width: 40,
+            height: 30,
+            frame: 2,
+        };
+        let mut screen = Picture {
+            width: 64,
+            height: 48,
+            pixels: vec![0; 64 * 48],
+        };
+        assert_eq!(screen.find(pattern), None);
+        for y in 0..30 {
+            let start = (y as usize + 7) * 64 + 5;
+            let row: Vec<u32> = pattern.row(y).collect();
+            screen.pixels[start..start + 40].copy_from_slice(&row);
+        }
+        assert_eq!(screen.find(pattern), Some((5, 7)));
+        screen.part((5, 7), (40, 30)).compare(pattern).unwrap();
+        assert!(screen.part((6, 7), (40, 30)).compare(pattern).is_err());
     }
 
     #[test]

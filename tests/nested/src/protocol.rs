@@ -12,8 +12,12 @@ pub const PORT: &str = "pinbuf.inner";
 pub enum Request {
     /// Make a dumb buffer of the display's preferred size, and show it.
     Show,
+    /// Keep that, and show a further dumb buffer.
+    ShowAnother,
     /// Draw a frame into it.
     Draw(u32),
+    /// Draw a frame into it without telling the driver.
+    DrawQuietly(u32),
     /// Allocate so many MiB page by page, then free every other page of that.
     Fragment(u64),
     /// Make a process's own memory a dma-buf, by pinbuf, and show that instead of a dumb buffer.

@@ -2,11 +2,13 @@
 
 //! QEMU's control protocol.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
+use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
 use serde_json::{json, Value};
 
 /// A connection.
@@ -34,6 +36,27 @@ impl Qmp {
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let request = json!({"execute": command, "arguments": arguments});
         writeln!(self.writer, "{request}").with_context(|| format!("QMP {command}"))?;
+        self.answer(command)
+    }
+
+    /// Gives QEMU a descriptor under a name.
+    pub fn pass_fd(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
+        let request = json!({"execute": "getfd", "arguments": {"fdname": name}});
+        let line = format!("{request}\n");
+        let fds = [fd.as_raw_fd()];
+        let sent = sendmsg::<()>(
+            self.writer.as_raw_fd(),
+            &[IoSlice::new(line.as_bytes())],
+            &[ControlMessage::ScmRights(&fds)],
+            MsgFlags::empty(),
+            None,
+        )
+        .context("QMP getfd")?;
+        ensure!(sent == line.len(), "only {sent} bytes went out");
+        self.answer("getfd").map(drop)
+    }
+
+    fn answer(&mut self, command: &str) -> Result<Value> {
         loop {
             let mut answer = self.read().with_context(|| format!("QMP {command}"))?;
             if let Some(error) = answer.get("error") {

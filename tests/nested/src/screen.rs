@@ -181,25 +181,26 @@ impl Screen {
         let card = open(patience)?;
         let output = Output::find(&card)?;
         let (width, height) = output.size();
-        let buffer = card
-            .create_dumb_buffer((width, height), DrmFourcc::Xrgb8888, 32)
-            .context("making a dumb buffer")?;
-        let framebuffer = card.add_framebuffer(&buffer, 24, 32)?;
-        // The buffer lives as long as the descriptor of the card.
-        let buffer: &'static mut DumbBuffer = Box::leak(Box::new(buffer));
-        let pitch = buffer.pitch();
-        let mut mapping = card.map_dumb_buffer(buffer)?;
-        mapping.fill(0);
+        let (memory, framebuffer, pitch) = dumb(&card, (width, height))?;
         output.show(&card, framebuffer)?;
         Ok(Self {
             card,
-            memory: Memory::Dumb(mapping),
+            memory,
             framebuffer,
             width,
             height,
             pitch,
             _exported: None,
         })
+    }
+
+    /// Shows a further dumb buffer instead of what there is, which stays.
+    pub fn another(&mut self) -> Result<()> {
+        let output = Output::find(&self.card)?;
+        let (memory, framebuffer, pitch) = dumb(&self.card, self.size())?;
+        output.show(&self.card, framebuffer)?;
+        (self.memory, self.framebuffer, self.pitch) = (memory, framebuffer, pitch);
+        Ok(())
     }
 
     /// Makes ordinary memory a dma-buf, by pinbuf, and shows that.
@@ -236,7 +237,7 @@ impl Screen {
         (self.width, self.height)
     }
 
-    /// Draws a frame, and tells the driver that all of it changed.
+    /// Draws a frame.
     pub fn draw(&mut self, frame: u32) -> Result<()> {
         let pattern = Pattern {
             width: self.width,
@@ -251,12 +252,30 @@ impl Screen {
                 *pixel = value;
             }
         }
+        Ok(())
+    }
+
+    /// Tells the driver that all of the screen changed.
+    pub fn flush(&self) -> Result<()> {
         let (right, bottom) = (self.width as u16, self.height as u16);
         let all = ClipRect::new(0, 0, right, bottom);
         self.card
             .dirty_framebuffer(self.framebuffer, &[all])
             .context("DirtyFB")
     }
+}
+
+/// A black dumb buffer, which lives as long as the descriptor of the card, and its pitch.
+fn dumb(card: &Card, size: (u32, u32)) -> Result<(Memory, framebuffer::Handle, u32)> {
+    let buffer = card
+        .create_dumb_buffer(size, DrmFourcc::Xrgb8888, 32)
+        .context("making a dumb buffer")?;
+    let framebuffer = card.add_framebuffer(&buffer, 24, 32)?;
+    let buffer: &'static mut DumbBuffer = Box::leak(Box::new(buffer));
+    let pitch = buffer.pitch();
+    let mut mapping = card.map_dumb_buffer(buffer)?;
+    mapping.fill(0);
+    Ok((Memory::Dumb(mapping), framebuffer, pitch))
 }
 
 /// Memory as a dma-buf of pinbuf's.

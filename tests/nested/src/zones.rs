@@ -2,7 +2,7 @@
 
 //! Where a virtual machine's memory lies.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -105,19 +105,40 @@ pub fn memory_of(process: u32) -> Result<Memory> {
     Ok(memory)
 }
 
+/// How many pages a block has that can be taken offline.
+fn block_size() -> Result<u64> {
+    let size = fs::read_to_string("/sys/devices/system/memory/block_size_bytes")?;
+    Ok(u64::from_str_radix(size.trim(), 16)? / PAGE)
+}
+
+/// The blocks that lie in ZONE_MOVABLE as a whole.
+fn movable_blocks() -> Result<BTreeSet<u64>> {
+    let size = block_size()?;
+    Ok(movable()?
+        .into_iter()
+        .flat_map(|range| range.start.div_ceil(size)..range.end / size)
+        .collect())
+}
+
+/// Those of them that can be taken offline now; they are brought back at once.
+pub fn willing_blocks() -> Result<BTreeSet<u64>> {
+    let mut willing = BTreeSet::new();
+    for block in movable_blocks()? {
+        if set_online(block, false).is_ok() {
+            set_online(block, true)?;
+            willing.insert(block);
+        }
+    }
+    Ok(willing)
+}
+
 /// The blocks of ZONE_MOVABLE, and how much of a virtual machine's memory each holds.
 pub fn blocks_of(process: u32) -> Result<BTreeMap<u64, u64>> {
-    let size = fs::read_to_string("/sys/devices/system/memory/block_size_bytes")?;
-    let size = u64::from_str_radix(size.trim(), 16)? / PAGE;
-    let movable = movable()?;
+    let (size, movable) = (block_size()?, movable_blocks()?);
     let mut blocks = BTreeMap::new();
     for page in pages(process)? {
         let block = page / size;
-        let whole = block * size..(block + 1) * size;
-        if movable
-            .iter()
-            .any(|range| range.start <= whole.start && whole.end <= range.end)
-        {
+        if movable.contains(&block) {
             *blocks.entry(block).or_insert(0) += 1;
         }
     }

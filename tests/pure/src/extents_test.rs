@@ -98,44 +98,49 @@ fn check_size(map: &ExtentMap) {
     );
 }
 
+/// The most runs of one test; Miri takes a thousand times as long.
+const MOST_RUNS: usize = if cfg!(miri) { 24 } else { 900 };
+
 /// Runs that often touch each other: `(gap, pages, folio, joinable)`.
 fn runs() -> impl Strategy<Value = Vec<(Run, bool)>> {
     let length = prop_oneof![4 => 1usize..3, 2 => 1usize..40, 1 => 512usize..513];
     let gap = prop_oneof![3 => Just(0usize), 2 => 1usize..1000];
-    proptest::collection::vec((gap, length, any::<bool>(), any::<bool>(), 0u8..8), 1..900).prop_map(
-        |steps| {
-            let mut next = 1 << 20;
-            let mut folio = false;
-            steps
-                .into_iter()
-                .map(|(gap, pages, back, joinable, kind)| {
-                    if kind == 0 {
-                        folio = !folio;
-                    }
-                    // Also backwards, as physical memory comes.
-                    let pfn = if back && gap > 0 {
-                        next - gap
-                    } else {
-                        next + gap
-                    };
-                    next = pfn + pages;
-                    let granularity = if folio {
-                        Granularity::Folio
-                    } else {
-                        Granularity::Page
-                    };
-                    (
-                        Run {
-                            pfn,
-                            pages,
-                            granularity,
-                        },
-                        joinable,
-                    )
-                })
-                .collect()
-        },
+    proptest::collection::vec(
+        (gap, length, any::<bool>(), any::<bool>(), 0u8..8),
+        1..MOST_RUNS,
     )
+    .prop_map(|steps| {
+        let mut next = 1 << 20;
+        let mut folio = false;
+        steps
+            .into_iter()
+            .map(|(gap, pages, back, joinable, kind)| {
+                if kind == 0 {
+                    folio = !folio;
+                }
+                // Also backwards, as physical memory comes.
+                let pfn = if back && gap > 0 {
+                    next - gap
+                } else {
+                    next + gap
+                };
+                next = pfn + pages;
+                let granularity = if folio {
+                    Granularity::Folio
+                } else {
+                    Granularity::Page
+                };
+                (
+                    Run {
+                        pfn,
+                        pages,
+                        granularity,
+                    },
+                    joinable,
+                )
+            })
+            .collect()
+    })
 }
 
 proptest! {
@@ -235,6 +240,7 @@ fn page(pfn: usize) -> Run {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "a million pages take hours")]
 fn scattered_pages_cost_eight_bytes_each() {
     let mut map = ExtentMap::new(1 << 20);
     for n in 0..1 << 20 {

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What another process has open: the device, and dma-bufs of pinbuf's.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+use anyhow::{ensure, Context, Result};
+use nix::errno::Errno;
+use pinbuf_test_harness::support::{Buffer, Device};
+
+/// The descriptors of a process that are open on this file.
+pub fn open_on(process: u32, wanted: impl Fn(&str) -> bool) -> Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
+        let entry = entry?;
+        // Descriptors come and go meanwhile.
+        let Ok(target) = fs::read_link(entry.path()) else {
+            continue;
+        };
+        if wanted(&target.to_string_lossy()) {
+            found.push(entry.file_name().to_string_lossy().parse()?);
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// Whether a process has pinbuf's device open.
+pub fn has_device(process: u32) -> Result<bool> {
+    Ok(!open_on(process, |target| {
+        Path::new(target) == Path::new("/dev/pinbuf")
+    })?
+    .is_empty())
+}
+
+/// The dma-bufs that a process has open, each once, as descriptors of our own.  Each must be
+/// pinbuf's: by the exporter's name, and by what the driver itself says of it.
+pub fn buffers(process: u32) -> Result<Vec<Buffer>> {
+    let device = Device::open()?;
+    let mut seen = Vec::new();
+    let mut found = Vec::new();
+    for number in open_on(process, |target| target.starts_with("/dmabuf:"))? {
+        let Ok(text) = fs::read_to_string(format!("/proc/{process}/fdinfo/{number}")) else {
+            continue;
+        };
+        let exporter = text
+            .lines()
+            .find_map(|line| line.strip_prefix("exp_name:"))
+            .context("fdinfo names no exporter")?
+            .trim();
+        ensure!(exporter == "pinbuf", "a buffer of {exporter}'s");
+        let buffer = Buffer::from_fd(copy(process, number)?);
+        let inode = nix::sys::stat::fstat(&buffer)?.st_ino;
+        if seen.contains(&inode) {
+            continue;
+        }
+        let info = device.info(buffer.as_fd().as_raw_fd())?;
+        ensure!(info.bytes == buffer.len()? as u64, "pinbuf says {info:?}");
+        seen.push(inode);
+        found.push(buffer);
+    }
+    Ok(found)
+}
+
+/// A copy of another process's descriptor.
+fn copy(process: u32, number: i32) -> Result<OwnedFd> {
+    // SAFETY: no memory is passed.
+    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) };
+    let pidfd = Errno::result(pidfd).context("pidfd_open")?;
+    // SAFETY: the call has just returned it.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd as i32) };
+    // SAFETY: no memory is passed.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) };
+    let fd = Errno::result(fd).context("pidfd_getfd")?;
+    // SAFETY: the call has just returned it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}

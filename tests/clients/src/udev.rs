@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The device as udev gives it, with the rule that pinbuf is installed with.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context, Result};
+use nix::unistd::Group;
+
+const RULE: &str = include_str!("../../../packaging/60-pinbuf.rules");
+
+/// Installs the rule as `make install` does, starts udev, and waits until it has seen to the device.
+pub fn install() -> Result<()> {
+    if is_for_kvm()? {
+        return Ok(());
+    }
+    fs::write("/usr/lib/udev/rules.d/60-pinbuf.rules", RULE).context("installing udev's rule")?;
+    if !fs::exists("/run/udev/control")? {
+        run(Command::new("/usr/lib/systemd/systemd-udevd").arg("--daemon"))?;
+    }
+    run(Command::new("udevadm").args(["control", "--reload"]))?;
+    run(Command::new("udevadm").args(["trigger", "/dev/pinbuf"]))?;
+    wait()
+}
+
+/// Waits until udev has seen to the device, as after loading the module.
+pub fn wait() -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_for_kvm()? {
+        ensure!(
+            Instant::now() < deadline,
+            "udev did not give /dev/pinbuf to the group kvm"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// Whether the device is the group's, as the rule says.
+fn is_for_kvm() -> Result<bool> {
+    let group = Group::from_name("kvm")?.context("there is no group kvm")?;
+    Ok(fs::metadata("/dev/pinbuf")
+        .is_ok_and(|device| device.gid() == group.gid.as_raw() && device.mode() & 0o777 == 0o660))
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let status = command
+        .status()
+        .with_context(|| format!("starting {command:?}"))?;
+    ensure!(status.success(), "{command:?}: {status}");
+    Ok(())
+}

@@ -1,0 +1,531 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The device's own calls, and what each may answer.
+
+use std::mem::size_of;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::rc::Rc;
+
+use anyhow::{bail, Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::{fcntl, FcntlArg, FdFlag};
+use nix::unistd::{lseek64, Whence};
+use pinbuf_test_harness::support::device::ioctl;
+use pinbuf_test_harness::support::{kernel, PAGE};
+use pinbuf_uapi as uapi;
+
+use crate::areas::{Area, Argument};
+use crate::contents::Id;
+use crate::executor::{Executor, Held, Kept};
+use crate::expected::{Expected, Struct};
+use crate::input::{Backing, Create, Descriptor, Envelope, Kind, Piece, Place, Who};
+use crate::memory::{Pin, SLOTS, SLOT_PAGES};
+
+const PAGE_BYTES: u64 = PAGE as u64;
+/// The most pages that a create pins, so that none takes seconds.
+const MOST_PAGES: u64 = 6000;
+/// The most ranges that are laid out; a create may say that there are more.
+const MOST_RANGES: usize = 4000;
+/// The bits of an ioctl number that hold the argument's size.
+const SIZE_MASK: u32 = 0x3fff << 16;
+
+/// A struct or an array of the contract as bytes.
+fn bytes_of<T: Copy>(values: &[T]) -> &[u8] {
+    // SAFETY: what the contract consists of are integers without padding.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+/// A struct of the contract from as many of its bytes as there are; the rest is zero.
+fn value_of<T: Copy + Default>(bytes: &[u8]) -> T {
+    let mut value = T::default();
+    let length = bytes.len().min(size_of::<T>());
+    // SAFETY: integers: all bytes are values; so many there are on both sides.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), (&raw mut value).cast(), length) };
+    value
+}
+
+/// The number of a call, perhaps with another size in it.
+fn command(number: u32, envelope: &Envelope) -> u32 {
+    match envelope.number {
+        Some(size) => number & !SIZE_MASK | u32::from(size) << 16 & SIZE_MASK,
+        None => number,
+    }
+}
+
+fn is_open(fd: RawFd) -> bool {
+    // SAFETY: the kernel checks the number.
+    unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
+}
+
+/// A page that a create would pin.
+enum Source {
+    /// Mapped at an address.
+    Memory(u64),
+    /// A file's.
+    File(Option<Id>),
+}
+
+/// What is known about a create before it is called.
+struct Forecast {
+    expected: Expected,
+    sources: Vec<Source>,
+    /// Bytes in all.
+    bytes: u64,
+}
+
+impl Executor {
+    /// Calls, and tells what came.
+    fn call(&self, number: u32, argument: u64) -> nix::Result<i32> {
+        let answer = ioctl(&self.device, number, argument);
+        self.say(|| format!("   ioctl {number:#x}: {answer:?}"));
+        answer
+    }
+
+    /// `PINBUF_CREATE`.
+    pub(crate) fn create(&mut self, create: &Create) -> Result<()> {
+        let flags = create.flags.0;
+        let named = flags & (uapi::CREATE_CHECK_BACKING | uapi::CREATE_FROM_FILES) != 0;
+        let mut list: Vec<(uapi::Range, uapi::Backing)> = create
+            .pieces
+            .iter()
+            .map(|piece| self.piece(piece, flags))
+            .collect();
+        let most = MOST_RANGES / list.len().max(1);
+        let pages: u64 = list.iter().map(|(range, _)| bounded_pages(range)).sum();
+        let most = most.min((MOST_PAGES / pages.max(1)).max(1) as usize);
+        list = list.repeat(usize::from(create.repeat).min(most));
+        let count = create.count.unwrap_or(list.len() as u32);
+
+        let (ranges, backings): (Vec<_>, Vec<_>) = list.iter().copied().unzip();
+        let ranges_at = self.ranges.put(bytes_of(&ranges), create.ranges);
+        let place = create.backing.unwrap_or_default();
+        let backings_at = match (named, create.backing) {
+            (false, None) => self.backings.put(&[], Place::default()),
+            _ => self.backings.put(bytes_of(&backings), place),
+        };
+        let argument = uapi::Create {
+            size: 0,
+            flags,
+            ranges: ranges_at.address,
+            count,
+            reserved: create.envelope.reserved,
+            backing: if named || create.backing.is_some() {
+                backings_at.address
+            } else {
+                0
+            },
+        };
+        let laid_out = Struct::new(bytes_of(&[argument]), &create.envelope);
+        let at = self.structs.put(&laid_out.bytes, create.envelope.place);
+
+        let mut forecast = Forecast {
+            expected: Expected::default(),
+            sources: Vec::new(),
+            bytes: 0,
+        };
+        if laid_out.expect(at, false, &mut forecast.expected) {
+            self.expect_fields(&argument, named, &mut forecast.expected);
+            if (1..=uapi::MAX_RANGES).contains(&count) {
+                let backings_at = named.then_some(backings_at);
+                expect_arrays(count, list.len(), ranges_at, backings_at, &mut forecast);
+                list.truncate(count as usize);
+                self.expect_ranges(&list, flags, &mut forecast);
+            }
+        }
+        let charges = self.expect_charge(&mut forecast)?;
+        let answer = self.call(command(uapi::CREATE, &create.envelope), at.address);
+        // SAFETY: the call has just returned it.
+        let answer = answer.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        forecast.expected.check("PINBUF_CREATE", &answer)?;
+        match answer {
+            Ok(fd) => self.created(fd, flags, forecast, &charges),
+            // That nothing is left behind shows in the end.
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// A range and its backing.
+    fn piece(&self, piece: &Piece, flags: u32) -> (uapi::Range, uapi::Backing) {
+        let address = self.resolve(piece.at);
+        let (fd, offset) = self.memory.backing(address).unwrap_or((-1, 0));
+        let backing = |offset| uapi::Backing {
+            fd,
+            reserved: 0,
+            offset,
+        };
+        let mut addr = address;
+        let backing = match piece.backing {
+            Backing::Right => backing(offset),
+            Backing::Off(pages) => {
+                backing(offset.wrapping_add_signed(i64::from(pages) * PAGE_BYTES as i64))
+            }
+            Backing::Other {
+                descriptor,
+                reserved,
+                offset,
+            } => uapi::Backing {
+                fd: self.descriptor(descriptor),
+                reserved,
+                offset: offset.0,
+            },
+        };
+        let from_files = flags & uapi::CREATE_FROM_FILES != 0;
+        if from_files && matches!(piece.backing, Backing::Right | Backing::Off(_)) {
+            addr = 0;
+        }
+        let len = piece.length.0;
+        (uapi::Range { addr, len }, backing)
+    }
+
+    fn expect_fields(&self, create: &uapi::Create, named: bool, expected: &mut Expected) {
+        let both = uapi::CREATE_CHECK_BACKING | uapi::CREATE_FROM_FILES;
+        expected.must_if(
+            create.flags & !uapi::CREATE_FLAGS != 0
+                || create.flags & both == both
+                || create.reserved != 0
+                || create.backing != 0 && !named
+                || create.count == 0
+                || create.count > uapi::MAX_RANGES,
+            Errno::EINVAL,
+        );
+    }
+
+    /// What the ranges lead to, and which pages they are.
+    fn expect_ranges(
+        &self,
+        list: &[(uapi::Range, uapi::Backing)],
+        flags: u32,
+        forecast: &mut Forecast,
+    ) {
+        let from_files = flags & uapi::CREATE_FROM_FILES != 0;
+        let checked = flags & uapi::CREATE_CHECK_BACKING != 0;
+        let expected = &mut forecast.expected;
+        let mut sum = 0u64;
+        for (range, backing) in list {
+            let crooked = range.len == 0 || (range.addr | range.len) % PAGE_BYTES != 0;
+            expected.must_if(crooked || from_files && range.addr != 0, Errno::EINVAL);
+            expected.must_if(
+                range.addr.checked_add(range.len).is_none(),
+                Errno::EOVERFLOW,
+            );
+            match sum.checked_add(range.len) {
+                Some(more) => sum = more,
+                None => expected.must(Errno::EOVERFLOW),
+            }
+            if from_files || checked {
+                expected.must_if(
+                    backing.reserved != 0 || backing.offset % PAGE_BYTES != 0,
+                    Errno::EINVAL,
+                );
+                match backing.offset.checked_add(range.len) {
+                    Some(end) => expected.must_if(i64::try_from(end).is_err(), Errno::EINVAL),
+                    None => expected.must(Errno::EOVERFLOW),
+                }
+                expected.must_if(!is_open(backing.fd), Errno::EBADF);
+            }
+            if crooked {
+                continue;
+            }
+            // Memory ends, if nowhere else, behind the last slot.
+            let pages = (range.len / PAGE_BYTES).min((SLOTS * SLOT_PAGES) as u64 + 1);
+            if from_files {
+                self.expect_file(backing, pages, expected, &mut forecast.sources);
+                continue;
+            }
+            for page in 0..pages {
+                let Some(address) = range.addr.checked_add(page * PAGE_BYTES) else {
+                    break;
+                };
+                match self.memory.pin(address) {
+                    Pin::Refused => {
+                        expected.must(Errno::EFAULT);
+                        break;
+                    }
+                    Pin::Pinned(_) => forecast.sources.push(Source::Memory(address)),
+                }
+                if self.memory.is_scarce(address) {
+                    expected.may(Errno::EFAULT);
+                    expected.may(Errno::ENOMEM);
+                }
+                if checked {
+                    let offset = backing.offset.wrapping_add(page * PAGE_BYTES);
+                    match self.memory.is_backed_by(address, backing.fd, offset) {
+                        Some(true) => {}
+                        Some(false) => expected.must(Errno::EAGAIN),
+                        None => expected.may(Errno::EAGAIN),
+                    }
+                }
+            }
+        }
+        expected.must_if(i64::try_from(sum).is_err(), Errno::EOVERFLOW);
+        forecast.bytes = sum;
+    }
+
+    /// What a range of a file leads to.
+    fn expect_file(
+        &self,
+        backing: &uapi::Backing,
+        pages: u64,
+        expected: &mut Expected,
+        sources: &mut Vec<Source>,
+    ) {
+        let Some(region) = self.memory.region_of(backing.fd) else {
+            // Another descriptor, which may happen to be that of a file that would do.
+            for errno in [Errno::EINVAL, Errno::EACCES, Errno::EPERM] {
+                expected.may(errno);
+            }
+            if [Descriptor::Device, Descriptor::Buffer(0)]
+                .into_iter()
+                .any(|wrong| self.descriptor(wrong) == backing.fd)
+            {
+                expected.must(Errno::EINVAL);
+            }
+            sources.extend((0..pages).map(|_| Source::File(None)));
+            return;
+        };
+        let kind = self.memory.kind(region);
+        match kind {
+            Kind::SealedMemfd => expected.must(Errno::EPERM),
+            Kind::PrivateFile => {
+                expected.must(Errno::EINVAL);
+                expected.must(Errno::EACCES);
+            }
+            Kind::Secret | Kind::Device => expected.must(Errno::EINVAL),
+            Kind::HugeMemfd | Kind::PrivateHugeMemfd => {
+                expected.may(Errno::EFAULT);
+                expected.may(Errno::ENOMEM);
+            }
+            _ => {}
+        }
+        let file = self.memory.file(region);
+        let first = backing.offset / PAGE_BYTES;
+        if first + pages > file.len() as u64 {
+            expected.must(Errno::EINVAL);
+            return;
+        }
+        let part = first as usize..(first + pages) as usize;
+        sources.extend(file[part].iter().map(|id| Source::File(Some(*id))));
+    }
+
+    /// Whether there is room for the charge, and to what it may go.
+    fn expect_charge(&self, forecast: &mut Forecast) -> Result<Vec<u32>> {
+        let pages = forecast.bytes / PAGE_BYTES;
+        let within = if self.caller.per_process {
+            uapi::CHARGE_PROCESS
+        } else {
+            uapi::CHARGE_USER
+        };
+        let others = self.caller.who == Who::Uncapable && self.memory.is_charged();
+        if self.forked || others {
+            // What the parent has, and secret memory, is charged to the same user.
+            forecast.expected.may(Errno::ENOMEM);
+            return Ok(vec![within, uapi::CHARGE_ALLOWANCE, uapi::CHARGE_NONE]);
+        }
+        if self.caller.who == Who::Root {
+            return Ok(vec![within, uapi::CHARGE_NONE]);
+        }
+        // All that this user has was pinned by this process.
+        let pinned = kernel::vm_pin()? as u64 / PAGE_BYTES;
+        let query = self.device.query().context("PINBUF_QUERY")?;
+        let used = query.allowance_used / PAGE_BYTES;
+        let counted = if self.caller.per_process {
+            pinned
+        } else {
+            pinned.saturating_sub(used)
+        };
+        if counted
+            .checked_add(pages)
+            .is_some_and(|sum| sum <= self.limit)
+        {
+            return Ok(vec![within]);
+        }
+        let room = query.allowance_bytes.min(query.allowance_system) / PAGE_BYTES;
+        let fits = used.checked_add(pages).is_some_and(|sum| sum <= room);
+        forecast.expected.must_if(!fits, Errno::ENOMEM);
+        Ok(vec![uapi::CHARGE_ALLOWANCE])
+    }
+
+    /// A buffer has come: is it what was asked for?
+    fn created(
+        &mut self,
+        fd: OwnedFd,
+        flags: u32,
+        forecast: Forecast,
+        charges: &[u32],
+    ) -> Result<()> {
+        let mut pages = Vec::new();
+        let mut addresses = Vec::new();
+        for source in forecast.sources {
+            pages.push(match source {
+                Source::Memory(address) => {
+                    addresses.push(address);
+                    self.memory.pinned(address, &mut self.contents)
+                }
+                Source::File(id) => id,
+            });
+        }
+        let count = pages.len() as u64;
+        if count * PAGE_BYTES != forecast.bytes {
+            bail!("the model has {count} pages, not {} bytes", forecast.bytes);
+        }
+        let size = lseek64(&fd, 0, Whence::SeekEnd).context("lseek")?;
+        if size as u64 != forecast.bytes {
+            bail!("the buffer has {size} bytes, expected {}", forecast.bytes);
+        }
+        let close = fcntl(&fd, FcntlArg::F_GETFD)? & FdFlag::FD_CLOEXEC.bits() != 0;
+        if close != (flags & uapi::CREATE_CLOEXEC != 0) {
+            bail!("close-on-exec is {close}");
+        }
+        let info = self.device.info(fd.as_raw_fd()).context("PINBUF_INFO")?;
+        if info.pages != count
+            || info.charged_pages != count
+            || !(1..=count).contains(&info.extents)
+            || !(1..=count).contains(&info.pins)
+            || info.pins < info.extents
+            || info.mappings != 0
+            || !charges.contains(&info.charge)
+        {
+            bail!("{count} pages, to be charged to one of {charges:?}, but {info:?}");
+        }
+        let kept = Rc::new(Kept { pages });
+        self.compare(fd.as_fd(), &kept)?;
+        for address in addresses.iter().step_by(addresses.len() / 8 + 1) {
+            let word = self.access.read(*address).context("what was pinned")?;
+            let known = self.memory.seen(*address);
+            if let Some(expected) = known.and_then(|id| self.contents.get(id)) {
+                if word != expected {
+                    bail!("the memory at {address:#x}: expected {expected:#x}, seen {word:#x}");
+                }
+            }
+        }
+        self.keep(Held { fd, kept });
+        Ok(())
+    }
+
+    /// `PINBUF_QUERY`.
+    pub(crate) fn query(&mut self, envelope: &Envelope) -> Result<()> {
+        let argument = uapi::Query {
+            reserved: envelope.reserved,
+            ..Default::default()
+        };
+        let answer: uapi::Query = match self.ask(
+            uapi::QUERY,
+            &argument,
+            envelope,
+            envelope.reserved != 0,
+            Expected::default(),
+        )? {
+            Some(answer) => answer,
+            None => return Ok(()),
+        };
+        let plain = self.device.query().context("PINBUF_QUERY")?;
+        if answer != plain || plain.version != uapi::VERSION || plain.page_size != PAGE as u32 {
+            bail!("{answer:?}, but before {plain:?}");
+        }
+        Ok(())
+    }
+
+    /// `PINBUF_INFO`.
+    pub(crate) fn info(&mut self, descriptor: Descriptor, envelope: &Envelope) -> Result<()> {
+        let fd = self.descriptor(descriptor);
+        let argument = uapi::Info {
+            fd,
+            reserved: [0, envelope.reserved.into(), 0],
+            ..Default::default()
+        };
+        let mut expected = Expected::default();
+        let held = self.buffers.iter().find(|held| held.fd.as_raw_fd() == fd);
+        let kept = held.map(|held| Rc::clone(&held.kept));
+        if !is_open(fd) {
+            expected.must(Errno::EBADF);
+        } else if kept.is_none() {
+            expected.must(Errno::EINVAL);
+        }
+        let reserved = envelope.reserved != 0;
+        let answer = self.ask(uapi::INFO, &argument, envelope, reserved, expected)?;
+        let (Some(answer), Some(kept)): (Option<uapi::Info>, _) = (answer, kept) else {
+            return Ok(());
+        };
+        let pages = kept.pages.len() as u64;
+        let mappings = self.devices.mappings(&kept) as u32;
+        if answer.fd != fd
+            || answer.bytes != pages * PAGE_BYTES
+            || answer.pages != pages
+            || answer.charged_pages != pages
+            || answer.mappings != mappings
+            || answer.state != 0
+            || answer.reserved != [0; 3]
+        {
+            bail!("{answer:?}, expected {pages} pages and {mappings} mappings");
+        }
+        Ok(())
+    }
+
+    /// A call that answers in its struct. `None` if it is an error, as it should be.
+    fn ask<T: Copy + Default>(
+        &mut self,
+        number: u32,
+        value: &T,
+        envelope: &Envelope,
+        reserved: bool,
+        mut of_fields: Expected,
+    ) -> Result<Option<T>> {
+        let laid_out = Struct::new(bytes_of(std::slice::from_ref(value)), envelope);
+        let at = self.structs.put(&laid_out.bytes, envelope.place);
+        let mut expected = Expected::default();
+        if laid_out.expect(at, true, &mut expected) {
+            of_fields.must_if(reserved, Errno::EINVAL);
+            expected.and(of_fields);
+        }
+        let answer = self.call(command(number, envelope), at.address);
+        expected.check("a question", &answer)?;
+        if answer.is_err() {
+            return Ok(None);
+        }
+        let bytes = self.structs.get(at, laid_out.claim);
+        let size = u32::from_ne_bytes(bytes[..4].try_into()?) as usize;
+        if answer != Ok(0) || size != size_of::<T>() {
+            bail!("the answer is {answer:?}, of {size} bytes");
+        }
+        if bytes.iter().skip(size).any(|byte| *byte != 0) {
+            bail!("something was written behind the answer");
+        }
+        Ok(Some(value_of(&bytes)))
+    }
+
+    /// Any ioctl of the device's own type, with a pointer that leads nowhere.
+    pub(crate) fn other(&mut self, number: u32, argument: u64) -> Result<()> {
+        // The VFS knows some of the other types.
+        let number = number & !0xff00 | uapi::IOC_TYPE << 8;
+        let known = [uapi::CREATE, uapi::QUERY, uapi::INFO]
+            .into_iter()
+            .any(|known| (known ^ number) & !SIZE_MASK == 0);
+        let mut expected = Expected::default();
+        expected.must(if known { Errno::EFAULT } else { Errno::ENOTTY });
+        expected.check("an ioctl", &self.call(number, argument))
+    }
+}
+
+/// The pages of a range, as far as there can be memory in it.
+fn bounded_pages(range: &uapi::Range) -> u64 {
+    (range.len / PAGE_BYTES).min((SLOTS * SLOT_PAGES) as u64)
+}
+
+/// What the kernel answers when the arrays are not all there.
+fn expect_arrays(
+    count: u32,
+    present: usize,
+    ranges: Argument,
+    backings: Option<Argument>,
+    forecast: &mut Forecast,
+) {
+    const ELEMENT: usize = 16;
+    const { assert!(MOST_RANGES * ELEMENT <= Area::most()) };
+    let count = count as usize;
+    for array in [Some(ranges), backings].into_iter().flatten() {
+        let expected = &mut forecast.expected;
+        expected.must_if(array.readable < count * ELEMENT, Errno::EFAULT);
+    }
+    // Behind them there are zeroes, hence empty ranges.
+    forecast.expected.must_if(count > present, Errno::EINVAL);
+}

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Inputs that went where no other had gone, in files.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::input::Input;
+use crate::kcov::Edge;
+
+/// An input, and where it went.
+#[derive(Debug)]
+pub struct Entry {
+    /// The input.
+    pub input: Input,
+    /// Where it went.
+    pub edges: BTreeSet<Edge>,
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub struct Corpus {
+    /// Those that found something new, in this order.
+    pub entries: Vec<Entry>,
+    /// Where any of them went.
+    pub edges: BTreeSet<Edge>,
+}
+
+impl Corpus {
+    /// Keeps an input if it went where none had gone.
+    pub fn offer(&mut self, input: &Input, edges: BTreeSet<Edge>) -> bool {
+        if edges.is_subset(&self.edges) {
+            return false;
+        }
+        self.edges.extend(&edges);
+        let input = input.clone();
+        self.entries.push(Entry { input, edges });
+        true
+    }
+
+    /// Few inputs that together go wherever any goes: each time the one that adds most.
+    pub fn minimal(&self) -> Vec<&Entry> {
+        let mut missing = self.edges.clone();
+        let mut chosen = Vec::new();
+        while !missing.is_empty() {
+            let gain = |entry: &&Entry| {
+                let gain = entry.edges.intersection(&missing).count();
+                (gain, std::cmp::Reverse(entry.input.operations.len()))
+            };
+            let Some(best) = self.entries.iter().max_by_key(gain) else {
+                break;
+            };
+            missing = missing.difference(&best.edges).copied().collect();
+            chosen.push(best);
+        }
+        chosen
+    }
+}
+
+/// An input as text: an operation a line.
+pub fn to_text(input: &Input) -> Result<String> {
+    let lines = |values: Vec<serde_json::Result<String>>| -> Result<String> {
+        let texts = values.into_iter().collect::<serde_json::Result<Vec<_>>>()?;
+        Ok(texts.join(",\n    "))
+    };
+    Ok(format!(
+        "{{\n  \"caller\": {},\n  \"memory\": [\n    {}\n  ],\n  \"operations\": [\n    {}\n  ]\n}}\n",
+        serde_json::to_string(&input.caller)?,
+        lines(input.memory.iter().map(serde_json::to_string).collect())?,
+        lines(input.operations.iter().map(serde_json::to_string).collect())?,
+    ))
+}
+
+/// Reads an input.
+pub fn read(path: &Path) -> Result<Input> {
+    let text = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is no input", path.display()))
+}
+
+/// Writes an input to a directory, under a name that its contents give.
+pub fn save(directory: &Path, prefix: &str, input: &Input) -> Result<PathBuf> {
+    let text = to_text(input)?;
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    let path = directory.join(format!("{prefix}{:016x}.json", hasher.finish()));
+    fs::create_dir_all(directory)?;
+    fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+    Ok(path)
+}
+
+/// The inputs in a directory, by name.
+pub fn list(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let entries = fs::read_dir(directory).with_context(|| format!("{}", directory.display()))?;
+    for entry in entries {
+        let path = entry?.path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "json")
+        {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mutate::generate;
+
+    #[test]
+    fn text_is_json() {
+        let mut rng = fastrand::Rng::with_seed(3);
+        for input in [Input::default(), generate(&mut rng), generate(&mut rng)] {
+            let text = to_text(&input).unwrap();
+            assert_eq!(serde_json::from_str::<Input>(&text).unwrap(), input);
+        }
+    }
+
+    #[test]
+    fn what_adds_nothing_is_left_out() {
+        let mut corpus = Corpus::default();
+        let input = Input::default();
+        assert!(corpus.offer(&input, BTreeSet::from([(0, 1)])));
+        assert!(corpus.offer(&input, BTreeSet::from([(0, 2)])));
+        assert!(!corpus.offer(&input, BTreeSet::from([(0, 1), (0, 2)])));
+        assert!(corpus.offer(&input, BTreeSet::from([(0, 1), (0, 2), (0, 3)])));
+        let minimal = corpus.minimal();
+        assert_eq!(minimal.len(), 1);
+        assert_eq!(minimal[0].edges.len(), 3);
+    }
+}

@@ -1,0 +1,373 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Does what an input says, in a process of its own, and holds every answer and every byte against
+//! the model.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::rc::Rc;
+
+use anyhow::{bail, Context, Result};
+use nix::errno::Errno;
+use nix::sys::resource::{setrlimit, Resource, RLIM_INFINITY};
+use nix::unistd::{lseek64, Whence};
+use pinbuf_test_harness::support::device::{sync_raw, Device};
+use pinbuf_test_harness::support::memory::Memory as Mapping;
+use pinbuf_test_harness::support::process::{become_user, drop_ipc_lock, USER};
+use pinbuf_test_harness::support::{kernel, PAGE};
+
+use crate::access::Access;
+use crate::areas::Area;
+use crate::contents::{Contents, Id};
+use crate::devices::Devices;
+use crate::expected::Expected;
+use crate::input::{Address, Caller, Descriptor, Input, Memlock, Operation, Who};
+use crate::memory::Memory;
+use crate::views::Views;
+
+/// The most buffers that an input has at once.
+const BUFFERS: usize = 16;
+
+/// What a dma-buf consists of, page by page, as far as that is known.
+#[derive(Debug)]
+pub struct Kept {
+    /// The pages.
+    pub pages: Vec<Option<Id>>,
+}
+
+/// A descriptor of a dma-buf.
+#[derive(Debug)]
+pub struct Held {
+    /// The descriptor.
+    pub fd: OwnedFd,
+    /// The buffer.
+    pub kept: Rc<Kept>,
+}
+
+/// One execution.
+pub struct Executor {
+    pub(crate) device: Device,
+    pub(crate) access: Access,
+    pub(crate) contents: Contents,
+    pub(crate) memory: Memory,
+    pub(crate) structs: Area,
+    pub(crate) ranges: Area,
+    pub(crate) backings: Area,
+    pub(crate) buffers: Vec<Held>,
+    pub(crate) views: Views,
+    pub(crate) devices: Devices,
+    pub(crate) caller: Caller,
+    /// The caller's limit in pages.
+    pub(crate) limit: u64,
+    /// The kernel has bounce buffers for devices that do not reach all memory.
+    pub(crate) bounces: bool,
+    /// This is a child of the process that has the buffers.
+    pub(crate) forked: bool,
+    trace: bool,
+}
+
+impl Executor {
+    /// Prepares the memory, and becomes the caller. `trace`: tells on standard error what it does.
+    pub fn new(input: &Input, trace: bool) -> Result<Self> {
+        let access = Access::new()?;
+        let mut contents = Contents::default();
+        let memory = Memory::new(&input.memory, &access, &mut contents)?;
+        let executor = Self {
+            device: Device::open()?,
+            access,
+            contents,
+            memory,
+            structs: Area::new(0)?,
+            ranges: Area::new(1)?,
+            backings: Area::new(2)?,
+            buffers: Vec::new(),
+            views: Views::default(),
+            devices: Devices::default(),
+            caller: input.caller,
+            limit: limit_bytes(input.caller.memlock) / PAGE as u64,
+            bounces: has_bounce_buffers(),
+            forked: false,
+            trace,
+        };
+        let soft = limit_bytes(input.caller.memlock);
+        setrlimit(Resource::RLIMIT_MEMLOCK, soft, RLIM_INFINITY).context("RLIMIT_MEMLOCK")?;
+        match input.caller.who {
+            Who::Root => {}
+            Who::Uncapable => drop_ipc_lock()?,
+            Who::User => become_user(USER)?,
+        }
+        Ok(executor)
+    }
+
+    /// Does all that the input says, and then looks at what is there, and gives it back.
+    pub fn run(mut self, operations: &[Operation]) -> Result<()> {
+        for (index, operation) in operations.iter().enumerate() {
+            self.say(|| format!("{index}: {operation:?}"));
+            self.step(operation)
+                .with_context(|| format!("operation {index}, {operation:?}"))?;
+        }
+        self.finish().context("at the end")
+    }
+
+    /// Tells something, if somebody listens.
+    pub(crate) fn say(&self, text: impl FnOnce() -> String) {
+        if self.trace {
+            eprintln!("{}", text());
+        }
+    }
+
+    fn step(&mut self, operation: &Operation) -> Result<()> {
+        match operation {
+            Operation::Create(create) => self.create(create),
+            Operation::Query(envelope) => self.query(envelope),
+            Operation::Info(descriptor, envelope) => self.info(*descriptor, envelope),
+            Operation::Other(number, argument) => self.other(*number, argument.0),
+            Operation::Map {
+                buffer,
+                offset,
+                length,
+                protection,
+                sharing,
+                aligned,
+            } => self.map(
+                *buffer,
+                offset.0,
+                length.0,
+                protection.0,
+                *sharing,
+                *aligned,
+            ),
+            Operation::Touch(view, page, write) => self.touch(*view, page.0, *write),
+            Operation::Remap(view, page, old, new, motion) => {
+                self.remap(*view, page.0, old.0, new.0, *motion)
+            }
+            Operation::Unmap(view, page, pages) => self.unmap(*view, page.0, pages.0),
+            Operation::Protect(view, page, pages, protection) => {
+                self.protect(*view, page.0, pages.0, protection.0)
+            }
+            Operation::Advise(view, page, pages, advice) => {
+                self.advise(*view, page.0, pages.0, *advice)
+            }
+            Operation::Sync(buffer, flags) => self.sync(*buffer, flags.0),
+            Operation::Seek(buffer, offset, whence) => self.seek(*buffer, offset.0, *whence),
+            Operation::Duplicate(buffer) => self.duplicate(*buffer),
+            Operation::Close(buffer) => {
+                if let Some(index) = self.buffer_index(*buffer) {
+                    self.buffers.remove(index);
+                }
+                Ok(())
+            }
+            Operation::Attach(buffer, bits, segment) => self.attach(*buffer, *bits, *segment),
+            Operation::DeviceMap(device, direction) => self.device_map(*device, *direction),
+            Operation::DeviceUnmap(device, mapping) => self.device_unmap(*device, *mapping),
+            Operation::DeviceTouch(device, mapping, page, write) => {
+                self.device_touch(*device, *mapping, page.0, *write)
+            }
+            Operation::KernelMap(device) => self.kernel_map(*device),
+            Operation::KernelUnmap(device) => self.kernel_unmap(*device),
+            Operation::KernelTouch(device, page, write) => {
+                self.kernel_touch(*device, page.0, *write)
+            }
+            Operation::Bracket(device, direction, end) => self.bracket(*device, *direction, *end),
+            Operation::Detach(device) => {
+                self.devices.detach(*device);
+                Ok(())
+            }
+            Operation::Fork(view, page, write, create) => {
+                self.fork(*view, page.0, *write, create.as_ref())
+            }
+            Operation::Write(region, page) => {
+                let address = self.memory.address(*region, page.0);
+                self.memory.write(address, &self.access, &mut self.contents)
+            }
+            Operation::Discard(region, page, pages) => {
+                let (page, pages) = (page.0, pages.0);
+                let done = self
+                    .memory
+                    .discard(*region, page, pages, &mut self.contents);
+                self.say(|| format!("   {done:?}"));
+                Ok(())
+            }
+            Operation::Punch(region, page, pages) => {
+                self.memory
+                    .punch(*region, page.0, pages.0, &mut self.contents)
+            }
+            Operation::Release(region, page, pages) => {
+                let done = self.memory.release(*region, page.0, pages.0);
+                self.say(|| format!("   {done:?}"));
+                Ok(())
+            }
+            Operation::Restrict(region, page, pages, protection) => {
+                let done = self.memory.restrict(*region, page.0, pages.0, protection.0);
+                self.say(|| format!("   {done:?}"));
+                Ok(())
+            }
+        }
+    }
+
+    /// The index of the buffer that an operation's number stands for.
+    pub(crate) fn buffer_index(&self, number: u8) -> Option<usize> {
+        usize::from(number).checked_rem(self.buffers.len())
+    }
+
+    /// Keeps a buffer, and lets the oldest go if there are too many.
+    pub(crate) fn keep(&mut self, held: Held) {
+        if self.buffers.len() == BUFFERS {
+            self.buffers.remove(0);
+        }
+        self.buffers.push(held);
+    }
+
+    /// The address that an operation names.
+    pub(crate) fn resolve(&self, address: Address) -> u64 {
+        match address {
+            Address::Region(region, page) => self.memory.address(region, page.0),
+            Address::Inside(region, page, byte) => {
+                self.memory.address(region, page.0) + u64::from(byte)
+            }
+            Address::View(view, page) => self.views.address(view, page.0),
+            Address::Raw(raw) => raw.0,
+        }
+    }
+
+    /// The descriptor that an operation names.
+    pub(crate) fn descriptor(&self, descriptor: Descriptor) -> RawFd {
+        match descriptor {
+            Descriptor::Buffer(number) => self
+                .buffer_index(number)
+                .map_or(-1, |index| self.buffers[index].fd.as_raw_fd()),
+            Descriptor::Region(number) => self.memory.descriptor(number).unwrap_or(-1),
+            Descriptor::Device => self.device.as_fd().as_raw_fd(),
+            Descriptor::Raw(raw) => raw,
+        }
+    }
+
+    /// Looks at some pages of a buffer through a mapping of all of it.
+    pub(crate) fn compare(&mut self, fd: BorrowedFd<'_>, kept: &Kept) -> Result<()> {
+        const SAMPLES: usize = 16;
+        let pages = kept.pages.len();
+        let mapping = Mapping::map(
+            pages * PAGE,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            Some(fd),
+            0,
+        )
+        .context("mapping all of a buffer")?;
+        let samples = SAMPLES.min(pages);
+        for sample in 0..samples {
+            let page = sample * (pages - 1) / (samples - 1).max(1);
+            let Some(id) = kept.pages[page] else { continue };
+            if let Some(word) = self.contents.get(id) {
+                let seen = mapping.get(page * PAGE);
+                if seen != word {
+                    bail!("page {page} of {pages}: expected {word:#x}, seen {seen:#x}");
+                }
+            }
+            // And the other way: whoever else has the page sees it too. The parent would not know.
+            if self.forked {
+                continue;
+            }
+            let word = self.contents.stamp();
+            mapping.set(page * PAGE, word);
+            self.contents.set(id, word);
+        }
+        Ok(())
+    }
+
+    fn sync(&mut self, buffer: u8, flags: u64) -> Result<()> {
+        const END: u64 = 1 << 2;
+        let Some(index) = self.buffer_index(buffer) else {
+            return Ok(());
+        };
+        let mut expected = Expected::default();
+        expected.must_if(flags & !(3 | END) != 0 || flags & 3 == 0, Errno::EINVAL);
+        expected.check(
+            "DMA_BUF_IOCTL_SYNC",
+            &sync_raw(&self.buffers[index].fd, flags),
+        )
+    }
+
+    fn seek(&mut self, buffer: u8, offset: u64, whence: u8) -> Result<()> {
+        let Some(index) = self.buffer_index(buffer) else {
+            return Ok(());
+        };
+        let held = &self.buffers[index];
+        let whence = [Whence::SeekSet, Whence::SeekCur, Whence::SeekEnd][usize::from(whence % 3)];
+        let answer = lseek64(&held.fd, offset as i64, whence);
+        let size = (held.kept.pages.len() * PAGE) as i64;
+        match (whence, offset, answer) {
+            (Whence::SeekEnd, 0, Ok(end)) if end == size => Ok(()),
+            (Whence::SeekSet, 0, Ok(0)) => Ok(()),
+            (Whence::SeekEnd | Whence::SeekSet, 0, other) => {
+                bail!("lseek: {other:?}, expected 0 or {size}")
+            }
+            (_, _, Ok(end)) => bail!("lseek by {offset:#x} gave {end}"),
+            (_, _, Err(_)) => Ok(()),
+        }
+    }
+
+    fn duplicate(&mut self, buffer: u8) -> Result<()> {
+        if let Some(index) = self.buffer_index(buffer) {
+            let held = &self.buffers[index];
+            let again = Held {
+                fd: held.fd.try_clone()?,
+                kept: Rc::clone(&held.kept),
+            };
+            self.keep(again);
+        }
+        Ok(())
+    }
+
+    /// All that is there must still hold what it should; then it goes, and leaves nothing.
+    fn finish(&mut self) -> Result<()> {
+        for held in std::mem::take(&mut self.buffers) {
+            self.compare(held.fd.as_fd(), &held.kept)?;
+        }
+        self.views.clear()?;
+        self.devices.clear();
+        self.memory.clear()?;
+        if self.forked {
+            return Ok(());
+        }
+        let pinned = kernel::vm_pin()?;
+        if pinned != 0 {
+            bail!("VmPin is {pinned} when nothing is left");
+        }
+        self.nothing_charged()
+    }
+
+    /// With a limit of one page, one page fits only if nothing else is charged.
+    fn nothing_charged(&mut self) -> Result<()> {
+        setrlimit(Resource::RLIMIT_MEMLOCK, PAGE as u64, RLIM_INFINITY)?;
+        let used = self.device.query().context("PINBUF_QUERY")?.allowance_used;
+        if used != 0 {
+            bail!("{used} bytes of the allowance are used when nothing is left");
+        }
+        let page = Mapping::anonymous(PAGE)?;
+        let buffer = self.device.create(&[page.range()]).context("one page")?;
+        let charge = self.device.describe(&buffer)?.charge;
+        let expected = if self.caller.per_process {
+            pinbuf_uapi::CHARGE_PROCESS
+        } else {
+            pinbuf_uapi::CHARGE_USER
+        };
+        if charge != expected {
+            bail!("pages are still charged: the last page's charge is {charge}, not {expected}");
+        }
+        Ok(())
+    }
+}
+
+/// Whether the kernel has bounce buffers; there is a file about them in any case.
+fn has_bounce_buffers() -> bool {
+    kernel::number("/sys/kernel/debug/swiotlb/io_tlb_nslabs").is_ok_and(|slabs| slabs > 0)
+}
+
+/// A limit in bytes.
+fn limit_bytes(limit: Memlock) -> u64 {
+    match limit {
+        Memlock::Unlimited => RLIM_INFINITY,
+        Memlock::Bytes(bytes) => bytes.into(),
+        Memlock::Pages(pages) => u64::from(pages) * PAGE as u64,
+    }
+}

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What must be so after every execution: nothing is left behind, and the kernel has not complained.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+use pinbuf_test_harness::support::kernel;
+
+/// How long the kernel may take to let go of what a process held.
+const SETTLE: Duration = Duration::from_secs(10);
+
+/// What the kernel holds.
+#[derive(Debug, PartialEq, Eq)]
+struct Held {
+    pins: i64,
+    dma_bufs: i64,
+    module_references: Option<i64>,
+    bounce_slots: i64,
+}
+
+impl Held {
+    fn now() -> Result<Self> {
+        Ok(Self {
+            pins: kernel::pins()?,
+            dma_bufs: kernel::dma_bufs()?,
+            module_references: kernel::module_references()?,
+            bounce_slots: kernel::bounce_slots()?,
+        })
+    }
+}
+
+/// Looks after each execution.
+pub struct Watch {
+    log: File,
+    before: Held,
+}
+
+impl Watch {
+    /// Messages as important as this, or more so, are complaints.
+    const WARNING: u32 = 4;
+
+    /// What the kernel may say.
+    const HARMLESS: &'static [&'static str] = &[
+        // To those who map too much at once.
+        "swiotlb buffer is full",
+        // Huge pages that memfd_pin_folios() adds to a file are not counted, but their end is.
+        "vmstat_refresh: nr_hugetlb -",
+    ];
+
+    /// Remembers how things are.
+    pub fn new() -> Result<Self> {
+        let mut log = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/kmsg")
+            .context("opening /dev/kmsg")?;
+        log.seek(SeekFrom::End(0))?;
+        Ok(Self {
+            log,
+            before: Held::now()?,
+        })
+    }
+
+    /// Fails if the kernel complained, or the module is still in use: what is told at once.
+    pub fn glance(&mut self) -> Result<()> {
+        let complaints = self.complaints()?;
+        if !complaints.is_empty() {
+            bail!("the kernel says: {}", complaints.join("\n  "));
+        }
+        let deadline = Instant::now() + SETTLE;
+        // Every open device and every dma-buf has one of these.
+        while kernel::module_references()? != self.before.module_references {
+            if Instant::now() > deadline {
+                return self.check();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Fails if something is left behind.
+    pub fn check(&mut self) -> Result<()> {
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let now = Held::now()?;
+            if now == self.before {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                let text = format!("left behind: before {:?}, after {now:?}", self.before);
+                // Each is told once.
+                self.before = now;
+                bail!(text);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn complaints(&mut self) -> Result<Vec<String>> {
+        let mut found = Vec::new();
+        let mut record = [0; 8192];
+        loop {
+            match self.log.read(&mut record) {
+                Ok(0) => break,
+                Ok(count) => {
+                    let text = String::from_utf8_lossy(&record[..count]);
+                    let Some((head, line)) = text.split_once(';') else {
+                        continue;
+                    };
+                    let line = line.lines().next().unwrap_or_default();
+                    let level: u32 = head.split(',').next().unwrap_or_default().parse()?;
+                    // The facility is in the upper bits: the kernel's own is zero.
+                    if level <= Self::WARNING
+                        && !Self::HARMLESS
+                            .iter()
+                            .any(|harmless| line.contains(harmless))
+                    {
+                        found.push(line.to_owned());
+                    }
+                }
+                // Records that were overwritten before they were read.
+                Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error).context("reading the kernel's log"),
+            }
+        }
+        Ok(found)
+    }
+}

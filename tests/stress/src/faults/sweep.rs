@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! All faults of a call, one after the other.
+
+use anyhow::{bail, Context, Result};
+use nix::errno::Errno;
+
+use super::inject::{Burst, Fault, Injector};
+use pinbuf_test_harness::support::{check, check_eq, kernel};
+
+/// More faults than any of the calls here has.
+const ENDLESS: usize = 20_000;
+
+/// A call, what it needs before and what must hold after it.
+pub struct Call<Prepare, Make, Verify> {
+    /// What to call it.
+    pub name: &'static str,
+    /// Makes what the call is given, anew for each time.
+    pub prepare: Prepare,
+    /// The call, and nothing else: faults are injected into all that it does.
+    pub make: Make,
+    /// Looks at what the call returned when it succeeded.
+    pub verify: Verify,
+}
+
+/// What to expect of a kind of fault.
+#[derive(Clone, Copy, Debug)]
+pub struct Expected<'a> {
+    /// The kind.
+    pub fault: Fault,
+    /// How many.
+    pub burst: Burst,
+    /// The errors that it may cause.
+    pub errors: &'a [Errno],
+    /// So many at least cause one; fewer mean that they are not injected where they should be.
+    pub failed: usize,
+    /// So many more, at least, are made up for.
+    pub recovered: usize,
+}
+
+impl<'a> Expected<'a> {
+    /// Single faults, of a kind that a call need not meet.
+    pub const fn single(fault: Fault, errors: &'a [Errno]) -> Self {
+        Self {
+            fault,
+            burst: Burst::Single,
+            errors,
+            failed: 0,
+            recovered: 0,
+        }
+    }
+
+    /// Faults from one on.
+    pub const fn lasting(fault: Fault, errors: &'a [Errno]) -> Self {
+        Self {
+            burst: Burst::Lasting,
+            ..Self::single(fault, errors)
+        }
+    }
+
+    /// So many at least cause an error.
+    pub const fn failing(self, failed: usize) -> Self {
+        Self { failed, ..self }
+    }
+
+    /// So many at least are made up for.
+    pub const fn recovering(self, recovered: usize) -> Self {
+        Self { recovered, ..self }
+    }
+}
+
+/// What a process and the system hold, and a call that failed must not.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Held {
+    pins: i64,
+    vm_pin: i64,
+    dma_bufs: i64,
+    descriptors: Vec<String>,
+}
+
+impl Held {
+    /// At the moment.
+    pub fn now() -> Result<Self> {
+        Ok(Self {
+            pins: kernel::pins()?,
+            vm_pin: kernel::vm_pin()?,
+            dma_bufs: kernel::dma_bufs()?,
+            descriptors: kernel::descriptors()?,
+        })
+    }
+}
+
+impl<Given, Made, Prepare, Make, Verify> Call<Prepare, Make, Verify>
+where
+    Prepare: Fn() -> Result<Given>,
+    Make: Fn(&Given) -> nix::Result<Made>,
+    Verify: Fn(&Given, &Made) -> Result<()>,
+{
+    /// Makes the call with its first fault of each kind, the second one, and so on, until it succeeds
+    /// without meeting one.
+    pub fn sweep(&self, injector: &Injector, all: &[Expected<'_>]) -> Result<()> {
+        // What is done once in a kernel's or a program's life is done now.
+        let given = (self.prepare)()?;
+        let made = (self.make)(&given).with_context(|| format!("{} without faults", self.name))?;
+        (self.verify)(&given, &made)?;
+        drop(made);
+        drop(given);
+        for expected in all {
+            self.sweep_one(injector, expected).with_context(|| {
+                format!("{}, {:?} {:?}", self.name, expected.burst, expected.fault)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn sweep_one(&self, injector: &Injector, expected: &Expected<'_>) -> Result<()> {
+        injector.select(expected.fault)?;
+        let (mut failed, mut recovered) = (0, 0);
+        let mut seq = String::new();
+        for n in 1..ENDLESS {
+            let given = (self.prepare)().context("preparing")?;
+            let before = Held::now()?;
+            let (result, injected) =
+                injector.during(expected.fault, expected.burst, n, || (self.make)(&given))?;
+            match result {
+                Ok(made) => {
+                    (self.verify)(&given, &made)
+                        .with_context(|| format!("after success with fault {n}"))?;
+                    if !injected {
+                        println!(
+                            "# {}: {:?} {:?}: {failed} failed, {recovered} recovered from {seq}",
+                            self.name, expected.burst, expected.fault
+                        );
+                        check!(
+                            failed >= expected.failed && recovered >= expected.recovered,
+                            "{failed} failed and {recovered} recovered from, of {} and {} at least",
+                            expected.failed,
+                            expected.recovered
+                        );
+                        return Ok(());
+                    }
+                    check!(
+                        expected.fault != Fault::UserCopy,
+                        "user copy {n} failed and nobody heard of it"
+                    );
+                    recovered += 1;
+                    seq.push('r');
+                }
+                Err(error) => {
+                    check!(injected, "{error} without a fault");
+                    check!(
+                        expected.errors.contains(&error),
+                        "fault {n} gives {error}, not {:?}",
+                        expected.errors
+                    );
+                    check_eq!(Held::now()?, before, "what is left behind by fault {n}");
+                    let made = (self.make)(&given)
+                        .with_context(|| format!("the same call after fault {n}"))?;
+                    (self.verify)(&given, &made)
+                        .with_context(|| format!("the same call after fault {n}"))?;
+                    failed += 1;
+                    seq += &format!("F{}", error as i32);
+                }
+            }
+        }
+        bail!("there is no end to the faults")
+    }
+}

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Makes pinbuf's calls fail and race, as root inside a guest; prints KTAP.
+//!
+//! * `faults`: every allocation and user copy of a call fails in turn. On a kernel with fault
+//!   injection, as `qemu-scripts/debug.config` makes one.
+//! * `huge`: the same for huge page-table entries, which that kernel's page-table checker forbids: it
+//!   must be switched off with `page_table_check=off`.
+//! * `migration`: no room for pages that have to leave `ZONE_MOVABLE`. With `movablecore=` besides.
+//! * `races`: calls against whatever else the process, other processes and the kernel do, on any
+//!   kernel, with random delays, for `--seconds` each.
+//! * `leaks`: what kmemleak finds at the end.
+//!
+//! A test that misses what it needs fails.
+
+mod faults;
+mod kinds;
+mod leaks;
+mod migration;
+mod races;
+mod settings;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{bail, Result};
+use clap::Parser;
+
+use pinbuf_test_harness::{report, Test};
+
+use settings::Settings;
+
+/// Makes pinbuf's calls fail and race, and reports in KTAP.
+#[derive(Debug, Parser)]
+struct Options {
+    /// Run these themes only: the part of a name before its dot
+    themes: Vec<String>,
+
+    /// How long each race goes on
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    seconds: u64,
+
+    /// Where random numbers begin; another one each time if it is not given
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+
+    /// Print the names of the subtests and do nothing
+    #[arg(long)]
+    list: bool,
+
+    /// Of these, run only subtests whose name contains one of these
+    #[arg(long, value_name = "SUBSTR")]
+    filter: Vec<String>,
+
+    /// Do not look for what a subtest left behind
+    #[arg(long)]
+    no_leak_checks: bool,
+}
+
+/// The part of a subtest's name before its dot.
+fn theme(test: &Test) -> &str {
+    test.name.split('.').next().unwrap_or_default()
+}
+
+impl Options {
+    fn wants(&self, test: &Test) -> bool {
+        (self.themes.is_empty() || self.themes.iter().any(|wanted| wanted == theme(test)))
+            && (self.filter.is_empty() || self.filter.iter().any(|part| test.name.contains(part)))
+    }
+}
+
+fn tests() -> impl Iterator<Item = &'static Test> {
+    [
+        faults::create::TESTS,
+        faults::files::TESTS,
+        faults::device::TESTS,
+        faults::mapping::TESTS,
+        faults::huge::TESTS,
+        migration::TESTS,
+        races::memory::TESTS,
+        races::hugetlb::TESTS,
+        races::death::TESTS,
+        races::importers::TESTS,
+        races::memlock::TESTS,
+        races::module::TESTS,
+        leaks::TESTS,
+    ]
+    .into_iter()
+    .flatten()
+}
+
+fn main() -> Result<ExitCode> {
+    let options = Options::parse();
+    for wanted in &options.themes {
+        if !tests().any(|test| theme(test) == wanted) {
+            bail!("there is no theme `{wanted}`");
+        }
+    }
+    let seconds = Duration::from_secs(options.seconds);
+    // Their time is what the setting up takes at most; a race's own comes on top.
+    let chosen: Vec<Test> = tests()
+        .filter(|test| options.wants(test))
+        .map(|test| Test {
+            timeout: test.timeout + seconds,
+            ..*test
+        })
+        .collect();
+    if options.list {
+        for test in &chosen {
+            println!("{}", test.name);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let seed = options.seed.unwrap_or_else(|| fastrand::u64(..));
+    println!("# --seed {seed} --seconds {}", options.seconds);
+    Settings { seconds, seed }.set();
+    report(&chosen.iter().collect::<Vec<_>>(), !options.no_leak_checks)
+}
