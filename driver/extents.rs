@@ -219,6 +219,9 @@ impl ExtentMap {
             if self.push(run, true).is_err() {
                 break;
             }
+            if next.is_none() {
+                break;
+            }
             // The way of scattered pages, which are what this costs most for.
             let most = self.expected.saturating_sub(self.pages).max(1);
             if let Form::Dense(frames) = &mut self.form {

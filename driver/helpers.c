@@ -13,6 +13,7 @@
 
 #include <linux/cred.h>
 #include <linux/dma-mapping.h>
+#include <linux/falloc.h>
 #include <linux/fcntl.h>
 #include <linux/fs.h>
 #include <linux/hugetlb.h>
@@ -209,25 +210,38 @@ unsigned long pinbuf_pages_backed_by(struct page *const *pages,
 /* Files whose pages can be pinned without a mapping */
 
 /*
- * Whether pages of the file may be pinned for writing: 0, EINVAL (of another
- * kind), EACCES (not open for writing) or EPERM (sealed).  The answer holds
- * while the inode is locked: F_ADD_SEALS takes that lock exclusively, and
- * refuses F_SEAL_WRITE when it finds pages pinned.
+ * Whether the file is of a kind whose pages can be pinned.  Its lock and its
+ * pages must be the same inode's; Coda, for one, lends the mapping of another.
+ */
+static bool file_has_pinnable_kind(struct file *file)
+{
+	return (shmem_file(file) || is_file_hugepages(file)) &&
+	       file->f_mapping->host == file_inode(file);
+}
+
+static unsigned int file_seals(struct file *file)
+{
+#ifdef CONFIG_HUGETLBFS
+	if (is_file_hugepages(file))
+		return HUGETLBFS_I(file_inode(file))->seals;
+#endif
+	return SHMEM_I(file_inode(file))->seals;
+}
+
+/*
+ * Whether its pages may be read and written at any place, as a shared mapping
+ * would: 0, EACCES (not open for both, or append-only) or EPERM (sealed).  The
+ * answer holds while the inode is locked: F_ADD_SEALS and chattr take that lock
+ * exclusively, and F_SEAL_WRITE is refused while pages are pinned.
  */
 static int may_pin_file(struct file *file)
 {
-	struct inode *inode = file_inode(file);
-	unsigned int seals;
-
-	if (shmem_file(file))
-		seals = SHMEM_I(inode)->seals;
-	else if (is_file_hugepages(file))
-		seals = HUGETLBFS_I(inode)->seals;
-	else
-		return -EINVAL;
-	if (!(file->f_mode & FMODE_WRITE))
+	if ((file->f_mode & (FMODE_READ | FMODE_WRITE)) !=
+	    (FMODE_READ | FMODE_WRITE))
 		return -EACCES;
-	if (seals & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE))
+	if (IS_APPEND(file_inode(file)))
+		return -EACCES;
+	if (file_seals(file) & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE))
 		return -EPERM;
 	return 0;
 }
@@ -255,33 +269,6 @@ static int make_uptodate(struct file *file, struct folio *pinned)
 	return folio_test_uptodate(pinned) ? 0 : -EAGAIN;
 }
 
-long pinbuf_file_pin_folios(struct file *file, loff_t start, loff_t end,
-			    struct folio **folios, unsigned int max)
-{
-	struct inode *inode = file_inode(file);
-	pgoff_t offset;
-	long count, n;
-	int ret;
-
-	/* As udmabuf has it. */
-	inode_lock_shared(inode);
-	ret = may_pin_file(file);
-	if (ret)
-		goto out;
-	count = memfd_pin_folios(file, start, end - 1, folios, max, &offset);
-	if (count < 0) {
-		ret = count;
-		goto out;
-	}
-	for (n = 0; n < count && !ret; n++)
-		ret = make_uptodate(file, folios[n]);
-	if (ret)
-		unpin_folios(folios, count);
-out:
-	inode_unlock_shared(inode);
-	return ret ? ret : count;
-}
-
 bool pinbuf_file_is_hugetlb(const struct file *file)
 {
 	return is_file_hugepages(file);
@@ -303,6 +290,70 @@ bool pinbuf_file_has_pages(struct file *file, unsigned long index,
 		cond_resched();
 	}
 	return true;
+}
+
+/*
+ * Pins the folios of the file's bytes from @start to @end.  Holes in a file of
+ * shmem are filled; for hugetlbfs, ENOENT tells of one: memfd_pin_folios() would
+ * fill it without a word to faults, and the loser of that race takes somebody
+ * else's reservation with it.
+ */
+static long file_pin_folios(struct file *file, loff_t start, loff_t end,
+			    struct folio **folios, unsigned int max)
+{
+	struct inode *inode = file_inode(file);
+	pgoff_t offset;
+	long count, n;
+	int ret;
+
+	/* As udmabuf has it. */
+	if (inode_lock_shared_killable(inode))
+		return -EINTR;
+	ret = may_pin_file(file);
+	if (!ret && end > i_size_read(inode))
+		ret = -EINVAL;
+	/* Who punches holes needs the lock for himself. */
+	if (!ret && is_file_hugepages(file) &&
+	    !pinbuf_file_has_pages(file, start >> PAGE_SHIFT,
+				   (end - start) >> PAGE_SHIFT))
+		ret = -ENOENT;
+	if (ret)
+		goto out;
+	count = memfd_pin_folios(file, start, end - 1, folios, max, &offset);
+	if (count < 0) {
+		ret = count;
+		goto out;
+	}
+	for (n = 0; n < count && !ret; n++) {
+		/* GUP and read() do not give these either. */
+		if (folio_contain_hwpoisoned_page(folios[n]))
+			ret = -EHWPOISON;
+		else
+			ret = make_uptodate(file, folios[n]);
+	}
+	if (ret)
+		unpin_folios(folios, count);
+out:
+	inode_unlock_shared(inode);
+	return ret ? ret : count;
+}
+
+long pinbuf_file_pin_folios(struct file *file, loff_t start, loff_t end,
+			    struct folio **folios, unsigned int max)
+{
+	long ret;
+
+	if (!file_has_pinnable_kind(file))
+		return -EINVAL;
+	ret = file_pin_folios(file, start, end, folios, max);
+	if (ret != -ENOENT)
+		return ret;
+	ret = vfs_fallocate(file, FALLOC_FL_KEEP_SIZE, start, end - start);
+	if (ret)
+		return ret;
+	ret = file_pin_folios(file, start, end, folios, max);
+	/* Somebody punches holes as fast as they are filled. */
+	return ret == -ENOENT ? -EAGAIN : ret;
 }
 
 /*

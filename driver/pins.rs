@@ -496,8 +496,12 @@ struct Tries {
 }
 
 /// The errors of pinning a file, in the contract's terms: no room in its store is `EFAULT`, as
-/// where a mapping of it is pinned.
+/// where a mapping of it is pinned. Filling a hole in a file of hugetlb ends at any signal: then the
+/// call begins anew when that has been handled.
 fn contract_of_file(error: Error, file: &LocalFile) -> Error {
+    if error == EINTR {
+        return code::ERESTARTNOINTR;
+    }
     let exhausted = error == ENOSPC || (error == ENOMEM && gup::file_is_hugetlb(file));
     if exhausted {
         EFAULT

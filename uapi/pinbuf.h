@@ -74,7 +74,8 @@ struct pinbuf_backing {
  * The ranges are not of the caller's addresses: @backing says, range by range,
  * which file and offset they are of.  Nothing needs to be mapped; what the file
  * has no page for yet gets one, as a write would give it.  The descriptors must
- * be open for writing.  Not together with PINBUF_CREATE_CHECK_BACKING.
+ * be open for reading and writing.  Not together with
+ * PINBUF_CREATE_CHECK_BACKING.
  */
 #define PINBUF_CREATE_FROM_FILES	(1U << 3)
 #define PINBUF_CREATE_FLAGS \
@@ -125,7 +126,8 @@ struct pinbuf_backing {
  *
  *   EINVAL     a file is none of memfd, tmpfs and hugetlbfs; a range that ends
  *              beyond the end of its file
- *   EACCES     a descriptor is not open for writing
+ *   EACCES     a descriptor is not open for reading and writing, or its file is
+ *              append-only
  *   EPERM      a file is sealed against writing
  *   EFAULT     (of a range) the file's store is exhausted
  *

@@ -204,7 +204,7 @@ impl Batch {
     /// once and stands in [`Batch::pages`] with its first page; the first is the one that `index`
     /// was in.
     ///
-    /// The file must be open for writing (`EACCES`), not be sealed against that (`EPERM`), and be
+    /// The file must be open for reading and writing and not be append-only (`EACCES`), not be sealed against that (`EPERM`), and be
     /// of shmem or hugetlbfs and not end before (`EINVAL`). Other errors are the kernel's own.
     /// May sleep for long; takes the inode's lock, shared.
     pub(crate) fn pin_file(

@@ -89,7 +89,7 @@ pub struct FileRange<'a> {
 /// A part of a file.
 #[derive(Clone, Copy, Debug)]
 pub struct FilePart<'a> {
-    /// The file: a memfd, or one on tmpfs or hugetlbfs, open for writing.
+    /// The file: a memfd, or one on tmpfs or hugetlbfs, open for reading and writing.
     pub file: BorrowedFd<'a>,
     /// The part's first byte; a multiple of the page size.
     pub offset: u64,

@@ -76,7 +76,7 @@ pub enum Error {
     /// Of [`export_files`](crate::Device::export_files): a file is of another kind than memfd, tmpfs
     /// and hugetlbfs, or ends before the part that was named.
     NotThatPartOfAFile,
-    /// Of [`export_files`](crate::Device::export_files): a file is not open for writing, or is sealed
+    /// Of [`export_files`](crate::Device::export_files): a file is not open for reading and writing, or is append-only or sealed
     /// against it.
     NotWritable,
     /// No descriptor is free (`ulimit -n`), or no file in the system.
@@ -146,7 +146,10 @@ impl fmt::Display for Error {
                 "a file is no memfd and not on tmpfs or hugetlbfs, or ends before the part named"
             ),
             Self::NotWritable => {
-                write!(f, "a file is not open for writing, or is sealed against it")
+                write!(
+                    f,
+                    "a file is not open for reading and writing, or is append-only or sealed"
+                )
             }
             Self::TooManyFiles => write!(f, "no descriptor is free (ulimit -n)"),
             Self::Unloading => write!(f, "the module is being unloaded"),

@@ -33,7 +33,9 @@ tests! { "files":
     swapped_by_a_hole,
     beyond_the_end,
     other_files,
-    not_open_for_writing,
+    not_open_for_both,
+    append_only,
+    holes_filled_by_two within 120,
     sealed,
     no_seal_while_pinned,
     store_exhausted,
@@ -297,7 +299,7 @@ fn other_files() -> Result<()> {
     refused("a directory", Errno::EINVAL, &directory, 0, PAGE)
 }
 
-fn not_open_for_writing() -> Result<()> {
+fn not_open_for_both() -> Result<()> {
     let fd = memfd(PAGE, 0)?;
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let readonly = open(path.as_str(), OFlag::O_RDONLY, Mode::empty())?;
@@ -310,8 +312,60 @@ fn not_open_for_writing() -> Result<()> {
     )?;
     let named = open(path.as_str(), OFlag::O_PATH, Mode::empty())?;
     refused("a memfd named with O_PATH", Errno::EBADF, &named, 0, PAGE)?;
+    // A buffer can be read, too.
     let writeonly = open(path.as_str(), OFlag::O_WRONLY, Mode::empty())?;
-    Device::open()?.create_from_files(&[(writeonly.as_fd(), 0, PAGE)])?;
+    refused(
+        "a memfd opened write-only",
+        Errno::EACCES,
+        &writeonly,
+        0,
+        PAGE,
+    )
+}
+
+/// What is in an append-only file can be written to by nobody.
+fn append_only() -> Result<()> {
+    const FS_APPEND_FL: libc::c_int = 0x20;
+    let file = file_in("/dev/shm", PAGE)?;
+    let set = |flags: libc::c_int| {
+        // SAFETY: the kernel reads one integer.
+        Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_SETFLAGS, &flags) })
+    };
+    set(FS_APPEND_FL).context("chattr +a")?;
+    let seen = refused("an append-only file", Errno::EACCES, &file, 0, PAGE);
+    set(0).context("chattr -a")?;
+    seen?;
+    Device::open()?.create_from_files(&[(file.as_fd(), 0, PAGE)])?;
+    Ok(())
+}
+
+/// Two who fill the same hole, again and again: the reservations of somebody else stay, which the
+/// harness looks for.
+fn holes_filled_by_two() -> Result<()> {
+    let _pool = HugePool::with_free(8)?;
+    // Reserves four, and has none of them.
+    let other = Memory::shared(huge_memfd(4 * HUGE)?, 4 * HUGE)?;
+    let reserved = kernel::field("/proc/meminfo", "HugePages_Rsvd")?;
+    let fd = huge_memfd(2 * HUGE)?;
+    for _ in 0..150 {
+        let fill = || Device::open().map(|it| it.create_from_files(&[(fd.as_fd(), 0, 2 * HUGE)]));
+        std::thread::scope(|scope| -> Result<()> {
+            let first = scope.spawn(fill);
+            fill()?.context("a create")?;
+            first
+                .join()
+                .expect("the other thread")?
+                .context("the other create")?;
+            Ok(())
+        })?;
+        punch_hole(&fd, 0, 2 * HUGE)?;
+    }
+    check_eq!(
+        kernel::field("/proc/meminfo", "HugePages_Rsvd")?,
+        reserved,
+        "huge pages that others have reserved"
+    );
+    other.touch();
     Ok(())
 }
 
