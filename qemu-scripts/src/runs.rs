@@ -254,6 +254,7 @@ pub const RUNS: &[Run] = &[
     Run {
         // Calls of every kind, guided by where they go in the module; the seeds first.
         name: "fuzz",
+        when: When::Always,
         cmdline: "",
         command: "tests/fuzz/run",
         verdict: Verdict::Status,

@@ -522,7 +522,7 @@ fn small(sizes: Sizes) -> Vec<Experiment> {
             format!("{all}, scattered"),
             shape,
             shuffled(sizes.small, page),
-            What::Footprint { buffers: 4 },
+            What::Footprint { buffers: 32 },
         )
         .line(
             "kernel memory",
