@@ -89,6 +89,9 @@ pub struct Program {
     pub loaded: PathBuf,
     /// Why the shim cannot reach it.
     pub obstacles: Vec<Obstacle>,
+    /// How many instructions of its own make system calls: what it opens by these, the shim does not
+    /// see.
+    pub system_calls: usize,
 }
 
 impl Program {
@@ -97,11 +100,13 @@ impl Program {
         let path = locate(command)?;
         let mut loaded = path.clone();
         let mut obstacles = Vec::new();
+        let mut system_calls = 0;
         // The kernel follows four scripts.
         for _ in 0..5 {
             match inspect(&loaded)? {
-                Kind::Program(found) => {
+                Kind::Program(found, calls) => {
                     obstacles.extend(found);
+                    system_calls = calls;
                     break;
                 }
                 Kind::Script(interpreter) => loaded = locate(&interpreter)?,
@@ -111,6 +116,7 @@ impl Program {
             path,
             loaded,
             obstacles,
+            system_calls,
         })
     }
 }
@@ -136,7 +142,7 @@ fn locate(command: &Path) -> Result<PathBuf, Missing> {
 }
 
 enum Kind {
-    Program(Vec<Obstacle>),
+    Program(Vec<Obstacle>, usize),
     Script(PathBuf),
 }
 
@@ -165,7 +171,7 @@ fn inspect(path: &Path) -> Result<Kind> {
             obstacles.push(Obstacle::FileCapabilities);
         }
     }
-    Ok(Kind::Program(obstacles))
+    Ok(Kind::Program(obstacles, elf.system_calls))
 }
 
 /// The program that runs a script; of `env`, the one that env runs.
@@ -282,6 +288,16 @@ mod tests {
         ] {
             assert_eq!(look(&content).unwrap().obstacles, wanted);
         }
+    }
+
+    #[test]
+    fn system_calls_of_its_own_are_counted() {
+        // xor eax, eax; syscall; mov eax, 0x050f0f05; ret: the bytes of a number do not count.
+        let code: &[u8] = b"\x31\xc0\x0f\x05\xb8\x05\x0f\x0f\x05\xc3";
+        let program = look(&program(&[GLIBC, (1, code)], &[])).unwrap();
+        let wanted = usize::from(cfg!(target_arch = "x86_64"));
+        assert_eq!(program.system_calls, wanted);
+        assert_eq!(program.obstacles, []);
     }
 
     #[test]

@@ -430,7 +430,7 @@ fn apparmor() -> Finding {
 /// What a profile means for who is confined by it.
 fn allowance(what: &'static str, who: &str, confinement: &Confinement) -> Finding {
     const MEND: &str = "its profile (for libvirt's machines: \
-                        /etc/apparmor.d/local/abstractions/libvirt-qemu) must have \
+                        /etc/apparmor.d/abstractions/libvirt-qemu.d/pinbuf) must have \
                         `/dev/pinbuf rw,` and `/usr/lib/pinbuf/*.so mr,`";
     let name = &confinement.name;
     let device = confinement.allows(Path::new(Device::PATH));
@@ -524,6 +524,17 @@ fn program(name: &Path) -> Vec<Finding> {
             WHAT,
             format!("{loaded} cannot be reached by the shim"),
             reasons(&program.obstacles),
+        ));
+    }
+    if program.system_calls > 0 && program.obstacles.is_empty() {
+        findings.push(note(
+            WHAT,
+            format!(
+                "{loaded} has {} instructions of its own that make system calls, past libc; if it \
+                 opens /dev/udmabuf so (Rust's rustix, io_uring), the shim does not see it",
+                program.system_calls
+            ),
+            "start it and ask `pinbuf doctor --pid`; if udmabuf is open, teach it /dev/pinbuf",
         ));
     }
     if apparmor::in_use() {
