@@ -188,7 +188,7 @@ fn kernel_mapping() -> Result<()> {
     .sweep(
         &injector,
         &[
-            Expected::single(Fault::Slab, ENOMEM).failing(3),
+            Expected::single(Fault::Slab, ENOMEM).failing(2),
             Expected::lasting(Fault::Slab, ENOMEM).failing(3),
             Expected::single(Fault::Page, ENOMEM).failing(1),
             Expected::lasting(Fault::Page, ENOMEM).failing(1),

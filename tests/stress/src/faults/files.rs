@@ -30,24 +30,22 @@ fn from(
 ) -> Result<()> {
     let injector = Injector::new()?;
     let device = Device::open()?;
-    let with_pages = || -> Result<OwnedFd> {
-        let file = file()?;
-        let memory = Memory::shared(&file, len)?;
-        for offset in (0..len).step_by(PAGE) {
-            memory.set(offset, 1);
-        }
-        Ok(file)
-    };
     let make = |file: &OwnedFd| create_from(&device, file, 0, len);
     let verify =
         |file: &OwnedFd, buffer: &Buffer| is_of(&device, buffer, &Memory::shared(file, len)?);
+    let full = file()?;
+    let memory = Memory::shared(&full, len)?;
+    for offset in (0..len).step_by(PAGE) {
+        memory.set(offset, 1);
+    }
     Call {
         name: "pages that are there",
-        prepare: with_pages,
-        make,
-        verify,
+        prepare: || Ok(()),
+        make: |(): &()| make(&full),
+        verify: |(): &(), buffer: &Buffer| verify(&full, buffer),
     }
     .sweep(&injector, there)?;
+    drop((memory, full));
     let fresh = |name| {
         Call {
             name,
@@ -67,8 +65,8 @@ const COPIES: Expected<'_> = Expected::single(Fault::UserCopy, &[Errno::EFAULT])
 
 fn create_from_shmem() -> Result<()> {
     let slabs = [
-        Expected::single(Fault::Slab, ENOMEM).failing(5),
-        Expected::lasting(Fault::Slab, ENOMEM).failing(7),
+        Expected::single(Fault::Slab, ENOMEM).failing(3),
+        Expected::lasting(Fault::Slab, ENOMEM).failing(6),
     ];
     from(
         20 * PAGE,
@@ -84,8 +82,8 @@ fn create_from_shmem() -> Result<()> {
         &[
             slabs[0],
             slabs[1],
-            Expected::single(Fault::Page, ENOMEM).failing(20),
-            Expected::lasting(Fault::Page, ENOMEM).failing(20),
+            Expected::single(Fault::Page, ENOMEM).failing(18),
+            Expected::lasting(Fault::Page, ENOMEM).failing(18),
             COPIES,
         ],
     )
@@ -95,19 +93,21 @@ fn create_from_hugetlb() -> Result<()> {
     /// For hugetlb, the kernel calls it ENOMEM when the pool is empty, and the driver EFAULT.
     const EITHER: &[Errno] = &[Errno::ENOMEM, Errno::EFAULT];
     let _pool = HugePool::with_free(2)?;
-    let faults = |errors| {
-        [
-            Expected::single(Fault::Slab, errors).failing(5),
-            Expected::lasting(Fault::Slab, errors).failing(7),
-            Expected::single(Fault::Page, errors),
-            Expected::lasting(Fault::Page, errors),
-            COPIES,
-        ]
-    };
-    from(
-        2 * HUGE,
-        || huge_memfd(2 * HUGE),
-        &faults(ENOMEM),
-        &faults(EITHER),
-    )
+    let there = [
+        Expected::single(Fault::Slab, ENOMEM).failing(5),
+        Expected::lasting(Fault::Slab, ENOMEM).failing(7),
+        Expected::single(Fault::Page, ENOMEM),
+        Expected::lasting(Fault::Page, ENOMEM),
+        COPIES,
+    ];
+    // No lasting shortage of slab memory: when a new page cannot be added to the page cache,
+    // memfd_alloc_folio(), up to 7.2 at least, takes its reservation from the pool twice, which
+    // then has less than none.
+    let not_there = [
+        Expected::single(Fault::Slab, EITHER).failing(4),
+        Expected::single(Fault::Page, EITHER),
+        Expected::lasting(Fault::Page, EITHER),
+        COPIES,
+    ];
+    from(2 * HUGE, || huge_memfd(2 * HUGE), &there, &not_there)
 }

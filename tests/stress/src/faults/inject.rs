@@ -109,7 +109,7 @@ pub struct Injector {
     nth: File,
     /// Of this thread: whether probability applies to it.
     fails: File,
-    _settings: Vec<Setting>,
+    settings: Vec<Setting>,
 }
 
 impl Injector {
@@ -165,7 +165,7 @@ impl Injector {
         let injector = Self {
             nth: of_thread("fail-nth")?,
             fails: of_thread("make-it-fail")?,
-            _settings: settings,
+            settings,
         };
         injector.select(Fault::Slab)?;
         Ok(injector)
@@ -234,6 +234,13 @@ impl Injector {
             .or_else(again)
             .context("resetting fail-nth")?;
         Ok(())
+    }
+}
+
+impl Drop for Injector {
+    fn drop(&mut self) {
+        // Backwards: probability goes before what confines it to one thread.
+        while self.settings.pop().is_some() {}
     }
 }
 

@@ -116,7 +116,6 @@ where
     fn sweep_one(&self, injector: &Injector, expected: &Expected<'_>) -> Result<()> {
         injector.select(expected.fault)?;
         let (mut failed, mut recovered) = (0, 0);
-        let mut seq = String::new();
         for n in 1..ENDLESS {
             let given = (self.prepare)().context("preparing")?;
             let before = Held::now()?;
@@ -128,7 +127,7 @@ where
                         .with_context(|| format!("after success with fault {n}"))?;
                     if !injected {
                         println!(
-                            "# {}: {:?} {:?}: {failed} failed, {recovered} recovered from {seq}",
+                            "# {}: {:?} {:?}: {failed} failed, {recovered} recovered from",
                             self.name, expected.burst, expected.fault
                         );
                         check!(
@@ -144,7 +143,6 @@ where
                         "user copy {n} failed and nobody heard of it"
                     );
                     recovered += 1;
-                    seq.push('r');
                 }
                 Err(error) => {
                     check!(injected, "{error} without a fault");
@@ -159,7 +157,6 @@ where
                     (self.verify)(&given, &made)
                         .with_context(|| format!("the same call after fault {n}"))?;
                     failed += 1;
-                    seq += &format!("F{}", error as i32);
                 }
             }
         }
