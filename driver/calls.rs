@@ -41,11 +41,7 @@ use kernel::{
     },
     prelude::*,
     sync::aref::ARef,
-    transmute::FromBytes,
-    uaccess::{
-        UserPtr,
-        UserSlice, //
-    },
+    uaccess::UserPtr, //
 };
 
 // SAFETY: Fixed-width integers without padding, the first of them the size.
