@@ -284,17 +284,10 @@ impl Device {
     /// ```
     pub unsafe fn export_file_ranges(&self, parts: &[FileRange<'_>]) -> Result<DmaBuf> {
         let ranges: Vec<Range> = parts.iter().map(|part| part.range).collect();
-        let backing: Vec<uapi::Backing> = parts
+        let backing = parts
             .iter()
-            .map(|part| uapi::Backing {
-                fd: part.file.as_raw_fd(),
-                reserved: 0,
-                offset: part.offset,
-            })
-            .collect();
-        for file in &backing {
-            check_aligned(file.offset)?;
-        }
+            .map(|part| backing(part.file, part.offset))
+            .collect::<Result<Vec<_>>>()?;
         self.create(&ranges, &backing)
     }
 
@@ -324,17 +317,10 @@ impl Device {
                 len: part.len,
             })
             .collect();
-        let backing: Vec<uapi::Backing> = parts
+        let backing = parts
             .iter()
-            .map(|part| uapi::Backing {
-                fd: part.file.as_raw_fd(),
-                reserved: 0,
-                offset: part.offset,
-            })
-            .collect();
-        for file in &backing {
-            check_aligned(file.offset)?;
-        }
+            .map(|part| backing(part.file, part.offset))
+            .collect::<Result<Vec<_>>>()?;
         self.create_with(&ranges, &backing, uapi::CREATE_FROM_FILES)
             .map_err(|error| match error {
                 Error::System {
@@ -409,6 +395,16 @@ impl From<Device> for OwnedFd {
     fn from(device: Device) -> Self {
         device.0
     }
+}
+
+/// A place in a file, as the kernel wants it named.
+fn backing(file: BorrowedFd<'_>, offset: u64) -> Result<uapi::Backing> {
+    check_aligned(offset)?;
+    Ok(uapi::Backing {
+        fd: file.as_raw_fd(),
+        reserved: 0,
+        offset,
+    })
 }
 
 /// Checks what can be told without the kernel, and returns the sum in bytes.
