@@ -15,11 +15,13 @@ use clap::Args;
 use nix::sys::sysinfo::sysinfo;
 
 use crate::guest::{End, Guest, Options, Streams};
+use crate::kernel::Kernel;
 use crate::ktap;
 use crate::lint::{Outcome, CHECKS};
 use crate::runs::{Run, Verdict, When, RUNS};
+use crate::tree::Tree;
 use crate::ui::{say, seconds, tail};
-use crate::{demo, paths, userspace, vm, watch};
+use crate::{demo, module, paths, userspace, vm, watch};
 
 /// Reasons for which a test may be skipped.
 const ALLOWED_SKIPS: &str = include_str!("../allowed-skips.txt");
@@ -259,6 +261,11 @@ impl Test {
             for filter in &self.filter {
                 command.extend(["--filter".to_owned(), filter.clone()]);
             }
+        }
+        if run.bare {
+            // What such a run installs, it takes from the checkout.
+            let tools = Tree::tools()?;
+            module::ensure(&tools, &Kernel::select(&tools, kernel)?)?;
         }
         let share = tempfile::Builder::new().prefix("pinbuf-share-").tempdir()?;
         let options = Options {
