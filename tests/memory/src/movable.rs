@@ -108,7 +108,10 @@ struct Placed {
 impl Placed {
     fn new(kind: Kind, len: usize, willing: &[Block]) -> Result<Self> {
         let mut fillers = Vec::new();
-        for _ in 0..10 {
+        // As much as the zone holds: it may be that few blocks are willing at the moment.
+        let zone = movable()?;
+        let most = (zone.end - zone.start) as usize * PAGE / len;
+        for _ in 0..most {
             let candidate = kind.memory(len)?;
             let pfns = all_frames(&candidate.memory)?;
             if let Some((block, count)) = fullest(&pfns, willing)? {
