@@ -16,7 +16,7 @@
 //! Page frames are numbers of 64 bits, with marks in the uppermost.
 //!
 //! This file knows nothing of pins, pages or locks, and is compiled for the host too, where
-//! `tests/host` holds it against a naive model.
+//! `tests/pure` holds it against a naive model.
 
 use crate::chunked_vec::ChunkedVec;
 use kernel::alloc::AllocError;
