@@ -15,10 +15,16 @@ use crate::{
         module,
         pfn_map, //
     },
+    order::{
+        joined,
+        Order,
+        Part, //
+    },
     params,
     pins::{
         Expected,
-        Pinner, //
+        Pinner,
+        Pins, //
     },
     ranges::{
         check_backings,
@@ -109,28 +115,98 @@ fn create(argument: UserPtr) -> Result<c_long> {
     };
 
     let charge = Charge::new(pages)?;
-    let mut pinner = Pinner::new(pages)?;
-    let mut files = Files(None);
-    for (index, Element(range)) in ranges.iter().enumerate() {
-        let pages = (range.len >> PAGE_SHIFT) as usize;
-        let expected = match backings.as_ref().and_then(|all| all.get(index)) {
-            Some(Element(backing)) => Some(Expected {
-                file: files.get(backing.fd)?,
-                page: (backing.offset >> PAGE_SHIFT) as usize,
-            }),
-            None => None,
-        };
-        match expected {
-            Some(named) if from_files => pinner.pin_file(named.file, named.page, pages)?,
-            expected => pinner.pin(range.addr as usize, pages, expected)?,
+    let pins = match &backings {
+        Some(backings) if check_backing => pin_checked(pages, &ranges, backings)?,
+        backings => {
+            let part = |number: usize| part(&ranges, backings.as_deref(), number);
+            pin_in_order(pages, count, from_files, part)?
         }
-    }
-    drop((ranges, backings, files));
+    };
+    drop((ranges, backings));
 
-    let buffer = Buffer::new(pinner.finish(), charge);
+    let buffer = Buffer::new(pins, charge);
     let fd = DmaBuf::export(module::this_module()?, buffer)?
         .into_fd(create.flags & uapi::CREATE_CLOEXEC != 0)?;
     Ok(fd as c_long)
+}
+
+/// What the range `number` names: of its file, or else of the caller's address space.
+fn part(
+    ranges: &[Element<uapi::Range>],
+    backings: Option<&[Element<uapi::Backing>]>,
+    number: usize,
+) -> Part {
+    // INVARIANT: `total_pages` and `check_backings` have looked for overflow.
+    match backings {
+        Some(backings) => Part {
+            space: backings[number].0.fd,
+            start: backings[number].0.offset,
+            len: ranges[number].0.len,
+        },
+        None => Part {
+            space: 0,
+            start: ranges[number].0.addr,
+            len: ranges[number].0.len,
+        },
+    }
+}
+
+/// Pins ranges one by one, each of whose pages has to be its backing's.
+fn pin_checked(
+    pages: usize,
+    ranges: &[Element<uapi::Range>],
+    backings: &[Element<uapi::Backing>],
+) -> Result<Pins> {
+    let mut pinner = Pinner::new(pages)?;
+    let mut files = Files(None);
+    for (Element(range), Element(backing)) in ranges.iter().zip(backings) {
+        let expected = Expected {
+            file: files.get(backing.fd)?,
+            page: (backing.offset >> PAGE_SHIFT) as usize,
+        };
+        let pages = (range.len >> PAGE_SHIFT) as usize;
+        pinner.pin(range.addr as usize, pages, Some(expected))?;
+    }
+    Ok(pinner.finish())
+}
+
+/// Pins `count` parts of `pages` pages in all, in whatever order is quickest.
+fn pin_in_order(
+    pages: usize,
+    count: usize,
+    from_files: bool,
+    part: impl Fn(usize) -> Part,
+) -> Result<Pins> {
+    if let Some(order) = Order::of(count, &part) {
+        let pins = pin_parts(pages, from_files, order.numbers().map(&part))?;
+        if pins.are_plain() {
+            let place = |number| (order.pages_before(number), part(number).pages());
+            let places = order.numbers().map(place);
+            return pins.rearranged(places);
+        }
+        // Huge pages, whose parts would each need a pin of its own now. There are few of them: what
+        // was done for nothing was little.
+    }
+    pin_parts(pages, from_files, (0..count).map(part))
+}
+
+/// Pins parts of `pages` pages in all, in this order.
+fn pin_parts(
+    pages: usize,
+    from_files: bool,
+    parts: impl Iterator<Item = Part>,
+) -> Result<Pins> {
+    let mut pinner = Pinner::new(pages)?;
+    let mut files = Files(None);
+    for part in joined(parts) {
+        if from_files {
+            let page = (part.start >> PAGE_SHIFT) as usize;
+            pinner.pin_file(files.get(part.space)?, page, part.pages())?;
+        } else {
+            pinner.pin(part.start as usize, part.pages(), None)?;
+        }
+    }
+    Ok(pinner.finish())
 }
 
 /// The file of the last descriptor that was asked for: callers mostly name one for all ranges.

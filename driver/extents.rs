@@ -202,7 +202,8 @@ impl ExtentMap {
     /// Appends pages one by one, each pinned for itself, and returns how many from the first on: fewer
     /// than all only if memory cannot be had. They join each other and the last extent where they
     /// follow physically.
-    pub(crate) fn push_pages(&mut self, mut pfns: impl Iterator<Item = Pfn>) -> usize {
+    pub(crate) fn push_frames(&mut self, frames: &[Pfn]) -> usize {
+        let mut pfns = frames.iter().copied();
         let before = self.pages;
         let mut next = pfns.next();
         while let Some(pfn) = next {

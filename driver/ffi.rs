@@ -26,6 +26,16 @@ pub(crate) struct Place {
     pub(crate) user: bool,
 }
 
+/// `struct pinbuf_mapped` of `driver/helpers.h`.
+#[repr(C)]
+pub(crate) struct Mapped {
+    pub(crate) file: *mut bindings::file,
+    pub(crate) start: c_ulong,
+    pub(crate) end: c_ulong,
+    pub(crate) index: c_ulong,
+    pub(crate) unit: c_ulong,
+}
+
 // Behind these pointers are C's structs, some of them empty in this configuration.
 #[allow(improper_ctypes)]
 extern "C" {
@@ -49,6 +59,7 @@ extern "C" {
     pub(crate) fn pinbuf_pages_ordinary(
         pages: *const *mut bindings::page,
         count: c_ulong,
+        pfns: *mut c_ulong,
     ) -> c_ulong;
     pub(crate) fn pinbuf_pages_backed_by(
         pages: *const *mut bindings::page,
@@ -64,6 +75,14 @@ extern "C" {
         folios: *mut *mut bindings::folio,
         max: c_uint,
     ) -> c_long;
+    pub(crate) fn pinbuf_mapped_pin_folios(
+        file: *mut bindings::file,
+        start: bindings::loff_t,
+        end: bindings::loff_t,
+        folios: *mut *mut bindings::folio,
+        max: c_uint,
+    ) -> c_long;
+    pub(crate) fn pinbuf_mapped_file(addr: c_ulong, out: *mut Mapped) -> bool;
     pub(crate) fn pinbuf_file_is_hugetlb(file: *const bindings::file) -> bool;
     pub(crate) fn pinbuf_file_has_pages(
         file: *mut bindings::file,
@@ -75,6 +94,7 @@ extern "C" {
         count: c_ulong,
         file: *const bindings::file,
         index: c_ulong,
+        pfns: *mut c_ulong,
     ) -> c_ulong;
     pub(crate) fn pinbuf_folio_place(
         folio: *const bindings::folio,

@@ -19,6 +19,8 @@
 #include <linux/hugetlb.h>
 #include <linux/memremap.h>
 #include <linux/mm.h>
+#include <linux/mmap_lock.h>
+#include <linux/mmu_context.h>
 #include <linux/moduleparam.h>
 #include <linux/page_table_check.h>
 #include <linux/pagemap.h>
@@ -28,7 +30,9 @@
 #include <linux/scatterlist.h>
 #include <linux/shmem_fs.h>
 #include <linux/user_namespace.h>
+#include <linux/userfaultfd_k.h>
 #include <linux/vmalloc.h>
+#include <linux/xarray.h>
 
 #include "helpers.h"
 
@@ -174,11 +178,11 @@ static bool page_is_backed_by(const struct page *page, const struct file *file,
 }
 
 /*
- * How many of the @count pinned pages need no look of their own: user space's,
- * neither hugetlb's nor a device's.
+ * How many of the @count pinned pages, from the first on, need no look of their
+ * own: user space's, neither hugetlb's nor a device's.  Their frames go to @pfns.
  */
 unsigned long pinbuf_pages_ordinary(struct page *const *pages,
-				    unsigned long count)
+				    unsigned long count, unsigned long *pfns)
 {
 	unsigned long n;
 
@@ -189,6 +193,7 @@ unsigned long pinbuf_pages_ordinary(struct page *const *pages,
 			break;
 		if (folio_test_hugetlb(folio) || folio_is_zone_device(folio))
 			break;
+		pfns[n] = page_to_pfn(pages[n]);
 	}
 	return n;
 }
@@ -230,20 +235,25 @@ static unsigned int file_seals(struct file *file)
 
 /*
  * Whether its pages may be read and written at any place, as a shared mapping
- * would: 0, EACCES (not open for both, or append-only) or EPERM (sealed).  The
- * answer holds while the inode is locked: F_ADD_SEALS and chattr take that lock
- * exclusively, and F_SEAL_WRITE is refused while pages are pinned.
+ * would: 0, EACCES (not open for both, or append-only) or EPERM (sealed).  Who
+ * has such a mapping (@mapped) was asked when it was made, and keeps it when the
+ * file is sealed against further ones.  The answer holds while the inode is
+ * locked: F_ADD_SEALS and chattr take that lock exclusively, and F_SEAL_WRITE is
+ * refused while pages are pinned.
  */
-static int may_pin_file(struct file *file)
+static int may_pin_file(struct file *file, bool mapped)
 {
-	if ((file->f_mode & (FMODE_READ | FMODE_WRITE)) !=
-	    (FMODE_READ | FMODE_WRITE))
-		return -EACCES;
-	if (IS_APPEND(file_inode(file)))
-		return -EACCES;
-	if (file_seals(file) & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE))
-		return -EPERM;
-	return 0;
+	unsigned int sealed = F_SEAL_WRITE;
+
+	if (!mapped) {
+		if ((file->f_mode & (FMODE_READ | FMODE_WRITE)) !=
+		    (FMODE_READ | FMODE_WRITE))
+			return -EACCES;
+		if (IS_APPEND(file_inode(file)))
+			return -EACCES;
+		sealed |= F_SEAL_FUTURE_WRITE;
+	}
+	return file_seals(file) & sealed ? -EPERM : 0;
 }
 
 /*
@@ -293,13 +303,34 @@ bool pinbuf_file_has_pages(struct file *file, unsigned long index,
 }
 
 /*
+ * Whether the file of hugetlbfs has all pages for its bytes from @start to @end.
+ * Its inode is locked, so that none is taken away meanwhile.
+ */
+static bool hugetlb_is_whole(struct file *file, loff_t start, loff_t end)
+{
+	unsigned long pages = pages_per_huge_page(hstate_file(file));
+	pgoff_t index = round_down(start >> PAGE_SHIFT, pages);
+	XA_STATE(xas, &file->f_mapping->i_pages, index);
+	bool whole = true;
+
+	rcu_read_lock();
+	for (; whole && index < end >> PAGE_SHIFT; index += pages) {
+		xas_set(&xas, index);
+		whole = xas_load(&xas);
+	}
+	rcu_read_unlock();
+	return whole;
+}
+
+/*
  * Pins the folios of the file's bytes from @start to @end.  Holes in a file of
  * shmem are filled; for hugetlbfs, ENOENT tells of one: memfd_pin_folios() would
  * fill it without a word to faults, and the loser of that race takes somebody
- * else's reservation with it.
+ * else's reservation with it.  For a mapping nobody is waited for: EAGAIN.
  */
 static long file_pin_folios(struct file *file, loff_t start, loff_t end,
-			    struct folio **folios, unsigned int max)
+			    struct folio **folios, unsigned int max,
+			    bool mapped)
 {
 	struct inode *inode = file_inode(file);
 	pgoff_t offset;
@@ -307,15 +338,18 @@ static long file_pin_folios(struct file *file, loff_t start, loff_t end,
 	int ret;
 
 	/* As udmabuf has it. */
-	if (inode_lock_shared_killable(inode))
+	if (mapped) {
+		if (!inode_trylock_shared(inode))
+			return -EAGAIN;
+	} else if (inode_lock_shared_killable(inode)) {
 		return -EINTR;
-	ret = may_pin_file(file);
+	}
+	ret = may_pin_file(file, mapped);
 	if (!ret && end > i_size_read(inode))
 		ret = -EINVAL;
 	/* Who punches holes needs the lock for himself. */
 	if (!ret && is_file_hugepages(file) &&
-	    !pinbuf_file_has_pages(file, start >> PAGE_SHIFT,
-				   (end - start) >> PAGE_SHIFT))
+	    !hugetlb_is_whole(file, start, end))
 		ret = -ENOENT;
 	if (ret)
 		goto out;
@@ -345,32 +379,96 @@ long pinbuf_file_pin_folios(struct file *file, loff_t start, loff_t end,
 
 	if (!file_has_pinnable_kind(file))
 		return -EINVAL;
-	ret = file_pin_folios(file, start, end, folios, max);
+	ret = file_pin_folios(file, start, end, folios, max, false);
 	if (ret != -ENOENT)
 		return ret;
 	ret = vfs_fallocate(file, FALLOC_FL_KEEP_SIZE, start, end - start);
 	if (ret)
 		return ret;
-	ret = file_pin_folios(file, start, end, folios, max);
+	ret = file_pin_folios(file, start, end, folios, max, false);
 	/* Somebody punches holes as fast as they are filled. */
 	return ret == -ENOENT ? -EAGAIN : ret;
 }
 
 /*
+ * The same for who has them mapped, where that is quick: any error means that
+ * GUP is to be asked, which knows better.
+ */
+long pinbuf_mapped_pin_folios(struct file *file, loff_t start, loff_t end,
+			      struct folio **folios, unsigned int max)
+{
+	return file_pin_folios(file, start, end, folios, max, true);
+}
+
+/*
+ * Whether a page fault in the VMA could only lead to the pages that its file has
+ * at the places that the VMA's offset says, and GUP for writing would get these.
+ */
+static bool maps_file_plainly(struct vm_area_struct *vma)
+{
+	const vm_flags_t needed = VM_SHARED | VM_READ | VM_WRITE;
+	const vm_flags_t strange = VM_IO | VM_PFNMAP | VM_MIXEDMAP;
+
+	if ((vma->vm_flags & (needed | strange)) != needed)
+		return false;
+	/* Somebody wants to hear of missing pages, or of writes. */
+	if (userfaultfd_armed(vma))
+		return false;
+	/* GUP looks at protection keys, too. */
+	if (!arch_vma_access_permitted(vma, true, false, false))
+		return false;
+	if (!vma->vm_file || !file_has_pinnable_kind(vma->vm_file))
+		return false;
+	if (is_file_hugepages(vma->vm_file))
+		return is_vm_hugetlb_page(vma);
+	/* What faults around maps the page cache, in the order of the file. */
+	return vma->vm_ops && vma->vm_ops->map_pages == filemap_map_pages;
+}
+
+/*
+ * Whether the current task has mapped the address so, and where: then @out owns
+ * a reference to the file.  No answer (false) is given where the VMA is not to
+ * be had without waiting.
+ */
+bool pinbuf_mapped_file(unsigned long addr, struct pinbuf_mapped *out)
+{
+	struct vm_area_struct *vma = lock_vma_under_rcu(current->mm, addr);
+	bool plain;
+
+	if (!vma)
+		return false;
+	plain = maps_file_plainly(vma);
+	if (plain) {
+		out->file = get_file(vma->vm_file);
+		out->start = vma->vm_start;
+		out->end = vma->vm_end;
+		out->index = vma->vm_pgoff;
+		out->unit = 1;
+		if (is_vm_hugetlb_page(vma))
+			out->unit = pages_per_huge_page(hstate_vma(vma));
+	}
+	vma_end_read(vma);
+	return plain;
+}
+
+/*
  * Of the @count pinned folios, which are expected to follow each other in the
  * file, how many from the first on have one page and are where they should be.
+ * Their frames go to @pfns.
  */
 unsigned long pinbuf_folios_small(struct folio *const *folios,
 				  unsigned long count, const struct file *file,
-				  unsigned long index)
+				  unsigned long index, unsigned long *pfns)
 {
 	unsigned long n;
 
-	for (n = 0; n < count; n++)
+	for (n = 0; n < count; n++) {
 		if (folio_test_large(folios[n]) ||
 		    folios[n]->index != index + n ||
 		    READ_ONCE(folios[n]->mapping) != file->f_mapping)
 			break;
+		pfns[n] = folio_pfn(folios[n]);
+	}
 	return n;
 }
 
@@ -382,11 +480,16 @@ bool pinbuf_folio_place(const struct folio *folio, const struct file *file,
 			unsigned long index, struct pinbuf_place *out)
 {
 	unsigned long skipped = index - folio->index;
+	unsigned long pages = folio_nr_pages(folio);
 
-	if (READ_ONCE(folio->mapping) != file->f_mapping ||
-	    skipped >= folio_nr_pages(folio))
+	if (READ_ONCE(folio->mapping) != file->f_mapping || skipped >= pages)
 		return false;
-	pinbuf_page_place(folio_page(folio, skipped), out);
+	out->pfn = folio_pfn(folio) + skipped;
+	out->folio_pages = pages;
+	out->left = pages - skipped;
+	out->hugetlb = folio_test_hugetlb(folio);
+	out->device = false;
+	out->user = true;
 	return true;
 }
 

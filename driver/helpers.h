@@ -26,6 +26,15 @@ struct pinbuf_place {
 	bool user;			/* not a driver's own page */
 };
 
+/* A shared mapping of a file, in the calling process.  driver/ffi.rs too. */
+struct pinbuf_mapped {
+	struct file *file;
+	unsigned long start;		/* addresses */
+	unsigned long end;
+	unsigned long index;		/* the page of the file at start */
+	unsigned long unit;		/* pages of one page of the file */
+};
+
 unsigned int pinbuf_param_allowance_mb(void);
 unsigned int pinbuf_param_allowance_system_mb(void);
 bool pinbuf_param_charge_process(void);
@@ -44,7 +53,7 @@ struct page *pinbuf_pfn_to_page(unsigned long pfn);
 void *pinbuf_page_address(const struct page *page);
 void pinbuf_page_place(const struct page *page, struct pinbuf_place *out);
 unsigned long pinbuf_pages_ordinary(struct page *const *pages,
-				    unsigned long count);
+				    unsigned long count, unsigned long *pfns);
 unsigned long pinbuf_pages_backed_by(struct page *const *pages,
 				     unsigned long count,
 				     const struct file *file,
@@ -52,12 +61,15 @@ unsigned long pinbuf_pages_backed_by(struct page *const *pages,
 
 long pinbuf_file_pin_folios(struct file *file, loff_t start, loff_t end,
 			    struct folio **folios, unsigned int max);
+long pinbuf_mapped_pin_folios(struct file *file, loff_t start, loff_t end,
+			      struct folio **folios, unsigned int max);
+bool pinbuf_mapped_file(unsigned long addr, struct pinbuf_mapped *out);
 bool pinbuf_file_is_hugetlb(const struct file *file);
 bool pinbuf_file_has_pages(struct file *file, unsigned long index,
 			   unsigned long count);
 unsigned long pinbuf_folios_small(struct folio *const *folios,
 				  unsigned long count, const struct file *file,
-				  unsigned long index);
+				  unsigned long index, unsigned long *pfns);
 bool pinbuf_folio_place(const struct folio *folio, const struct file *file,
 			unsigned long index, struct pinbuf_place *out);
 unsigned long pinbuf_unpin_folio_dirty(unsigned long pfn);

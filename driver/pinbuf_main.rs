@@ -8,7 +8,7 @@
 //!
 //! * [`calls`]: the three ioctls, and checking what they are given ([`user_struct`] reads it);
 //! * [`charge`] on [`allowances`]: who answers for the pages, and how many may be pinned;
-//! * [`pins`]: pinning them, with patience;
+//! * [`order`]: in which order they are pinned; [`pins`]: pinning them, with patience;
 //! * [`extents`] on [`chunked_vec`]: remembering which they are;
 //! * [`buffer`]: what is exported;
 //! * [`kernel_ext`]: safe wrappers of what the `kernel` crate does not wrap yet, and everything that
@@ -39,6 +39,7 @@ mod chunked_vec;
 mod extents;
 mod ffi;
 mod kernel_ext;
+mod order;
 mod params;
 mod pins;
 mod ranges;

@@ -20,6 +20,16 @@
 //! Where the caller names a file instead of addresses, there is no mapping to doubt: the folio that
 //! the page cache has at an index is the file's as a whole, and one pin keeps it whole.
 //!
+//! # Addresses where a file is mapped
+//!
+//! A shared and writable mapping of a file of shmem or hugetlbfs can show nothing but the pages
+//! that the page cache has. There the page cache is asked instead of the page tables, which costs
+//! less a page, and for hugetlb one pin a folio without further proof. The file is what the VMA
+//! named at one moment of the call, and a reference keeps it from being another's: whatever is
+//! mapped at the address from then on, the pages are such as the caller had mapped during the call.
+//! (To conclude from a VMA what GUP will find at its addresses would be a race; here GUP is not asked.)
+//! Where anything is not as usual, pages have to be waited for or faults are watched, GUP does it.
+//!
 //! # Patience
 //!
 //! Pages that lie in `ZONE_MOVABLE` or CMA are migrated by GUP before it pins them. That fails
@@ -38,16 +48,25 @@ use crate::{
     kernel_ext::{
         gup::{
             self,
+            file_is_hugetlb,
             Batch,
-            PinnedPage,
+            Frames,
             Place,
             Unpinner, //
         },
+        mapped_file::MappedFile,
         sched, //
     },
     params, //
 };
 use kernel::{
+    alloc::{
+        flags::{
+            __GFP_NOWARN, //
+            GFP_KERNEL_ACCOUNT,
+        },
+        KVVec, //
+    },
     error::code,
     fs::file::LocalFile,
     page::PAGE_SHIFT,
@@ -59,6 +78,11 @@ const TRIES_IN_ALL: u32 = 4;
 
 /// Calls of GUP between two such looks: it looks for itself when it has to fault pages in.
 const CALLS: u32 = 8;
+
+/// So many pages of a file that has small ones, and so many huge ones, have to be pinned for it to
+/// be worth a look which file it is.
+const WORTH_A_LOOK: usize = 32;
+const WORTH_A_LOOK_HUGE: usize = 4;
 
 /// Pages between two looks at whether somebody else should run, or the task be killed.
 const STRIDE: usize = Batch::MAX;
@@ -73,6 +97,8 @@ const STRIDE: usize = Batch::MAX;
 pub(crate) struct Pins {
     map: ExtentMap,
     pins: usize,
+    /// Each page is pinned for itself, and none is a device's: any may be in one extent with any.
+    plain: bool,
 }
 
 impl Pins {
@@ -80,6 +106,7 @@ impl Pins {
         Self {
             map: ExtentMap::new(expected),
             pins: 0,
+            plain: true,
         }
     }
 
@@ -112,7 +139,10 @@ impl Pins {
         }
         self.pins += match run.granularity {
             Granularity::Page => run.pages,
-            Granularity::Folio => 1,
+            Granularity::Folio => {
+                self.plain = false;
+                1
+            }
         };
         Ok(())
     }
@@ -123,15 +153,68 @@ impl Pins {
     /// # Safety
     ///
     /// The caller owns one pin of each of these pages, and gives up those that are taken over.
-    unsafe fn push_pages(&mut self, pages: &[PinnedPage<'_>]) -> usize {
-        let Some(&first) = pages.first() else {
-            return 0;
-        };
-        let pfn = first.pfn();
-        let pfns = pages.iter().map(|page| page.pfn_from(first, pfn));
-        let taken = self.map.push_pages(pfns);
+    unsafe fn push_frames(&mut self, frames: &[Pfn]) -> usize {
+        let taken = self.map.push_frames(frames);
         self.pins += taken;
         taken
+    }
+
+    /// Whether [`Self::rearranged`] can be asked.
+    pub(crate) fn are_plain(&self) -> bool {
+        self.plain
+    }
+
+    /// The same pages in another order: `places` tells, for part after part of them, which page its
+    /// first one becomes, and how many pages it has. After an error nothing is pinned any more.
+    pub(crate) fn rearranged(
+        mut self,
+        places: impl Iterator<Item = (usize, usize)>,
+    ) -> Result<Self> {
+        let pages = self.map.pages();
+        if !self.plain {
+            return Err(EINVAL);
+        }
+        let mut frames = KVVec::<Pfn>::new();
+        frames.extend_with(pages, Pfn::MAX, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
+        let mut runs = self.map.iter();
+        let (mut pfn, mut left) = (0, 0);
+        let (mut moved, mut since) = (0, 0);
+        for (mut place, mut pages) in places {
+            while pages > 0 {
+                if left == 0 {
+                    let run = runs.next().ok_or(EINVAL)?;
+                    (pfn, left) = (run.pfn, run.pages);
+                }
+                let count = left.min(pages);
+                let to = frames.get_mut(place..).and_then(|to| to.get_mut(..count));
+                for (n, frame) in to.ok_or(EINVAL)?.iter_mut().enumerate() {
+                    *frame = pfn + n;
+                }
+                (pfn, left) = (pfn + count, left - count);
+                (place, pages) = (place + count, pages - count);
+                (moved, since) = (moved + count, since + count);
+            }
+            if since >= STRIDE {
+                since = 0;
+                sched::breathe()?;
+            }
+        }
+        // As many were put somewhere as there is room for; that no place was taken twice is for the
+        // caller to see to, and for this to check before pins are told from it.
+        if moved != pages || frames.contains(&Pfn::MAX) {
+            return Err(EINVAL);
+        }
+        let mut map = ExtentMap::new(pages);
+        for frames in frames.chunks(STRIDE) {
+            sched::breathe()?;
+            if map.push_frames(frames) < frames.len() {
+                return Err(ENOMEM);
+            }
+        }
+        map.finish();
+        // INVARIANT: The same pages, of each of which one pin is held.
+        self.map = map;
+        Ok(self)
     }
 }
 
@@ -211,6 +294,10 @@ pub(crate) struct Pinner {
     patience: u32,
     /// Calls of GUP.
     calls: u32,
+    /// The last mapping of a file that was found.
+    mapped: Option<MappedFile>,
+    /// The page cache could not do it once: GUP does all that follows.
+    gup_alone: bool,
 }
 
 impl Pinner {
@@ -223,6 +310,8 @@ impl Pinner {
             device: None,
             patience: TRIES_IN_ALL * params::pin_retries(),
             calls: 0,
+            mapped: None,
+            gup_alone: false,
         })
     }
 
@@ -233,6 +322,11 @@ impl Pinner {
         mut pages: usize,
         mut expected: Option<Expected<'_>>,
     ) -> Result {
+        if expected.is_none() && pages >= WORTH_A_LOOK && !self.gup_alone {
+            let done = self.pin_mapped(addr, pages)?;
+            addr += done << PAGE_SHIFT;
+            pages -= done;
+        }
         while pages > 0 {
             if self.calls % CALLS == 0 {
                 sched::breathe()?;
@@ -248,6 +342,43 @@ impl Pinner {
             }
         }
         Ok(())
+    }
+
+    /// Pins pages from the address `addr` on, as far as a file is mapped there and the page cache tells
+    /// them without ado, and returns how many, of at most `pages`.
+    fn pin_mapped(&mut self, mut addr: usize, pages: usize) -> Result<usize> {
+        let mut left = pages;
+        while left > 0 {
+            let last = self.mapped.take();
+            let last = last.filter(|mapped| mapped.pages_at(addr).is_some());
+            let Some(mapped) = last.or_else(|| MappedFile::at(addr)) else {
+                break;
+            };
+            let Some((index, there)) = mapped.pages_at(addr) else {
+                break;
+            };
+            let most = left.min(there);
+            let before = index & (mapped.unit() - 1);
+            let worth = match mapped.unit() {
+                1 => most >= WORTH_A_LOOK,
+                unit => before + most > (WORTH_A_LOOK_HUGE - 1) * unit,
+            };
+            let mut done = 0;
+            if worth {
+                sched::breathe()?;
+                if self.batch.pin_mapped_file(&mapped, index, most).is_ok() {
+                    done = self.take_file_batch(mapped.file(), index, most)?;
+                }
+                self.gup_alone = done == 0;
+            }
+            self.mapped = Some(mapped);
+            if done == 0 {
+                break;
+            }
+            addr += done << PAGE_SHIFT;
+            left -= done;
+        }
+        Ok(pages - left)
     }
 
     /// All that was pinned.
@@ -356,18 +487,19 @@ impl Pinner {
                 return Err(EAGAIN);
             }
         }
+        let mut frames = Frames::new();
         let mut done = 0;
         while done < count {
             // Where hugetlb is expected, there is one page to be looked at.
             let ordinary = if self.hugetlb && count == 1 {
-                0
+                &[]
             } else {
-                self.batch.ordinary(done)
+                self.batch.ordinary(done, &mut frames)
             };
-            if ordinary > 0 {
+            if !ordinary.is_empty() {
                 self.hugetlb = false;
                 self.after_device();
-                done += self.take_pages(done, ordinary)?;
+                done += self.take_frames(done, ordinary)?;
                 continue;
             }
 
@@ -404,6 +536,7 @@ impl Pinner {
                 };
             }
             self.device = place.device.then_some(run.pfn);
+            self.pins.plain &= !place.device;
             // SAFETY: The batch pinned these pages, and gives them up below in any case.
             let pushed = unsafe { self.pins.push(run, joinable) };
             if let Err(error) = pushed {
@@ -423,19 +556,26 @@ impl Pinner {
     fn take_file_batch(&mut self, file: &LocalFile, index: usize, left: usize) -> Result<usize> {
         let count = self.batch.pages().len();
         self.after_device();
+        let mut frames = Frames::new();
         let (mut entry, mut done) = (0, 0);
+        let mut large = file_is_hugetlb(file);
         while entry < count && done < left {
-            let small = self.batch.small_folios(entry, file, index + done);
-            if small > 0 {
-                let small = self.take_pages(entry, small.min(left - done))?;
-                entry += small;
-                done += small;
-                continue;
+            if !large {
+                let (index, left) = (index + done, left - done);
+                let small = self.batch.small_folios(entry, file, index, left, &mut frames);
+                if !small.is_empty() {
+                    let small = self.take_frames(entry, small)?;
+                    entry += small;
+                    done += small;
+                    continue;
+                }
             }
             let first = self.batch.pages()[entry];
             let Some(place) = first.place_in_file(file, index + done) else {
                 break;
             };
+            // What follows is probably as large.
+            large = place.folio_pages > 1;
             let run = Run {
                 pfn: place.pfn,
                 pages: place.left.min(left - done),
@@ -456,18 +596,17 @@ impl Pinner {
         Ok(done)
     }
 
-    /// Moves `count` pages of the batch from the entry `from` on, pinned each for itself, to the
-    /// pins, and returns `count`.
-    fn take_pages(&mut self, from: usize, count: usize) -> Result<usize> {
-        let pages = &self.batch.pages()[from..from + count];
+    /// Moves the pages of the batch from the entry `from` on, of which these are the `frames` and which
+    /// are pinned each for itself, to the pins, and returns how many.
+    fn take_frames(&mut self, from: usize, frames: &[Pfn]) -> Result<usize> {
         // SAFETY: The batch pinned these pages; it gives up those that were taken, here or, with
         // all others, in our callers.
-        let taken = unsafe { self.pins.push_pages(pages) };
-        if taken < count {
+        let taken = unsafe { self.pins.push_frames(frames) };
+        if taken < frames.len() {
             self.batch.keep(from + taken);
             return Err(ENOMEM);
         }
-        Ok(count)
+        Ok(taken)
     }
 
     /// What comes next is no device's memory: it must not join such an extent.

@@ -5,6 +5,7 @@
 //! C headers: [`include/linux/mm.h`](srctree/include/linux/mm.h), and
 //! [`Documentation/core-api/pin_user_pages.rst`](srctree/Documentation/core-api/pin_user_pages.rst).
 
+use super::mapped_file::MappedFile;
 use crate::{
     extents::Pfn,
     ffi, //
@@ -20,6 +21,11 @@ use kernel::{
     },
     bindings,
     error::to_result,
+    ffi::{
+        c_int,
+        c_long,
+        c_uint, //
+    },
     fs::file::LocalFile,
     page::PAGE_SHIFT,
     prelude::*, //
@@ -40,20 +46,6 @@ compile_error!("needs CONFIG_SPARSEMEM_VMEMMAP or CONFIG_FLATMEM");
 pub(crate) struct PinnedPage<'a>(*mut bindings::page, PhantomData<&'a Batch>);
 
 impl PinnedPage<'_> {
-    /// The page's frame number.
-    #[inline]
-    pub(crate) fn pfn(self) -> Pfn {
-        // SAFETY: A pinned page is a valid `struct page`.
-        unsafe { ffi::pinbuf_page_to_pfn(self.0) }
-    }
-
-    /// The page's frame number, reckoned from that of another page.
-    #[inline]
-    pub(crate) fn pfn_from(self, other: Self, pfn: Pfn) -> Pfn {
-        let bytes = (self.0 as isize).wrapping_sub(other.0 as isize);
-        pfn.wrapping_add_signed(bytes / size_of::<bindings::page>() as isize)
-    }
-
     /// Where the page is, and what it is.
     pub(crate) fn place(self) -> Place {
         let mut place = Place::default();
@@ -96,6 +88,38 @@ impl PinnedPage<'_> {
 /// anonymous memory or page cache, not what a driver allocated for itself. All of that stays the same
 /// while it is pinned.
 pub(crate) use crate::ffi::Place;
+
+/// Room for the frames of some pages: half a kilobyte of stack, which nobody clears.
+pub(crate) struct Frames([MaybeUninit<Pfn>; Self::ROOM]);
+
+impl Frames {
+    const ROOM: usize = 64;
+
+    pub(crate) fn new() -> Self {
+        Self([MaybeUninit::uninit(); Self::ROOM])
+    }
+
+    fn as_mut_ptr(&mut self) -> *mut Pfn {
+        self.0.as_mut_ptr().cast()
+    }
+
+    /// # Safety
+    ///
+    /// The first `count` have been written.
+    unsafe fn first(&self, count: usize) -> &[Pfn] {
+        // SAFETY: By the function's requirements.
+        unsafe { core::slice::from_raw_parts(self.0.as_ptr().cast(), count) }
+    }
+}
+
+/// `pinbuf_file_pin_folios` or its like.
+type PinFolios = unsafe extern "C" fn(
+    *mut bindings::file,
+    bindings::loff_t,
+    bindings::loff_t,
+    *mut *mut bindings::folio,
+    c_uint,
+) -> c_long;
 
 /// Room for the result of one call of [`Batch::pin`] or [`Batch::pin_file`], used again and again.
 ///
@@ -213,23 +237,40 @@ impl Batch {
         index: usize,
         pages: usize,
     ) -> Result<usize> {
+        self.pin_folios(file, index, pages, ffi::pinbuf_file_pin_folios)
+    }
+
+    /// The same, where nobody has to be waited for, for pages that the current process has mapped
+    /// shared and writable: then it does not matter how the file was opened. Of hugetlbfs, all pages
+    /// must be there.
+    ///
+    /// Any error only says that [`Batch::pin`] is to be asked.
+    pub(crate) fn pin_mapped_file(
+        &mut self,
+        file: &MappedFile,
+        index: usize,
+        pages: usize,
+    ) -> Result<usize> {
+        self.pin_folios(file.file(), index, pages, ffi::pinbuf_mapped_pin_folios)
+    }
+
+    fn pin_folios(
+        &mut self,
+        file: &LocalFile,
+        index: usize,
+        pages: usize,
+        pin: PinFolios,
+    ) -> Result<usize> {
         self.keep(0);
         let most = Self::most_of(file);
         let end = (index as u64 + pages.min(most) as u64) << PAGE_SHIFT;
         let start = (index as bindings::loff_t) << PAGE_SHIFT;
         let slots = self.slots();
-        let room = slots.len().min(Self::MAX);
+        let room = slots.len().min(Self::MAX) as c_uint;
         let out = slots.as_mut_ptr().cast();
-        // SAFETY: There is room for so many pointers. `file` is a valid `struct file`.
-        let pinned = unsafe {
-            ffi::pinbuf_file_pin_folios(
-                file.as_ptr(),
-                start,
-                end as bindings::loff_t,
-                out,
-                room as u32,
-            )
-        };
+        // SAFETY: There is room for so many pointers. `file` is a valid `struct file`, and of a kind
+        // whose pages can be pinned if that is not checked.
+        let pinned = unsafe { pin(file.as_ptr(), start, end as bindings::loff_t, out, room) };
         to_result(pinned.min(0) as c_int)?;
         if pinned == 0 {
             return Err(EAGAIN);
@@ -250,12 +291,17 @@ impl Batch {
         }
     }
 
-    /// How many pages from the entry `from` on are ordinary: neither a device's nor hugetlb's nor
-    /// such as a driver allocated for itself.
-    pub(crate) fn ordinary(&self, from: usize) -> usize {
+    /// The frames of the pages from the entry `from` on, as far as these are ordinary (neither a
+    /// device's nor hugetlb's nor such as a driver allocated for itself) and there is room in `out`.
+    pub(crate) fn ordinary<'f>(&self, from: usize, out: &'f mut Frames) -> &'f [Pfn] {
         let rest = self.pages().get(from..).unwrap_or(&[]);
+        let most = rest.len().min(Frames::ROOM);
         // SAFETY: Pinned pages are valid `struct page`s, whose folios cannot be split or freed.
-        unsafe { ffi::pinbuf_pages_ordinary(rest.as_ptr().cast(), rest.len()) }
+        // There is room for so many frames.
+        let count =
+            unsafe { ffi::pinbuf_pages_ordinary(rest.as_ptr().cast(), most, out.as_mut_ptr()) };
+        // SAFETY: So many were written.
+        unsafe { out.first(count) }
     }
 
     /// How many pages from the entry `from` on were, a moment ago, those of `file` from its page
@@ -268,12 +314,26 @@ impl Batch {
         }
     }
 
-    /// After [`Batch::pin_file`]: how many folios from the entry `from` on have one page, and are
-    /// those of `file` from its page `index` on.
-    pub(crate) fn small_folios(&self, from: usize, file: &LocalFile, index: usize) -> usize {
+    /// After [`Batch::pin_file`]: the frames of the folios from the entry `from` on, as far as these
+    /// have one page and are those of `file` from its page `index` on: `most` at most, and no more
+    /// than there is room for in `out`.
+    pub(crate) fn small_folios<'f>(
+        &self,
+        from: usize,
+        file: &LocalFile,
+        index: usize,
+        most: usize,
+        out: &'f mut Frames,
+    ) -> &'f [Pfn] {
         let rest = self.pages().get(from..).unwrap_or(&[]);
+        let most = rest.len().min(Frames::ROOM).min(most);
+        let first = rest.as_ptr().cast();
         // SAFETY: As above; these are the first pages of folios.
-        unsafe { ffi::pinbuf_folios_small(rest.as_ptr().cast(), rest.len(), file.as_ptr(), index) }
+        let count = unsafe {
+            ffi::pinbuf_folios_small(first, most, file.as_ptr(), index, out.as_mut_ptr())
+        };
+        // SAFETY: So many were written.
+        unsafe { out.first(count) }
     }
 
     /// Hands the first `taken` pins over to the caller and drops the others.

@@ -9,6 +9,7 @@
 
 pub(crate) mod dma_buf;
 pub(crate) mod gup;
+pub(crate) mod mapped_file;
 pub(crate) mod misc;
 pub(crate) mod module;
 pub(crate) mod pfn_map;

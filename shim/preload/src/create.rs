@@ -4,12 +4,11 @@
 
 use core::ffi::c_int;
 
-use pinbuf_uapi::{self as uapi, Backing, Range};
+use pinbuf_uapi as uapi;
 
-use crate::buffer::Buffer;
 use crate::log::log;
 use crate::plan::{Plan, Writable};
-use crate::request::{self, Request, INLINE_ITEMS};
+use crate::request::{self, Request};
 use crate::sys::{self, Errno, Result};
 
 /// Answers a request for a buffer; `ENOTTY` says that `device` is not pinbuf's.
@@ -18,50 +17,42 @@ pub fn answer(device: c_int, request: u32, arg: usize) -> Result<c_int> {
         request::CREATE => Request::read_single(arg)?,
         _ => Request::read_list(arg)?,
     };
-    let plan = Plan::new(&request.items)?;
+    let mut plan = Plan::new(&request.items)?;
     let mut flags = uapi::CREATE_FROM_FILES;
     if request.flags & request::FLAGS_CLOEXEC != 0 {
         flags |= uapi::CREATE_CLOEXEC;
     }
-    let result = create(device, flags, &plan).map_err(as_udmabuf);
+    let result = create(device, flags, &mut plan).map_err(as_udmabuf);
     match &result {
         Ok(fd) => log!(
             "created fd {fd}: {} bytes, {} items, {} pieces",
             plan.bytes,
             request.items.len(),
-            plan.pieces.len(),
+            plan.ranges.len(),
         ),
         Err(Errno(errno)) => log!(
             "failed with errno {errno}: {} bytes, {} items, {} pieces",
             plan.bytes,
             request.items.len(),
-            plan.pieces.len(),
+            plan.ranges.len(),
         ),
     }
     result
 }
 
-/// Makes the buffer.
-fn create(device: c_int, flags: u32, plan: &Plan) -> Result<c_int> {
+/// Makes the buffer. Afterwards the plan names descriptors, not indices of files.
+fn create(device: c_int, flags: u32, plan: &mut Plan) -> Result<c_int> {
     let writable = Writable::new(&plan.files, device)?;
-    let count = plan.pieces.len();
-    let mut ranges = Buffer::<Range, INLINE_ITEMS>::zeroed(count)?;
-    let mut backing = Buffer::<Backing, INLINE_ITEMS>::zeroed(count)?;
-    for (n, piece) in plan.pieces.iter().enumerate() {
-        ranges[n].len = piece.len;
-        backing[n] = Backing {
-            fd: writable.fd(piece.file as usize),
-            reserved: 0,
-            offset: piece.offset,
-        };
+    for backing in plan.backing.iter_mut() {
+        backing.fd = writable.fd(backing.fd as usize);
     }
     let mut create = uapi::Create {
         size: size_of::<uapi::Create>() as u32,
         flags,
-        ranges: ranges.as_ptr() as u64,
-        count: count as u32,
+        ranges: plan.ranges.as_ptr() as u64,
+        count: plan.ranges.len() as u32,
         reserved: 0,
-        backing: backing.as_ptr() as u64,
+        backing: plan.backing.as_ptr() as u64,
     };
     writable.release_number();
     // SAFETY: PINBUF_CREATE reads the struct and the lists, of `count` elements, that it names.

@@ -5,6 +5,8 @@
 
 use core::ffi::c_int;
 
+use pinbuf_uapi::{Backing, Range};
+
 use crate::buffer::Buffer;
 use crate::request::{Item, INLINE_ITEMS};
 use crate::sys::{self, Errno, Plain, Result};
@@ -25,20 +27,8 @@ pub struct File {
     pub size: u64,
 }
 
-/// A part of a file; neighbours in a list that are neighbours in the file are one piece.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Piece {
-    /// Index in the list of files.
-    pub file: u32,
-    pub pad: u32,
-    pub offset: u64,
-    pub len: u64,
-}
-
 // SAFETY: integers.
 unsafe impl Plain for File {}
-// SAFETY: integers.
-unsafe impl Plain for Piece {}
 
 /// The files of a call.
 ///
@@ -66,7 +56,7 @@ impl Files {
         let stat = sys::fstat(fd).map_err(|_| EBADFD)?;
         let size = stat.st_size as u64;
         let file = File { fd, size };
-        self.0.push(file).map_err(|_| Errno(libc::ENOMEM))?;
+        self.0.push(file)?;
         Ok(self.0.len() - 1)
     }
 }
@@ -170,7 +160,10 @@ fn seals_fit(seals: c_int) -> Result<()> {
 /// What a call asks for, checked.
 pub struct Plan {
     pub files: Files,
-    pub pieces: Buffer<Piece, INLINE_ITEMS>,
+    /// The pieces of files that make the buffer, as the driver wants them, but that `fd` is the
+    /// file's index: neighbours in the list that are neighbours in the file are one.
+    pub ranges: Buffer<Range, INLINE_ITEMS>,
+    pub backing: Buffer<Backing, INLINE_ITEMS>,
     pub bytes: u64,
 }
 
@@ -178,31 +171,35 @@ impl Plan {
     pub fn new(items: &[Item]) -> Result<Self> {
         // All alignment is checked before any descriptor.
         let bytes = total(items)?;
-        let mut files = Files(Buffer::with_capacity(items.len())?);
-        let mut pieces = Buffer::<Piece, INLINE_ITEMS>::with_capacity(items.len())?;
+        let mut plan = Self {
+            files: Files(Buffer::new()),
+            ranges: Buffer::with_capacity(items.len())?,
+            backing: Buffer::with_capacity(items.len())?,
+            bytes,
+        };
+        // Where the last piece ends, by its file and offset.
+        let mut end = None;
         for item in items {
-            let index = files.index(item.memfd)?;
-            check_extent(item, files[index].size)?;
-            let file = index as u32;
-            if let Some(last) = pieces.last_mut() {
-                if last.file == file && last.offset + last.len == item.offset {
-                    last.len += item.size;
-                    continue;
+            let index = plan.files.index(item.memfd)?;
+            let next = check_extent(item, plan.files[index].size)?;
+            let place = (index, item.offset);
+            match plan.ranges.last_mut() {
+                Some(last) if end == Some(place) => last.len += item.size,
+                _ => {
+                    plan.ranges.push(Range {
+                        addr: 0,
+                        len: item.size,
+                    })?;
+                    plan.backing.push(Backing {
+                        fd: index as c_int,
+                        reserved: 0,
+                        offset: item.offset,
+                    })?;
                 }
             }
-            let piece = Piece {
-                file,
-                pad: 0,
-                offset: item.offset,
-                len: item.size,
-            };
-            pieces.push(piece).map_err(|_| Errno(libc::ENOMEM))?;
+            end = Some((index, next));
         }
-        Ok(Self {
-            files,
-            pieces,
-            bytes,
-        })
+        Ok(plan)
     }
 }
 
@@ -225,10 +222,10 @@ fn total(items: &[Item]) -> Result<u64> {
     Ok(bytes)
 }
 
-/// What `memfd_pin_folios()` demands of a piece.
-fn check_extent(item: &Item, file_size: u64) -> Result<()> {
+/// What `memfd_pin_folios()` demands of a piece. Returns where it ends.
+fn check_extent(item: &Item, file_size: u64) -> Result<u64> {
     match item.offset.checked_add(item.size) {
-        Some(end) if item.size > 0 && end <= file_size => Ok(()),
+        Some(end) if item.size > 0 && end <= file_size => Ok(end),
         _ => Err(EINVAL),
     }
 }
@@ -265,7 +262,7 @@ mod tests {
 
     #[test]
     fn extents() {
-        assert_eq!(check_extent(&item(4096, 4096), 8192), Ok(()));
+        assert_eq!(check_extent(&item(4096, 4096), 8192), Ok(8192));
         assert_eq!(check_extent(&item(4096, 8192), 8192), Err(EINVAL));
         assert_eq!(check_extent(&item(0, 0), 8192), Err(EINVAL));
         assert_eq!(check_extent(&item(!4095, 8192), 8192), Err(EINVAL));
@@ -313,9 +310,10 @@ mod tests {
         let plan = Plan::new(&list).unwrap();
         assert_eq!(plan.bytes, 20480);
         let parts: Vec<_> = plan
-            .pieces
+            .backing
             .iter()
-            .map(|p| (p.file, p.offset, p.len))
+            .zip(plan.ranges.iter())
+            .map(|(backing, range)| (backing.fd, backing.offset, range.len))
             .collect();
         assert_eq!(parts, [(0, 0, 12288), (0, 4096, 4096), (0, 0, 4096)]);
         assert_eq!(plan.files.len(), 1);

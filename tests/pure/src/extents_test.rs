@@ -212,7 +212,7 @@ proptest! {
                 .flat_map(|(run, _)| run.pfn..run.pfn + run.pages)
                 .collect();
             for pfns in pfns.chunks(batch) {
-                let taken = map.push_pages(pfns.iter().copied());
+                let taken = map.push_frames(&pfns);
                 for pfn in &pfns[..taken] {
                     model.push(page(*pfn), joins);
                     joins = true;

@@ -12,6 +12,9 @@ mod chunked_vec;
 #[path = "../../../driver/extents.rs"]
 #[allow(dead_code)]
 mod extents;
+#[path = "../../../driver/order.rs"]
+#[allow(dead_code)]
+mod order;
 #[path = "../../../driver/ranges.rs"]
 #[allow(dead_code)]
 mod ranges;
@@ -26,6 +29,8 @@ mod user_struct;
 mod allowances_test;
 #[cfg(test)]
 mod extents_test;
+#[cfg(test)]
+mod order_test;
 #[cfg(test)]
 mod ranges_test;
 #[cfg(test)]
