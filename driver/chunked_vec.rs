@@ -23,6 +23,10 @@ use kernel::alloc::{
 /// Bytes of a full chunk.
 const CHUNK_BYTES: usize = 64 * 1024;
 
+/// Fewer bytes than these are not given back: what is allocated and copied for that costs more than
+/// holding them.
+pub(crate) const WORTH_GIVING_BACK: usize = 128;
+
 /// A growing sequence of plain values.
 ///
 /// # Invariants
@@ -36,6 +40,9 @@ pub(crate) struct ChunkedVec<T: Copy> {
 impl<T: Copy> ChunkedVec<T> {
     /// Values in a full chunk.
     const PER_CHUNK: usize = CHUNK_BYTES / size_of::<T>();
+
+    /// Values that the first allocation has room for, unless the caller knows better.
+    const FIRST: usize = 8;
 
     /// An empty vector. Does not allocate.
     pub(crate) const fn new() -> Self {
@@ -71,28 +78,52 @@ impl<T: Copy> ChunkedVec<T> {
         chunk.get(index % Self::PER_CHUNK).copied()
     }
 
-    /// Appends a value. The memory is charged to the caller's memory cgroup.
-    ///
-    /// `most` is the number of values that the caller will append at most, this one included: it
-    /// limits how much is allocated ahead.
-    #[inline]
-    pub(crate) fn push(&mut self, value: T, most: usize) -> Result<(), AllocError> {
-        if self.tail.len() == self.tail.capacity() {
-            self.grow(most)?;
+    /// How many values `is_before` is true of: those come before all others. Logarithmic.
+    pub(crate) fn partition_point(&self, is_before: impl Fn(&T) -> bool) -> usize {
+        let begins_before = |chunk: &KVVec<T>| chunk.first().is_some_and(&is_before);
+        // The last chunk that begins with such a value is the one in which they end.
+        let mut index = self.full.len();
+        let mut chunk = &self.tail;
+        if !begins_before(chunk) {
+            index = self.full.partition_point(begins_before).saturating_sub(1);
+            chunk = self.full.get(index).unwrap_or(&self.tail);
         }
-        if let Some(slot) = self.tail.spare_capacity_mut().first_mut() {
-            slot.write(value);
-            // SAFETY: There was room, and the value was written.
-            unsafe { self.tail.inc_len(1) };
-        }
-        Ok(())
+        index * Self::PER_CHUNK + chunk.partition_point(is_before)
     }
 
-    /// Room for more values, for one at least; `most` is as for [`Self::push`]. What is written there
-    /// counts after [`Self::fill`].
-    pub(crate) fn room(&mut self, most: usize) -> Result<&mut [MaybeUninit<T>], AllocError> {
-        if self.tail.len() == self.tail.capacity() {
-            self.grow(most)?;
+    /// Appends a value, if there is room for one. The way that is to be quick: it does not allocate.
+    #[inline(always)]
+    pub(crate) fn push_within(&mut self, value: T) -> bool {
+        let Some(slot) = self.tail.spare_capacity_mut().first_mut() else {
+            return false;
+        };
+        slot.write(value);
+        // SAFETY: There was room, and the value was written.
+        unsafe { self.tail.inc_len(1) };
+        true
+    }
+
+    /// Room for more values that needs no memory; maybe none. What is written there counts after
+    /// [`Self::fill`].
+    #[inline(always)]
+    pub(crate) fn spare(&mut self) -> &mut [MaybeUninit<T>] {
+        self.tail.spare_capacity_mut()
+    }
+
+    /// Room for more values, as [`Self::spare`]: for one at least, and for `least` unless chunks are
+    /// too small for that. The memory is charged to the caller's memory cgroup.
+    ///
+    /// `most`, at least one, is the number of values that the caller will append at most: it limits
+    /// how much is allocated ahead.
+    pub(crate) fn room(
+        &mut self,
+        least: usize,
+        most: usize,
+    ) -> Result<&mut [MaybeUninit<T>], AllocError> {
+        let capacity = self.tail.capacity();
+        let spare = capacity - self.tail.len();
+        if spare == 0 || (spare < least.min(most) && capacity < Self::PER_CHUNK) {
+            self.grow(least, most)?;
         }
         Ok(self.tail.spare_capacity_mut())
     }
@@ -101,7 +132,8 @@ impl<T: Copy> ChunkedVec<T> {
     ///
     /// # Safety
     ///
-    /// They have been written since [`Self::room`] returned it.
+    /// They have been written since [`Self::room`] or [`Self::spare`] returned it.
+    #[inline(always)]
     pub(crate) unsafe fn fill(&mut self, count: usize) {
         // SAFETY: By the function's requirements.
         unsafe { self.tail.inc_len(count) };
@@ -118,15 +150,15 @@ impl<T: Copy> ChunkedVec<T> {
         self.tail.truncate(len - self.full.len() * Self::PER_CHUNK);
     }
 
-    /// Gives back what the last chunk does not use. Keeps it when no memory can be had for that.
+    /// Gives back what the last chunk does not use, if that is [worth it](WORTH_GIVING_BACK). Keeps
+    /// it when no memory can be had for that.
     pub(crate) fn shrink_to_fit(&mut self) {
-        if self.tail.len() < self.tail.capacity() {
-            if let Ok(mut exact) = KVVec::with_capacity(self.tail.len(), GFP_KERNEL_ACCOUNT) {
+        let spare = self.tail.capacity() - self.tail.len();
+        if spare * size_of::<T>() >= WORTH_GIVING_BACK {
+            let flags = GFP_KERNEL_ACCOUNT | __GFP_NOWARN;
+            if let Ok(mut exact) = KVVec::with_capacity(self.tail.len(), flags) {
                 // Cannot fail: the capacity is there.
-                if exact
-                    .extend_from_slice(&self.tail, GFP_KERNEL_ACCOUNT)
-                    .is_ok()
-                {
+                if exact.extend_from_slice(&self.tail, flags).is_ok() {
                     self.tail = exact;
                 }
             }
@@ -139,29 +171,30 @@ impl<T: Copy> ChunkedVec<T> {
             + (self.full.len() * Self::PER_CHUNK + self.tail.capacity()) * size_of::<T>()
     }
 
-    /// Makes room for one more value at least.
+    /// Makes room for one more value at least, as [`Self::room`] says.
     #[cold]
-    fn grow(&mut self, most: usize) -> Result<(), AllocError> {
+    fn grow(&mut self, least: usize, most: usize) -> Result<(), AllocError> {
+        let flags = GFP_KERNEL_ACCOUNT | __GFP_NOWARN;
         let len = self.tail.len();
+        if len == Self::PER_CHUNK {
+            let fresh = KVVec::with_capacity(Self::PER_CHUNK.min(most), flags)?;
+            self.full.reserve(1, flags)?;
+            // There is room, so nothing can fail, and nothing is lost.
+            return self
+                .full
+                .push(core::mem::replace(&mut self.tail, fresh), flags);
+        }
         // Chunks double as they fill, since most buffers are small; after the first one they are
         // allocated whole.
-        let room = if !self.full.is_empty() || len == Self::PER_CHUNK {
-            Self::PER_CHUNK
+        let room = if self.full.is_empty() {
+            (2 * len)
+                .max(len.saturating_add(least))
+                .clamp(Self::FIRST, Self::PER_CHUNK)
         } else {
-            (2 * len).clamp(4, Self::PER_CHUNK)
+            Self::PER_CHUNK
         };
-        if len == Self::PER_CHUNK {
-            let fresh = KVVec::with_capacity(room.min(most), GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
-            self.full.reserve(1, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
-            // There is room, so nothing can fail, and nothing is lost.
-            return self.full.push(
-                core::mem::replace(&mut self.tail, fresh),
-                GFP_KERNEL_ACCOUNT,
-            );
-        }
-        let mut larger =
-            KVVec::with_capacity(room.min(len + most), GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
-        larger.extend_from_slice(&self.tail, GFP_KERNEL_ACCOUNT)?;
+        let mut larger = KVVec::with_capacity(room.min(len.saturating_add(most)), flags)?;
+        larger.extend_from_slice(&self.tail, flags)?;
         self.tail = larger;
         Ok(())
     }

@@ -7,6 +7,7 @@
 use kernel::{
     bindings,
     ffi::{
+        c_int,
         c_long,
         c_uint,
         c_ulong,
@@ -89,19 +90,20 @@ extern "C" {
         index: c_ulong,
         count: c_ulong,
     ) -> bool;
-    pub(crate) fn pinbuf_folios_small(
+    pub(crate) fn pinbuf_folios_plain(
         folios: *const *mut bindings::folio,
         count: c_ulong,
         file: *const bindings::file,
         index: c_ulong,
+        order: c_uint,
         pfns: *mut c_ulong,
     ) -> c_ulong;
     pub(crate) fn pinbuf_folio_place(
-        folio: *const bindings::folio,
-        file: *const bindings::file,
+        folio: *mut bindings::folio,
+        file: *mut bindings::file,
         index: c_ulong,
         out: *mut Place,
-    ) -> bool;
+    ) -> c_int;
     pub(crate) fn pinbuf_unpin_folio_dirty(pfn: c_ulong) -> c_ulong;
     pub(crate) fn pinbuf_unpin_pfns_dirty(pfns: *mut c_ulong, count: c_ulong);
 

@@ -334,7 +334,7 @@ static long file_pin_folios(struct file *file, loff_t start, loff_t end,
 {
 	struct inode *inode = file_inode(file);
 	pgoff_t offset;
-	long count, n;
+	long count = 0;
 	int ret;
 
 	/* As udmabuf has it. */
@@ -354,19 +354,8 @@ static long file_pin_folios(struct file *file, loff_t start, loff_t end,
 	if (ret)
 		goto out;
 	count = memfd_pin_folios(file, start, end - 1, folios, max, &offset);
-	if (count < 0) {
+	if (count < 0)
 		ret = count;
-		goto out;
-	}
-	for (n = 0; n < count && !ret; n++) {
-		/* GUP and read() do not give these either. */
-		if (folio_contain_hwpoisoned_page(folios[n]))
-			ret = -EHWPOISON;
-		else
-			ret = make_uptodate(file, folios[n]);
-	}
-	if (ret)
-		unpin_folios(folios, count);
 out:
 	inode_unlock_shared(inode);
 	return ret ? ret : count;
@@ -451,46 +440,67 @@ bool pinbuf_mapped_file(unsigned long addr, struct pinbuf_mapped *out)
 	return plain;
 }
 
+/* Whether the folio has 1 << @order pages, and can be shown as it is. */
+static __always_inline bool is_plain(struct folio *folio, unsigned int order)
+{
+	if (!order)
+		return !folio_test_large(folio) && folio_test_uptodate(folio) &&
+		       !folio_test_hwpoison(folio);
+	return folio_order(folio) == order && folio_test_uptodate(folio) &&
+	       !folio_contain_hwpoisoned_page(folio);
+}
+
 /*
  * Of the @count pinned folios, which are expected to follow each other in the
- * file, how many from the first on have one page and are where they should be.
- * Their frames go to @pfns.
+ * file, how many from the first on need no look of their own: they have
+ * 1 << @order pages, are where they should be, and can be shown.  Their frames
+ * go to @pfns.
  */
-unsigned long pinbuf_folios_small(struct folio *const *folios,
+unsigned long pinbuf_folios_plain(struct folio *const *folios,
 				  unsigned long count, const struct file *file,
-				  unsigned long index, unsigned long *pfns)
+				  unsigned long index, unsigned int order,
+				  unsigned long *pfns)
 {
+	const struct address_space *mapping = file->f_mapping;
 	unsigned long n;
 
-	for (n = 0; n < count; n++) {
-		if (folio_test_large(folios[n]) ||
-		    folios[n]->index != index + n ||
-		    READ_ONCE(folios[n]->mapping) != file->f_mapping)
+	for (n = 0; n < count; n++, index += 1UL << order) {
+		struct folio *folio = folios[n];
+
+		if (!is_plain(folio, order) || folio->index != index ||
+		    READ_ONCE(folio->mapping) != mapping)
 			break;
-		pfns[n] = folio_pfn(folios[n]);
+		pfns[n] = folio_pfn(folio);
 	}
 	return n;
 }
 
 /*
- * Where the page @index of the file is in the pinned folio; false if it is not
- * in it.
+ * Where the page @index of the file is in the pinned folio, after seeing to it
+ * that the folio can be shown.  EAGAIN if it is not in it, EHWPOISON if some of
+ * it is lost, as GUP and read() have it; or why it cannot be read.
  */
-bool pinbuf_folio_place(const struct folio *folio, const struct file *file,
-			unsigned long index, struct pinbuf_place *out)
+int pinbuf_folio_place(struct folio *folio, struct file *file,
+		       unsigned long index, struct pinbuf_place *out)
 {
 	unsigned long skipped = index - folio->index;
 	unsigned long pages = folio_nr_pages(folio);
+	int ret;
 
 	if (READ_ONCE(folio->mapping) != file->f_mapping || skipped >= pages)
-		return false;
+		return -EAGAIN;
+	if (folio_contain_hwpoisoned_page(folio))
+		return -EHWPOISON;
+	ret = make_uptodate(file, folio);
+	if (ret)
+		return ret;
 	out->pfn = folio_pfn(folio) + skipped;
 	out->folio_pages = pages;
 	out->left = pages - skipped;
 	out->hugetlb = folio_test_hugetlb(folio);
 	out->device = false;
 	out->user = true;
-	return true;
+	return 0;
 }
 
 /*
@@ -500,11 +510,14 @@ bool pinbuf_folio_place(const struct folio *folio, const struct file *file,
 unsigned long pinbuf_unpin_folio_dirty(unsigned long pfn)
 {
 	struct page *page = pfn_to_page(pfn);
-	const struct folio *folio = page_folio(page);
+	struct folio *folio = page_folio(page);
 	unsigned long left = folio_nr_pages(folio) -
 			     folio_page_idx(folio, page);
 
-	unpin_user_page_range_dirty_lock(page, 1, true);
+	if (folio_test_dirty(folio))
+		unpin_folio(folio);
+	else
+		unpin_user_page_range_dirty_lock(page, 1, true);
 	return left;
 }
 

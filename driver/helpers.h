@@ -67,11 +67,12 @@ bool pinbuf_mapped_file(unsigned long addr, struct pinbuf_mapped *out);
 bool pinbuf_file_is_hugetlb(const struct file *file);
 bool pinbuf_file_has_pages(struct file *file, unsigned long index,
 			   unsigned long count);
-unsigned long pinbuf_folios_small(struct folio *const *folios,
+unsigned long pinbuf_folios_plain(struct folio *const *folios,
 				  unsigned long count, const struct file *file,
-				  unsigned long index, unsigned long *pfns);
-bool pinbuf_folio_place(const struct folio *folio, const struct file *file,
-			unsigned long index, struct pinbuf_place *out);
+				  unsigned long index, unsigned int order,
+				  unsigned long *pfns);
+int pinbuf_folio_place(struct folio *folio, struct file *file,
+		       unsigned long index, struct pinbuf_place *out);
 unsigned long pinbuf_unpin_folio_dirty(unsigned long pfn);
 void pinbuf_unpin_pfns_dirty(unsigned long *pfns, unsigned long count);
 

@@ -10,7 +10,6 @@
 //! This file knows nothing of memory or locks, and is compiled for the host too, where `tests/pure`
 //! holds it against a naive model.
 
-use core::mem::swap;
 use kernel::{
     alloc::{
         flags::{
@@ -66,24 +65,18 @@ pub(crate) fn joined(parts: impl Iterator<Item = Part>) -> impl Iterator<Item = 
     })
 }
 
-/// Parts of one space, sorted by their places in it.
+/// Parts of one space, by their places in it.
 ///
 /// # Invariants
 ///
-/// The lowest [`NUMBER_BITS`] bits of the keys are the numbers of the parts, each of them once.
-/// `places` has as many elements.
+/// Each number of a part is in `table` once, and nothing else but [`Order::NONE`]. `before` has an
+/// element for each part.
 pub(crate) struct Order {
-    keys: KVVec<u64>,
-    places: KVVec<u64>,
+    /// Which part begins at a page, counted from that of the lowest.
+    table: KVVec<u32>,
+    /// How many pages the parts have that were given before a part.
+    before: KVVec<u32>,
 }
-
-/// Bits that tell the number of a part.
-const NUMBER_BITS: u32 = 16;
-
-const _: () = assert!(crate::uapi::MAX_RANGES <= 1 << NUMBER_BITS);
-
-/// Bits that are sorted by at once: counting what they are takes a kilobyte of stack.
-const DIGIT_BITS: u32 = 8;
 
 impl Order {
     /// Fewer parts are not worth it.
@@ -91,13 +84,17 @@ impl Order {
     /// Nor are parts that have more pages than this, on average: the calls are not what they cost.
     const LONGEST: u64 = 4;
     /// Nor are parts that lie among more than so many times their pages: few are neighbours.
-    const SPARSEST: u64 = 4;
+    const SPARSEST: u64 = 2;
+    /// No part begins at this page.
+    const NONE: u32 = u32::MAX;
 
-    /// The order of `count` parts, if sorting them promises to make neighbours of many.
+    /// The order of `count` parts, if it promises to make neighbours of many.
     ///
-    /// Costs a look at each part if it does not, and otherwise two or three more, and 16 bytes each.
+    /// Costs a look at each part if it does not. Otherwise it is found without comparing parts, in
+    /// linear time and with four bytes for each page among which they lie: a page is where one part
+    /// begins at most, or they have no order.
     pub(crate) fn of(count: usize, part: impl Fn(usize) -> Part) -> Option<Self> {
-        if !(Self::FEWEST..=1 << NUMBER_BITS).contains(&count) {
+        if count < Self::FEWEST {
             return None;
         }
         let mut last = part(0);
@@ -120,72 +117,44 @@ impl Order {
             return None;
         }
         // Without memory there is still the order in which they were given.
-        Self::sort(count, low, span, part).ok()
+        Self::find(count, low, span as usize, part).ok().flatten()
     }
 
-    /// Sorts `count` parts, whose pages are among the `span` pages from `low` on: the least significant
-    /// digit first, which needs no comparisons, no recursion, and as many steps whatever the order.
-    fn sort(
+    /// The order of `count` parts, which lie among the `span` pages from `low` on. None if two of
+    /// them begin at the same page.
+    fn find(
         count: usize,
         low: u64,
-        span: u64,
+        span: usize,
         part: impl Fn(usize) -> Part,
-    ) -> Result<Self, AllocError> {
-        let mut keys = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
-        for number in 0..count {
-            // Parts are short and close to each other: this is a number of some twenty bits.
-            let page = (part(number).start - low) >> PAGE_SHIFT;
-            keys.push(page << NUMBER_BITS | number as u64, GFP_KERNEL_ACCOUNT)?;
-        }
-        let mut other = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
-        other.extend_from_slice(&keys, GFP_KERNEL_ACCOUNT)?;
-
-        let bits = u64::BITS - span.leading_zeros();
-        for shift in (0..bits).step_by(DIGIT_BITS as usize) {
-            let digit = |key: u64| (key >> (NUMBER_BITS + shift)) as usize % (1 << DIGIT_BITS);
-            let mut places = [0_u32; 1 << DIGIT_BITS];
-            for key in &keys[..] {
-                places[digit(*key)] += 1;
-            }
-            let mut sum = 0;
-            for place in &mut places {
-                sum += core::mem::replace(place, sum);
-            }
-            for key in &keys[..] {
-                let place = &mut places[digit(*key)];
-                if let Some(slot) = other.get_mut(*place as usize) {
-                    *slot = *key;
-                }
-                *place += 1;
-            }
-            swap(&mut keys, &mut other);
-        }
-
-        // `other` becomes the sums.
+    ) -> Result<Option<Self>, AllocError> {
+        let mut table = KVVec::new();
+        table.extend_with(span, Self::NONE, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
+        let mut before = KVVec::new();
+        before.extend_with(count, 0, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
         let mut pages = 0;
-        for (number, sum) in other.iter_mut().enumerate() {
-            *sum = pages;
-            pages += part(number).pages() as u64;
+        for (number, before) in before.iter_mut().enumerate() {
+            let part = part(number);
+            // Parts are short: their pages are a number of some twenty bits.
+            *before = pages as u32;
+            pages += part.pages();
+            match table.get_mut(((part.start - low) >> PAGE_SHIFT) as usize) {
+                Some(slot) if *slot == Self::NONE => *slot = number as u32,
+                _ => return Ok(None),
+            }
         }
-        // INVARIANT: Sorting moved the keys and changed none.
-        Ok(Self {
-            keys,
-            places: other,
-        })
+        // INVARIANT: Each number was put there once.
+        Ok(Some(Self { table, before }))
     }
 
-    /// The numbers of the parts, sorted.
+    /// The numbers of the parts, sorted by their places.
     pub(crate) fn numbers(&self) -> impl Iterator<Item = usize> + '_ {
-        self.keys.iter().map(|key| number(*key))
+        let parts = self.table.iter().filter(|number| **number != Self::NONE);
+        parts.map(|number| *number as usize)
     }
 
-    /// How many pages the parts before the part `number` have, as they were given.
+    /// How many pages the parts have that were given before the part `number`.
     pub(crate) fn pages_before(&self, number: usize) -> usize {
-        self.places.get(number).map_or(0, |place| *place as usize)
+        self.before.get(number).map_or(0, |pages| *pages as usize)
     }
-}
-
-/// The number of the part that a key stands for.
-fn number(key: u64) -> usize {
-    (key & ((1 << NUMBER_BITS) - 1)) as usize
 }

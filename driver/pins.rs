@@ -48,7 +48,6 @@ use crate::{
     kernel_ext::{
         gup::{
             self,
-            file_is_hugetlb,
             Batch,
             Frames,
             Place,
@@ -159,6 +158,32 @@ impl Pins {
         taken
     }
 
+    /// Takes over the pins of folios of `pages` pages each, of which these are the first frames, and
+    /// returns of how many from the first on, as above.
+    ///
+    /// # Safety
+    ///
+    /// The caller owns one pin of each of these folios, and gives up those that are taken over.
+    unsafe fn push_folios(&mut self, frames: &[Pfn], pages: usize) -> usize {
+        let mut taken = 0;
+        while let Some(&pfn) = frames.get(taken) {
+            let follows = |(n, frame): &(usize, &Pfn)| **frame == pfn + n * pages;
+            let count = frames[taken..].iter().enumerate().take_while(follows).count();
+            let run = Run {
+                pfn,
+                pages: count * pages,
+                granularity: Granularity::Folio,
+            };
+            if self.map.push(run, true).is_err() {
+                break;
+            }
+            self.pins += count;
+            self.plain = false;
+            taken += count;
+        }
+        taken
+    }
+
     /// Whether [`Self::rearranged`] can be asked.
     pub(crate) fn are_plain(&self) -> bool {
         self.plain
@@ -248,7 +273,8 @@ impl Drop for Pins {
         }
         let mut unpinner = Unpinner::new();
         let mut since = 0;
-        for run in self.map.iter() {
+        // Internal iteration is the quickest.
+        self.map.iter().for_each(|run| {
             let mut done = 0;
             while done < run.pages {
                 let pfn = run.pfn + done;
@@ -269,7 +295,7 @@ impl Drop for Pins {
                     sched::cond_resched();
                 }
             }
-        }
+        });
     }
 }
 
@@ -298,6 +324,8 @@ pub(crate) struct Pinner {
     mapped: Option<MappedFile>,
     /// The page cache could not do it once: GUP does all that follows.
     gup_alone: bool,
+    /// The last folio of a file had `1 << order` pages.
+    order: u32,
 }
 
 impl Pinner {
@@ -312,6 +340,7 @@ impl Pinner {
             calls: 0,
             mapped: None,
             gup_alone: false,
+            order: 0,
         })
     }
 
@@ -367,7 +396,7 @@ impl Pinner {
             if worth {
                 sched::breathe()?;
                 if self.batch.pin_mapped_file(&mapped, index, most).is_ok() {
-                    done = self.take_file_batch(mapped.file(), index, most)?;
+                    done = self.take_file_batch(mapped.file(), index, most)?.pages;
                 }
                 self.gup_alone = done == 0;
             }
@@ -396,33 +425,61 @@ impl Pinner {
     ) -> Result {
         while pages > 0 {
             sched::breathe()?;
-            let mut tries = self.tries();
-            let done = loop {
-                let error = match self.batch.pin_file(file, index, pages) {
-                    Ok(_) => match self.take_file_batch(file, index, pages)? {
-                        // Truncated and filled again under our hands.
-                        0 => EAGAIN,
-                        done => break done,
-                    },
-                    Err(error) => error,
-                };
-                if sched::fatal_signal_pending() {
-                    return Err(EINTR);
-                }
-                let asked = pages.min(Batch::most_of(file));
-                // Memory may be short for moving pages, which passes, or for new ones.
-                let short = error == ENOMEM && !gup::file_has_pages(file, index, asked);
-                if !may_pass(error) || short {
-                    return Err(contract_of_file(error, file));
-                }
-                if !self.try_again(&mut tries)? {
-                    return Err(EBUSY);
-                }
+            let done = match self.pin_file_batch(file, index, pages)? {
+                Taken { pages: 0, error } => self.pin_file_patiently(file, index, pages, error)?,
+                Taken { pages, .. } => pages,
             };
             index += done;
             pages -= done;
         }
         Ok(())
+    }
+
+    /// Pins a batch of pages of `file`, and takes what is right of it: if nothing is, there is an
+    /// error.
+    fn pin_file_batch(&mut self, file: &LocalFile, index: usize, pages: usize) -> Result<Taken> {
+        match self.batch.pin_file(file, index, pages) {
+            Ok(_) => self.take_file_batch(file, index, pages),
+            Err(error) => Ok(Taken {
+                pages: 0,
+                error: Some(error),
+            }),
+        }
+    }
+
+    /// The same after a first error, with patience: how many pages it takes in the end.
+    #[cold]
+    fn pin_file_patiently(
+        &mut self,
+        file: &LocalFile,
+        index: usize,
+        pages: usize,
+        mut error: Option<Error>,
+    ) -> Result<usize> {
+        let mut tries = self.tries();
+        loop {
+            if sched::fatal_signal_pending() {
+                return Err(EINTR);
+            }
+            // Truncated and filled again under our hands, if there is no other reason.
+            let reason = error.unwrap_or(EAGAIN);
+            let asked = pages.min(Batch::most_of(file));
+            // Memory may be short for moving pages, which passes, or for new ones.
+            let short = reason == ENOMEM && !gup::file_has_pages(file, index, asked);
+            if !may_pass(reason) || short {
+                return Err(contract_of_file(reason, file));
+            }
+            if !self.try_again(&mut tries)? {
+                return Err(EBUSY);
+            }
+            match self.pin_file_batch(file, index, pages)? {
+                Taken {
+                    pages: 0,
+                    error: next,
+                } => error = next,
+                Taken { pages, .. } => return Ok(pages),
+            }
+        }
     }
 
     /// The tries for one batch.
@@ -446,13 +503,19 @@ impl Pinner {
     }
 
     /// Pins up to `want` pages into the batch, with patience, and translates errors.
+    #[inline]
     fn pin_batch(&mut self, addr: usize, want: usize) -> Result {
+        match self.batch.pin(addr, want) {
+            Ok(_) => Ok(()),
+            Err(error) => self.pin_patiently(addr, want, error),
+        }
+    }
+
+    /// The same after a first `error`.
+    #[cold]
+    fn pin_patiently(&mut self, addr: usize, want: usize, mut error: Error) -> Result {
         let mut tries = self.tries();
         loop {
-            let error = match self.batch.pin(addr, want) {
-                Ok(_) => return Ok(()),
-                Err(error) => error,
-            };
             if sched::fatal_signal_pending() {
                 return Err(EINTR);
             }
@@ -470,6 +533,10 @@ impl Pinner {
                     },
                 );
             }
+            error = match self.batch.pin(addr, want) {
+                Ok(_) => return Ok(()),
+                Err(error) => error,
+            };
         }
     }
 
@@ -499,7 +566,7 @@ impl Pinner {
             if !ordinary.is_empty() {
                 self.hugetlb = false;
                 self.after_device();
-                done += self.take_frames(done, ordinary)?;
+                done += self.take_frames(done, ordinary, 0)?;
                 continue;
             }
 
@@ -550,35 +617,41 @@ impl Pinner {
         Ok(done)
     }
 
-    /// Moves the batch, which begins with the folio of the page `index` of `file`, to the pins, and
-    /// returns how many pages of the range's `left` that makes. None if the first folio is not the
-    /// file's any more.
-    fn take_file_batch(&mut self, file: &LocalFile, index: usize, left: usize) -> Result<usize> {
+    /// Moves the batch, which begins with the folio of the page `index` of `file`, to the pins, as far as
+    /// the folios are the file's and can be shown.
+    fn take_file_batch(&mut self, file: &LocalFile, index: usize, left: usize) -> Result<Taken> {
         let count = self.batch.pages().len();
         self.after_device();
         let mut frames = Frames::new();
+        let mut order = self.order;
         let (mut entry, mut done) = (0, 0);
-        let mut large = file_is_hugetlb(file);
+        let mut error = None;
         while entry < count && done < left {
-            if !large {
-                let (index, left) = (index + done, left - done);
-                let small = self.batch.small_folios(entry, file, index, left, &mut frames);
-                if !small.is_empty() {
-                    let small = self.take_frames(entry, small)?;
-                    entry += small;
-                    done += small;
-                    continue;
-                }
+            let (index, left) = (index + done, left - done);
+            let whole = left >> order;
+            let plain = self.batch.plain_folios(entry, file, index, order, whole, &mut frames);
+            if !plain.is_empty() {
+                done += plain.len() << order;
+                entry += self.take_frames(entry, plain, order)?;
+                continue;
             }
-            let first = self.batch.pages()[entry];
-            let Some(place) = first.place_in_file(file, index + done) else {
-                break;
+            let place = match self.batch.pages()[entry].place_in_file(file, index) {
+                Ok(place) => place,
+                Err(why) => {
+                    error = Some(why);
+                    break;
+                }
             };
             // What follows is probably as large.
-            large = place.folio_pages > 1;
+            order = place.folio_pages.trailing_zeros();
+            if order == 0 {
+                done += 1;
+                entry += self.take_frames(entry, &[place.pfn], order)?;
+                continue;
+            }
             let run = Run {
                 pfn: place.pfn,
-                pages: place.left.min(left - done),
+                pages: place.left.min(left),
                 granularity: Granularity::Folio,
             };
             entry += 1;
@@ -592,16 +665,22 @@ impl Pinner {
             }
             done += run.pages;
         }
+        self.order = order;
         self.batch.keep(entry);
-        Ok(done)
+        Ok(Taken { pages: done, error })
     }
 
-    /// Moves the pages of the batch from the entry `from` on, of which these are the `frames` and which
-    /// are pinned each for itself, to the pins, and returns how many.
-    fn take_frames(&mut self, from: usize, frames: &[Pfn]) -> Result<usize> {
-        // SAFETY: The batch pinned these pages; it gives up those that were taken, here or, with
-        // all others, in our callers.
-        let taken = unsafe { self.pins.push_frames(frames) };
+    /// Moves pages of the batch from the entry `from` on, or folios of `1 << order` pages, of which these
+    /// are the `frames`, to the pins, and returns how many. After an error the batch has none left.
+    fn take_frames(&mut self, from: usize, frames: &[Pfn], order: u32) -> Result<usize> {
+        // SAFETY: The batch pinned these pages or folios once each; it gives up those that were
+        // taken, here or, with all others, in our callers.
+        let taken = unsafe {
+            match order {
+                0 => self.pins.push_frames(frames),
+                _ => self.pins.push_folios(frames, 1 << order),
+            }
+        };
         if taken < frames.len() {
             self.batch.keep(from + taken);
             return Err(ENOMEM);
@@ -626,6 +705,14 @@ fn in_place(place: &Place, addr: usize) -> bool {
 /// Whether a failure of GUP's may pass by itself.
 fn may_pass(error: Error) -> bool {
     error == ENOMEM || error == EAGAIN || error == EBUSY
+}
+
+/// What was taken of a batch of a file's folios.
+struct Taken {
+    /// So many pages.
+    pages: usize,
+    /// Why no more: the next folio cannot be shown, or is not the file's any more.
+    error: Option<Error>,
 }
 
 /// Tries that are left for one batch.

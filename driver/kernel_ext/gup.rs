@@ -54,13 +54,15 @@ impl PinnedPage<'_> {
         place
     }
 
-    /// The page is the first of a folio: where in it the page `index` of `file` is; `None` if that
-    /// is not in it.
-    pub(crate) fn place_in_file(self, file: &LocalFile, index: usize) -> Option<Place> {
+    /// The page is the first of a folio: where in it the page `index` of `file` is, once the folio can
+    /// be shown. `EAGAIN` if the page is not in it; `EHWPOISON` if some of it is lost.
+    pub(crate) fn place_in_file(self, file: &LocalFile, index: usize) -> Result<Place> {
         let mut place = Place::default();
         // SAFETY: As above; `file` is a valid `struct file`.
-        unsafe { ffi::pinbuf_folio_place(self.0.cast(), file.as_ptr(), index, &mut place) }
-            .then_some(place)
+        to_result(unsafe {
+            ffi::pinbuf_folio_place(self.0.cast(), file.as_ptr(), index, &mut place)
+        })?;
+        Ok(place)
     }
 
     /// Whether the page may share an extent with the frame `pfn`, as far as device memory is
@@ -314,23 +316,24 @@ impl Batch {
         }
     }
 
-    /// After [`Batch::pin_file`]: the frames of the folios from the entry `from` on, as far as these
-    /// have one page and are those of `file` from its page `index` on: `most` at most, and no more
-    /// than there is room for in `out`.
-    pub(crate) fn small_folios<'f>(
+    /// After [`Batch::pin_file`]: the first frames of the folios from the entry `from` on, as far as
+    /// these have `1 << order` pages, are those of `file` from its page `index` on, and can be shown as
+    /// they are: `most` at most, and no more than there is room for in `out`.
+    pub(crate) fn plain_folios<'f>(
         &self,
         from: usize,
         file: &LocalFile,
         index: usize,
+        order: u32,
         most: usize,
         out: &'f mut Frames,
     ) -> &'f [Pfn] {
         let rest = self.pages().get(from..).unwrap_or(&[]);
         let most = rest.len().min(Frames::ROOM).min(most);
-        let first = rest.as_ptr().cast();
+        let (first, file) = (rest.as_ptr().cast(), file.as_ptr());
         // SAFETY: As above; these are the first pages of folios.
         let count = unsafe {
-            ffi::pinbuf_folios_small(first, most, file.as_ptr(), index, out.as_mut_ptr())
+            ffi::pinbuf_folios_plain(first, most, file, index, order, out.as_mut_ptr())
         };
         // SAFETY: So many were written.
         unsafe { out.first(count) }

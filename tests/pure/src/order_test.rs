@@ -95,12 +95,22 @@ fn the_most_parts_there_can_be() {
 }
 
 #[test]
-fn equal_and_overlapping_parts_keep_their_order() {
-    let parts: Vec<Part> = (0..100).map(|n| part(0, (n / 10) % 3, 2)).collect();
+fn overlapping_parts_are_sorted_by_where_they_begin() {
+    let parts: Vec<Part> = (0..100)
+        .map(|n| part(0, (n * 37) % 100, 1 + n % 3))
+        .collect();
     let order = order(&parts).expect("an order");
     let mut expected: Vec<usize> = (0..100).collect();
     expected.sort_by_key(|number| parts[*number].start);
     assert_eq!(order.numbers().collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn parts_that_begin_at_the_same_page_have_no_order() {
+    let mut parts: Vec<Part> = (0..100).map(|n| part(0, (n * 37) % 100, 1)).collect();
+    assert!(order(&parts).is_some());
+    parts[99].start = parts[17].start;
+    assert!(order(&parts).is_none());
 }
 
 #[test]

@@ -15,6 +15,8 @@ mod huge;
 mod importer;
 mod info;
 mod lifetime;
+mod lists;
+mod mapped;
 mod memlock;
 mod mmap;
 mod uffd;
@@ -53,6 +55,8 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         info::TESTS,
         errors::TESTS,
         files::TESTS,
+        lists::TESTS,
+        mapped::TESTS,
         mmap::TESTS,
         importer::TESTS,
         huge::TESTS,

@@ -134,6 +134,16 @@ pub mod alloc {
             Ok(())
         }
 
+        /// Appends a value `n` times.
+        pub fn extend_with(&mut self, n: usize, value: T, flags: Flags) -> Result<(), AllocError>
+        where
+            T: Clone,
+        {
+            self.reserve(n, flags)?;
+            self.inner.resize(self.inner.len() + n, value);
+            Ok(())
+        }
+
         /// Appends copies of all values of a slice.
         pub fn extend_from_slice(&mut self, other: &[T], flags: Flags) -> Result<(), AllocError>
         where

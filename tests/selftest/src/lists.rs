@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Lists of many short ranges, which the driver may pin in another order and several at once: the
+//! buffer's order is the list's.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use pinbuf_uapi::Range;
+
+use pinbuf_test_harness::support::kernel::HugePool;
+use pinbuf_test_harness::support::memory::{huge_memfd, memfd, stamp, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::{check, check_eq, Buffer, Device, Memory};
+use pinbuf_test_harness::tests;
+
+tests! { "lists":
+    shuffled_anonymous,
+    shuffled_memfd,
+    shuffled_from_a_file,
+    shuffled_hugetlb,
+    shuffled_hugetlb_from_a_file,
+    shuffled_over_several_mappings,
+    of_different_lengths,
+    with_gaps,
+    with_repetitions,
+    in_order,
+    one_range_that_cannot_be_pinned,
+}
+
+/// Pages of the memory that lists are about.
+const PAGES: usize = 1000;
+
+/// Numbers below `count`, each once, in an order that looks random.
+fn shuffled(count: usize) -> Vec<usize> {
+    let mut list: Vec<usize> = (0..count).collect();
+    for last in (1..count).rev() {
+        list.swap(last, (stamp(11, last as u64) % (last as u64 + 1)) as usize);
+    }
+    list
+}
+
+/// Compares the buffer with pages of the memory, word by word and both ways.
+fn is_of(buffer: &Buffer, memory: &Memory, pages: &[usize]) -> Result<()> {
+    let mapped = buffer.map()?;
+    check_eq!(mapped.len(), pages.len() * PAGE, "the buffer's size");
+    for page in 0..memory.len() / PAGE {
+        memory.set(page * PAGE, stamp(12, page as u64));
+    }
+    for (index, page) in pages.iter().enumerate() {
+        check_eq!(
+            mapped.get(index * PAGE),
+            stamp(12, *page as u64),
+            "page {index} of the buffer, which is page {page}"
+        );
+    }
+    for (index, page) in pages.iter().enumerate() {
+        mapped.set(index * PAGE + 8, stamp(13, index as u64));
+        check_eq!(
+            memory.get(page * PAGE + 8),
+            stamp(13, index as u64),
+            "page {page} of the memory, which is page {index}"
+        );
+    }
+    Ok(())
+}
+
+/// Makes a buffer of parts (page and number of pages) of the memory, and compares.
+fn list(memory: &Memory, parts: &[(usize, usize)]) -> Result<()> {
+    let device = Device::open()?;
+    let ranges: Vec<Range> = parts
+        .iter()
+        .map(|(page, pages)| memory.part(page * PAGE, pages * PAGE))
+        .collect();
+    let buffer = device.create(&ranges).context("PINBUF_CREATE")?;
+    is_of(&buffer, memory, &all_pages(parts))
+}
+
+/// The same of a file that is mapped as a whole.
+fn list_from(file: BorrowedFd<'_>, memory: &Memory, parts: &[(usize, usize)]) -> Result<()> {
+    let device = Device::open()?;
+    let named: Vec<_> = parts
+        .iter()
+        .map(|(page, pages)| (file, page * PAGE, pages * PAGE))
+        .collect();
+    let buffer = device.create_from_files(&named).context("PINBUF_CREATE")?;
+    is_of(&buffer, memory, &all_pages(parts))
+}
+
+fn all_pages(parts: &[(usize, usize)]) -> Vec<usize> {
+    let each = |&(page, pages): &(usize, usize)| page..page + pages;
+    parts.iter().flat_map(each).collect()
+}
+
+fn single_pages(pages: &[usize]) -> Vec<(usize, usize)> {
+    pages.iter().map(|page| (*page, 1)).collect()
+}
+
+fn shuffled_anonymous() -> Result<()> {
+    let memory = Memory::small_pages(PAGES * PAGE)?;
+    let pages = shuffled(PAGES);
+    list(&memory, &single_pages(&pages))?;
+    // Each page is pinned once, whichever way.
+    let device = Device::open()?;
+    let ranges: Vec<Range> = pages
+        .iter()
+        .map(|page| memory.part(page * PAGE, PAGE))
+        .collect();
+    let info = device.describe(&device.create(&ranges)?)?;
+    check_eq!(
+        (info.pages, info.pins),
+        (PAGES as u64, PAGES as u64),
+        "pages and pins"
+    );
+    Ok(())
+}
+
+fn shuffled_memfd() -> Result<()> {
+    let file = memfd(PAGES * PAGE, 0)?;
+    let memory = Memory::shared(&file, PAGES * PAGE)?;
+    list(&memory, &single_pages(&shuffled(PAGES)))
+}
+
+fn shuffled_from_a_file() -> Result<()> {
+    let file = memfd(PAGES * PAGE, 0)?;
+    let memory = Memory::shared(&file, PAGES * PAGE)?;
+    list_from(file.as_fd(), &memory, &single_pages(&shuffled(PAGES)))
+}
+
+fn shuffled_hugetlb() -> Result<()> {
+    let _pool = HugePool::with_free(2)?;
+    let file = huge_memfd(2 * HUGE)?;
+    let memory = Memory::shared(&file, 2 * HUGE)?;
+    list(&memory, &single_pages(&shuffled(2 * HUGE / PAGE)))
+}
+
+fn shuffled_hugetlb_from_a_file() -> Result<()> {
+    let _pool = HugePool::with_free(2)?;
+    let file = huge_memfd(2 * HUGE)?;
+    let memory = Memory::shared(&file, 2 * HUGE)?;
+    list_from(
+        file.as_fd(),
+        &memory,
+        &single_pages(&shuffled(2 * HUGE / PAGE)),
+    )
+}
+
+/// Small and huge pages, anonymous and of files, in one list.
+fn shuffled_over_several_mappings() -> Result<()> {
+    let _pool = HugePool::with_free(1)?;
+    let memory = Memory::map_aligned(
+        3 * HUGE,
+        HUGE,
+        RW,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        None,
+        0,
+    )?;
+    memory.advise(0, 3 * HUGE, libc::MADV_NOHUGEPAGE)?;
+    let small = memfd(300 * PAGE, 0)?;
+    memory.replace_by(100 * PAGE, 300 * PAGE, small.as_fd(), 0)?;
+    let huge = huge_memfd(HUGE)?;
+    memory.replace_by(HUGE, HUGE, huge.as_fd(), 0)?;
+    list(&memory, &single_pages(&shuffled(3 * HUGE / PAGE)))
+}
+
+fn of_different_lengths() -> Result<()> {
+    let file = memfd(4 * PAGES * PAGE, 0)?;
+    let memory = Memory::shared(&file, 4 * PAGES * PAGE)?;
+    let mut parts = Vec::new();
+    let mut page = 0;
+    while page < 4 * PAGES - 7 {
+        let pages = 1 + (stamp(14, page as u64) % 7) as usize;
+        parts.push((page, pages));
+        page += pages;
+    }
+    let parts: Vec<_> = shuffled(parts.len()).iter().map(|n| parts[*n]).collect();
+    list(&memory, &parts)?;
+    list_from(file.as_fd(), &memory, &parts)
+}
+
+fn with_gaps() -> Result<()> {
+    let memory = Memory::small_pages(3 * PAGES * PAGE)?;
+    let parts: Vec<_> = shuffled(PAGES)
+        .iter()
+        .map(|n| (3 * n + n % 2, 1 + n % 2))
+        .collect();
+    list(&memory, &parts)
+}
+
+/// Parts that are named again, and such that overlap.
+fn with_repetitions() -> Result<()> {
+    let file = memfd(PAGES * PAGE, 0)?;
+    let memory = Memory::shared(&file, PAGES * PAGE)?;
+    let parts: Vec<_> = shuffled(2 * PAGES - 4)
+        .iter()
+        .map(|n| (n / 2, 1 + n % 3))
+        .collect();
+    // Each page of the buffer shows its page of the memory; what is written last counts.
+    let device = Device::open()?;
+    let ranges: Vec<Range> = parts
+        .iter()
+        .map(|(page, pages)| memory.part(page * PAGE, pages * PAGE))
+        .collect();
+    let named: Vec<_> = parts
+        .iter()
+        .map(|(page, pages)| (file.as_fd(), page * PAGE, pages * PAGE))
+        .collect();
+    for page in 0..PAGES {
+        memory.set(page * PAGE, stamp(15, page as u64));
+    }
+    for buffer in [device.create(&ranges)?, device.create_from_files(&named)?] {
+        let mapped = buffer.map()?;
+        let pages = all_pages(&parts);
+        check_eq!(mapped.len(), pages.len() * PAGE, "the buffer's size");
+        for (index, page) in pages.iter().enumerate() {
+            let expected = stamp(15, *page as u64);
+            check_eq!(mapped.get(index * PAGE), expected, "page {index}");
+        }
+        let info = device.describe(&buffer)?;
+        check_eq!(info.pins, pages.len() as u64, "pins");
+    }
+    Ok(())
+}
+
+/// Neighbours, over the borders of mappings.
+fn in_order() -> Result<()> {
+    let memory = Memory::small_pages(PAGES * PAGE)?;
+    let file = memfd(100 * PAGE, 0)?;
+    memory.replace_by(50 * PAGE, 100 * PAGE, file.as_fd(), 0)?;
+    let pages: Vec<usize> = (0..PAGES).collect();
+    list(&memory, &single_pages(&pages))
+}
+
+/// All or nothing, wherever in a list the trouble is, and however it is pinned.
+fn one_range_that_cannot_be_pinned() -> Result<()> {
+    let device = Device::open()?;
+    let file = memfd(PAGES * PAGE, 0)?;
+    let kinds = [
+        Memory::small_pages(PAGES * PAGE)?,
+        Memory::shared(&file, PAGES * PAGE)?,
+    ];
+    let orders = [(0..PAGES).collect(), shuffled(PAGES)];
+    for memory in &kinds {
+        for order in &orders {
+            let ranges: Vec<Range> = order
+                .iter()
+                .map(|page| memory.part(page * PAGE, PAGE))
+                .collect();
+            for bad in [0, 1, 500, PAGES - 1] {
+                memory.protect(bad * PAGE, PAGE, libc::PROT_READ)?;
+                let result = device.create(&ranges).map(drop);
+                check_eq!(result, Err(Errno::EFAULT), "without page {bad}");
+                memory.protect(bad * PAGE, PAGE, RW)?;
+            }
+            check!(device.create(&ranges).is_ok(), "with all pages");
+        }
+    }
+    Ok(())
+}
