@@ -157,7 +157,7 @@ fn pin_checked(
     ranges: &[Element<uapi::Range>],
     backings: &[Element<uapi::Backing>],
 ) -> Result<Pins> {
-    let mut pinner = Pinner::new(pages)?;
+    let mut pinner = Pinner::new(pages);
     let mut files = Files(None);
     for (Element(range), Element(backing)) in ranges.iter().zip(backings) {
         let expected = Expected {
@@ -196,7 +196,7 @@ fn pin_parts(
     from_files: bool,
     parts: impl Iterator<Item = Part>,
 ) -> Result<Pins> {
-    let mut pinner = Pinner::new(pages)?;
+    let mut pinner = Pinner::new(pages);
     let mut files = Files(None);
     for part in joined(parts) {
         if from_files {

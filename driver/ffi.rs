@@ -37,6 +37,18 @@ pub(crate) struct Mapped {
     pub(crate) unit: c_ulong,
 }
 
+impl Default for Mapped {
+    fn default() -> Self {
+        Self {
+            file: core::ptr::null_mut(),
+            start: 0,
+            end: 0,
+            index: 0,
+            unit: 1,
+        }
+    }
+}
+
 // Behind these pointers are C's structs, some of them empty in this configuration.
 #[allow(improper_ctypes)]
 extern "C" {
@@ -57,6 +69,12 @@ extern "C" {
     pub(crate) fn pinbuf_pfn_to_page(pfn: c_ulong) -> *mut bindings::page;
     pub(crate) fn pinbuf_page_address(page: *const bindings::page) -> *mut c_void;
     pub(crate) fn pinbuf_page_place(page: *const bindings::page, out: *mut Place);
+    pub(crate) fn pinbuf_pin_one(
+        addr: c_ulong,
+        flags: c_uint,
+        page: *mut *mut bindings::page,
+        out: *mut Place,
+    ) -> c_int;
     pub(crate) fn pinbuf_pages_ordinary(
         pages: *const *mut bindings::page,
         count: c_ulong,
@@ -104,7 +122,7 @@ extern "C" {
         index: c_ulong,
         out: *mut Place,
     ) -> c_int;
-    pub(crate) fn pinbuf_unpin_folio_dirty(pfn: c_ulong) -> c_ulong;
+    pub(crate) fn pinbuf_unpin_folios_dirty(pfn: c_ulong, pages: c_ulong, max: c_ulong) -> c_ulong;
     pub(crate) fn pinbuf_unpin_pfns_dirty(pfns: *mut c_ulong, count: c_ulong);
 
     pub(crate) fn pinbuf_same_pgmap(a: *const bindings::page, b: *const bindings::page) -> bool;

@@ -164,6 +164,20 @@ void pinbuf_page_place(const struct page *page, struct pinbuf_place *out)
 		    folio_test_swapbacked(folio);
 }
 
+/*
+ * Pins one page of the current process, and tells what it is.  Returns what
+ * pin_user_pages_fast() does.
+ */
+int pinbuf_pin_one(unsigned long addr, unsigned int flags, struct page **page,
+		   struct pinbuf_place *out)
+{
+	int ret = pin_user_pages_fast(addr, 1, flags, page);
+
+	if (ret == 1)
+		pinbuf_page_place(*page, out);
+	return ret;
+}
+
 static bool page_is_backed_by(const struct page *page, const struct file *file,
 			      unsigned long index)
 {
@@ -311,12 +325,21 @@ static bool hugetlb_is_whole(struct file *file, loff_t start, loff_t end)
 	unsigned long pages = pages_per_huge_page(hstate_file(file));
 	pgoff_t index = round_down(start >> PAGE_SHIFT, pages);
 	XA_STATE(xas, &file->f_mapping->i_pages, index);
+	unsigned long reach = 0;
 	bool whole = true;
 
 	rcu_read_lock();
 	for (; whole && index < end >> PAGE_SHIFT; index += pages) {
+		if (index < reach) {
+			/* In the node that the last one was found in. */
+			xas.xa_index = index;
+			whole = xas_reload(&xas);
+			continue;
+		}
 		xas_set(&xas, index);
 		whole = xas_load(&xas);
+		if (whole && xas.xa_node)
+			reach = (index | (XA_CHUNK_SIZE << xas.xa_node->shift) - 1) + 1;
 	}
 	rcu_read_unlock();
 	return whole;
@@ -415,22 +438,24 @@ static bool maps_file_plainly(struct vm_area_struct *vma)
 }
 
 /*
- * Whether the current task has mapped the address so, and where: then @out owns
- * a reference to the file.  No answer (false) is given where the VMA is not to
- * be had without waiting.
+ * Whether the current task has mapped the address so; then @out owns a reference
+ * to the file.  @out tells the bounds of the mapping in any case, or that of the
+ * page alone where the mapping is not to be had without waiting.
  */
 bool pinbuf_mapped_file(unsigned long addr, struct pinbuf_mapped *out)
 {
 	struct vm_area_struct *vma = lock_vma_under_rcu(current->mm, addr);
 	bool plain;
 
+	out->start = addr;
+	out->end = addr + 1;
 	if (!vma)
 		return false;
+	out->start = vma->vm_start;
+	out->end = vma->vm_end;
 	plain = maps_file_plainly(vma);
 	if (plain) {
 		out->file = get_file(vma->vm_file);
-		out->start = vma->vm_start;
-		out->end = vma->vm_end;
 		out->index = vma->vm_pgoff;
 		out->unit = 1;
 		if (is_vm_hugetlb_page(vma))
@@ -450,6 +475,26 @@ static __always_inline bool is_plain(struct folio *folio, unsigned int order)
 	       !folio_contain_hwpoisoned_page(folio);
 }
 
+static __always_inline unsigned long
+count_plain(struct folio *const *folios, unsigned long count,
+	    const struct file *file, unsigned long index, unsigned int order,
+	    unsigned long *pfns)
+{
+	const struct address_space *mapping = file->f_mapping;
+	const unsigned long step = 1UL << order;
+	unsigned long n;
+
+	for (n = 0; n < count; n++, index += step) {
+		struct folio *folio = folios[n];
+
+		if (!is_plain(folio, order) || folio->index != index ||
+		    READ_ONCE(folio->mapping) != mapping)
+			break;
+		pfns[n] = folio_pfn(folio);
+	}
+	return n;
+}
+
 /*
  * Of the @count pinned folios, which are expected to follow each other in the
  * file, how many from the first on need no look of their own: they have
@@ -461,18 +506,10 @@ unsigned long pinbuf_folios_plain(struct folio *const *folios,
 				  unsigned long index, unsigned int order,
 				  unsigned long *pfns)
 {
-	const struct address_space *mapping = file->f_mapping;
-	unsigned long n;
-
-	for (n = 0; n < count; n++, index += 1UL << order) {
-		struct folio *folio = folios[n];
-
-		if (!is_plain(folio, order) || folio->index != index ||
-		    READ_ONCE(folio->mapping) != mapping)
-			break;
-		pfns[n] = folio_pfn(folio);
-	}
-	return n;
+	/* Small folios are many, and worth a loop of their own. */
+	if (!order)
+		return count_plain(folios, count, file, index, 0, pfns);
+	return count_plain(folios, count, file, index, order, pfns);
 }
 
 /*
@@ -504,21 +541,25 @@ int pinbuf_folio_place(struct folio *folio, struct file *file,
 }
 
 /*
- * Drops one pin of the folio that the page frame is in, after marking it dirty:
- * how many pages of it there are from that frame on.
+ * Drops one pin of each folio, @max at most, that the @pages adjacent page frames
+ * from @pfn on are in, after marking them dirty: of how many of these pages.
  */
-unsigned long pinbuf_unpin_folio_dirty(unsigned long pfn)
+unsigned long pinbuf_unpin_folios_dirty(unsigned long pfn, unsigned long pages,
+					unsigned long max)
 {
-	struct page *page = pfn_to_page(pfn);
-	struct folio *folio = page_folio(page);
-	unsigned long left = folio_nr_pages(folio) -
-			     folio_page_idx(folio, page);
+	unsigned long done = 0;
 
-	if (folio_test_dirty(folio))
-		unpin_folio(folio);
-	else
-		unpin_user_page_range_dirty_lock(page, 1, true);
-	return left;
+	for (; done < pages && max; max--) {
+		struct page *page = pfn_to_page(pfn + done);
+		struct folio *folio = page_folio(page);
+
+		done += folio_nr_pages(folio) - folio_page_idx(folio, page);
+		if (folio_test_dirty(folio))
+			unpin_folio(folio);
+		else
+			unpin_user_page_range_dirty_lock(page, 1, true);
+	}
+	return min(done, pages);
 }
 
 /*

@@ -52,6 +52,8 @@ unsigned long pinbuf_page_to_pfn(const struct page *page);
 struct page *pinbuf_pfn_to_page(unsigned long pfn);
 void *pinbuf_page_address(const struct page *page);
 void pinbuf_page_place(const struct page *page, struct pinbuf_place *out);
+int pinbuf_pin_one(unsigned long addr, unsigned int flags, struct page **page,
+		   struct pinbuf_place *out);
 unsigned long pinbuf_pages_ordinary(struct page *const *pages,
 				    unsigned long count, unsigned long *pfns);
 unsigned long pinbuf_pages_backed_by(struct page *const *pages,
@@ -73,7 +75,8 @@ unsigned long pinbuf_folios_plain(struct folio *const *folios,
 				  unsigned long *pfns);
 int pinbuf_folio_place(struct folio *folio, struct file *file,
 		       unsigned long index, struct pinbuf_place *out);
-unsigned long pinbuf_unpin_folio_dirty(unsigned long pfn);
+unsigned long pinbuf_unpin_folios_dirty(unsigned long pfn, unsigned long pages,
+					unsigned long max);
 void pinbuf_unpin_pfns_dirty(unsigned long *pfns, unsigned long count);
 
 bool pinbuf_same_pgmap(const struct page *a, const struct page *b);

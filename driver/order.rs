@@ -70,7 +70,7 @@ pub(crate) fn joined(parts: impl Iterator<Item = Part>) -> impl Iterator<Item = 
 /// # Invariants
 ///
 /// Each number of a part is in `table` once, and nothing else but [`Order::NONE`]. `before` has an
-/// element for each part.
+/// element for each part, unless all parts have one page: then it is empty.
 pub(crate) struct Order {
     /// Which part begins at a page, counted from that of the lowest.
     table: KVVec<u32>,
@@ -117,30 +117,37 @@ impl Order {
             return None;
         }
         // Without memory there is still the order in which they were given.
-        Self::find(count, low, span as usize, part).ok().flatten()
+        let single = pages == count as u64;
+        Self::find(count, single, low, span as usize, part)
+            .ok()
+            .flatten()
     }
 
-    /// The order of `count` parts, which lie among the `span` pages from `low` on. None if two of
-    /// them begin at the same page.
+    /// The order of `count` parts, `single` pages if that is so, which lie among the `span` pages from
+    /// `low` on. None if two of them begin at the same page.
     fn find(
         count: usize,
+        single: bool,
         low: u64,
         span: usize,
         part: impl Fn(usize) -> Part,
     ) -> Result<Option<Self>, AllocError> {
         let mut table = KVVec::new();
         table.extend_with(span, Self::NONE, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
-        let mut before = KVVec::new();
-        before.extend_with(count, 0, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
-        let mut pages = 0;
-        for (number, before) in before.iter_mut().enumerate() {
-            let part = part(number);
-            // Parts are short: their pages are a number of some twenty bits.
-            *before = pages as u32;
-            pages += part.pages();
-            match table.get_mut(((part.start - low) >> PAGE_SHIFT) as usize) {
+        for number in 0..count {
+            match table.get_mut(((part(number).start - low) >> PAGE_SHIFT) as usize) {
                 Some(slot) if *slot == Self::NONE => *slot = number as u32,
                 _ => return Ok(None),
+            }
+        }
+        let mut before = KVVec::new();
+        if !single {
+            before.extend_with(count, 0, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
+            let mut pages = 0;
+            for (number, before) in before.iter_mut().enumerate() {
+                // Parts are short: their pages are a number of some twenty bits.
+                *before = pages as u32;
+                pages += part(number).pages();
             }
         }
         // INVARIANT: Each number was put there once.
@@ -155,6 +162,8 @@ impl Order {
 
     /// How many pages the parts have that were given before the part `number`.
     pub(crate) fn pages_before(&self, number: usize) -> usize {
-        self.before.get(number).map_or(0, |pages| *pages as usize)
+        self.before
+            .get(number)
+            .map_or(number, |pages| *pages as usize)
     }
 }

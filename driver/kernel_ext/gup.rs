@@ -12,7 +12,8 @@ use crate::{
 };
 use core::{
     marker::PhantomData,
-    mem::MaybeUninit, //
+    mem::MaybeUninit,
+    ptr::NonNull, //
 };
 use kernel::{
     alloc::{
@@ -91,6 +92,52 @@ impl PinnedPage<'_> {
 /// while it is pinned.
 pub(crate) use crate::ffi::Place;
 
+/// A page that is pinned once.
+///
+/// # Invariants
+///
+/// The pointer is that of a page of which the value owns a pin.
+pub(crate) struct OnePin(NonNull<bindings::page>);
+
+impl OnePin {
+    /// Pins the page at the address `addr`, as [`Batch::pin`] does, and tells what it is.
+    #[inline]
+    pub(crate) fn new(addr: usize) -> Result<(Self, Place)> {
+        let mut page = core::ptr::null_mut();
+        let mut place = MaybeUninit::uninit();
+        // SAFETY: There is room for a pointer and a place. The current task has a memory map, since
+        // only system calls lead here.
+        let pinned =
+            unsafe { ffi::pinbuf_pin_one(addr, LONG_TERM, &mut page, place.as_mut_ptr()) };
+        match NonNull::new(page) {
+            // SAFETY: The page was pinned, hence the place filled in. INVARIANT: The pin is ours.
+            Some(page) if pinned == 1 => Ok((Self(page), unsafe { place.assume_init() })),
+            _ => Err(to_result(pinned).err().unwrap_or(EAGAIN)),
+        }
+    }
+
+    /// The page. The pin is the caller's from now on.
+    fn into_page(self) -> NonNull<bindings::page> {
+        core::mem::ManuallyDrop::new(self).0
+    }
+
+    /// Leaves the pin to the caller, who knows the page's frame.
+    #[inline]
+    pub(crate) fn leave(self) {
+        self.into_page();
+    }
+}
+
+impl Drop for OnePin {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant. Nothing was written through the pin.
+        unsafe { bindings::unpin_user_page_range_dirty_lock(self.0.as_ptr(), 1, false) };
+    }
+}
+
+/// For writing and for the long term.
+const LONG_TERM: u32 = bindings::FOLL_WRITE | bindings::FOLL_LONGTERM;
+
 /// Room for the frames of some pages: half a kilobyte of stack, which nobody clears.
 pub(crate) struct Frames([MaybeUninit<Pfn>; Self::ROOM]);
 
@@ -132,6 +179,8 @@ type PinFolios = unsafe extern "C" fn(
 pub(crate) struct Batch {
     few: [MaybeUninit<*mut bindings::page>; Self::FEW],
     many: KVVec<*mut bindings::page>,
+    /// Pages of the buffer.
+    most: usize,
     len: usize,
 }
 
@@ -147,19 +196,26 @@ impl Batch {
     /// no pages there yet, so many are allocated and cleared before the task can be killed.
     const MAX_OF_FILE: usize = (64 << 20) >> PAGE_SHIFT;
 
-    /// A batch with room for `capacity` pages, at most [`Batch::MAX`].
-    pub(crate) fn new(capacity: usize) -> Result<Self> {
-        let many = if capacity <= Self::FEW {
-            KVVec::new()
-        } else {
-            KVVec::with_capacity(capacity.min(Self::MAX), GFP_KERNEL_ACCOUNT)?
-        };
+    /// A batch for a buffer of `pages` pages. Does not allocate.
+    pub(crate) const fn new(pages: usize) -> Self {
         // INVARIANT: No page is pinned yet.
-        Ok(Self {
+        Self {
             few: [MaybeUninit::uninit(); Self::FEW],
-            many,
+            many: KVVec::new(),
+            most: pages,
             len: 0,
-        })
+        }
+    }
+
+    /// Drops the pages that are pinned, and sees to it that the next call can pin `pages`, or as many as
+    /// one call pins; otherwise it pins fewer.
+    #[inline]
+    pub(crate) fn make_room(&mut self, pages: usize) -> Result {
+        self.keep(0);
+        if pages > Self::FEW && self.many.capacity() == 0 {
+            self.many = KVVec::with_capacity(self.most.min(Self::MAX), GFP_KERNEL_ACCOUNT)?;
+        }
+        Ok(())
     }
 
     /// Where the pages are.
@@ -196,7 +252,17 @@ impl Batch {
     ///
     /// Errors are GUP's own.
     pub(crate) fn pin(&mut self, addr: usize, pages: usize) -> Result<usize> {
-        self.pin_with(addr, pages, bindings::FOLL_WRITE | bindings::FOLL_LONGTERM)
+        self.pin_with(addr, pages, LONG_TERM)
+    }
+
+    /// Makes a pinned page what the last call pinned.
+    pub(crate) fn adopt(&mut self, pin: OnePin) {
+        self.keep(0);
+        if let Some(slot) = self.slots().first_mut() {
+            slot.write(pin.into_page().as_ptr());
+            // INVARIANT: It is pinned once, and that pin was given away.
+            self.len = 1;
+        }
     }
 
     /// Whether the `pages` pages from `addr` on can be had for a short time, that is, without
@@ -445,13 +511,14 @@ pub(crate) unsafe fn unpin_frames(pfns: &mut [Pfn]) {
     unsafe { ffi::pinbuf_unpin_pfns_dirty(pfns.as_mut_ptr(), pfns.len()) };
 }
 
-/// Drops one pin of the folio that the frame `pfn` is in, after marking it dirty, and returns how
-/// many pages of it there are from that frame on.
+/// Drops one pin of each folio, `max` at most, that the `pages` adjacent pages from the frame `pfn`
+/// on are in, after marking them dirty, and returns of how many of these pages that was. The last
+/// folio may reach beyond them.
 ///
 /// # Safety
 ///
-/// The caller owns one pin of that folio, and gives it up.
-pub(crate) unsafe fn unpin_folio(pfn: Pfn) -> usize {
+/// The caller owns one pin of each of these folios, and gives it up.
+pub(crate) unsafe fn unpin_folios(pfn: Pfn, pages: usize, max: usize) -> usize {
     // SAFETY: By the function's requirements.
-    unsafe { ffi::pinbuf_unpin_folio_dirty(pfn) }
+    unsafe { ffi::pinbuf_unpin_folios_dirty(pfn, pages, max) }
 }

@@ -11,7 +11,7 @@
 
 use crate::ffi;
 use core::{
-    mem::MaybeUninit,
+    ops::Range,
     ptr::NonNull, //
 };
 use kernel::{
@@ -34,25 +34,23 @@ pub(crate) struct MappedFile {
 
 impl MappedFile {
     /// The mapping at `addr`, if it is one of a kind for which all of this holds, and can be told
-    /// without waiting for anybody.
-    pub(crate) fn at(addr: usize) -> Option<Self> {
-        let mut found = MaybeUninit::uninit();
+    /// without waiting for anybody. Otherwise, at which addresses, `addr` among them, it is not.
+    pub(crate) fn at(addr: usize) -> Result<Self, Range<usize>> {
+        let mut found = ffi::Mapped::default();
         // SAFETY: Only system calls lead here, so that the current task has an address space.
-        if !unsafe { ffi::pinbuf_mapped_file(addr, found.as_mut_ptr()) } {
-            return None;
+        let is_one = unsafe { ffi::pinbuf_mapped_file(addr, &mut found) };
+        match NonNull::new(found.file) {
+            Some(file) if is_one => Ok(Self {
+                // SAFETY: The reference is ours. A file that is in use by `fdget_pos` meanwhile is so
+                // on this thread, which is here, or is shared, and then locked.
+                file: unsafe { ARef::from_raw(file.cast()) },
+                start: found.start,
+                end: found.end,
+                index: found.index,
+                unit: found.unit,
+            }),
+            _ => Err(found.start..found.end),
         }
-        // SAFETY: Filled in, since the answer was yes.
-        let found: ffi::Mapped = unsafe { found.assume_init() };
-        let file = NonNull::new(found.file)?;
-        Some(Self {
-            // SAFETY: The reference is ours. A file that is in use by `fdget_pos` meanwhile is so on
-            // this thread, which is here, or is shared, and then locked.
-            file: unsafe { ARef::from_raw(file.cast()) },
-            start: found.start,
-            end: found.end,
-            index: found.index,
-            unit: found.unit,
-        })
     }
 
     /// The file.

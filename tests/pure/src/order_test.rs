@@ -135,12 +135,18 @@ fn what_is_not_worth_sorting_is_not_sorted() {
 
 #[test]
 fn without_memory_there_is_no_order() {
-    let parts: Vec<Part> = (0..200).map(|n| part(0, 1000 - n, 1)).collect();
+    let parts: Vec<Part> = (0..200).map(|n| part(0, 1000 - 2 * n, 2)).collect();
     for left in 0..2 {
         fail_after(Some(left));
         assert!(order(&parts).is_none(), "{left} allocations");
     }
     fail_after(Some(2));
+    assert!(order(&parts).is_some());
+    // Single pages need one list less.
+    let parts: Vec<Part> = (0..200).map(|n| part(0, 1000 - n, 1)).collect();
+    fail_after(Some(0));
+    assert!(order(&parts).is_none());
+    fail_after(Some(1));
     assert!(order(&parts).is_some());
     fail_after(None);
 }
