@@ -19,6 +19,8 @@ const PACKAGES: &[&str] = &["perl", "rust-clippy"];
 const C: &[&str] = &[
     "driver/helpers.c",
     "driver/helpers.h",
+    "tests/importer/failing_pins.c",
+    "tests/importer/failing_pins.h",
     "tests/importer/importer.c",
     "tests/importer/importer.h",
     "uapi/pinbuf.h",

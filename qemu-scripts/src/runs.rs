@@ -166,6 +166,15 @@ pub const RUNS: &[Run] = &[
         ..PLAIN
     },
     Run {
+        // Every pin of a create fails in turn, by a probe: this needs no special kernel.
+        name: "pins",
+        memory: "1500M",
+        cmdline: "",
+        command: "pinbuf-stress faults --filter faults.pin",
+        filters: false,
+        ..PLAIN
+    },
+    Run {
         name: "cloud",
         kernel: "default-cloud",
         ..PLAIN
@@ -226,7 +235,7 @@ pub const RUNS: &[Run] = &[
         ..PLAIN
     },
     Run {
-        // Every allocation and every user copy of a call fails in turn.
+        // Every allocation, every user copy and every pin of a call fails in turn.
         name: "faults",
         command: "pinbuf-stress faults leaks",
         ..CHECKED

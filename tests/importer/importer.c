@@ -28,6 +28,7 @@
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
+#include "failing_pins.h"
 #include "importer.h"
 
 /* Pages that one pin_user_pages_fast() call is asked for, and no more bytes. */
@@ -61,6 +62,7 @@ struct pti_mapping {
  * @vmap:     the kernel mapping
  * @vmapped:  whether there is one
  * @page:     what mmap() gives
+ * @pins:     which calls that pin fail
  */
 struct pti {
 	struct mutex lock; /* see above */
@@ -75,6 +77,7 @@ struct pti {
 	struct iosys_map vmap;
 	bool vmapped;
 	struct page *page;
+	struct pti_failing_pins pins;
 };
 
 static DEFINE_IDA(pti_ids);
@@ -608,6 +611,12 @@ static long pti_ioctl(struct file *file, unsigned int cmd, unsigned long value)
 	case PTI_SEGMENTS:
 		ret = pti_segments(pti, user);
 		break;
+	case PTI_FAIL_PINS:
+		ret = pti_fail_pins(&pti->pins, user);
+		break;
+	case PTI_PINS_FAILED:
+		ret = pti_pins_failed(&pti->pins, user);
+		break;
 	default:
 		ret = -ENOTTY;
 		break;
@@ -647,6 +656,7 @@ static int pti_release(struct inode *inode, struct file *file)
 {
 	struct pti *pti = file->private_data;
 
+	pti_end_failing_pins(&pti->pins);
 	pti_detach_now(pti);
 	__free_page(pti->page);
 	mutex_destroy(&pti->lock);

@@ -173,6 +173,45 @@ struct pti_segments {
 	__u64 unmap_ns;
 };
 
+#define PTI_PINS_LASTING	(1U << 0)	/* every later call, too */
+#define PTI_PINS_LONGTERM	(1U << 1)	/* only calls with FOLL_LONGTERM count */
+
+/**
+ * struct pti_fail_pins - make calls that pin fail
+ * @nth:      the first call that fails, from 1 on
+ * @flags:    PTI_PINS_*
+ * @error:    the errno that it gives; 0: it pins nothing and says so
+ * @reserved: zero
+ *
+ * What counts are the calling task's own calls of pin_user_pages_fast() and
+ * memfd_pin_folios(), from this call on to PTI_PINS_FAILED or until the
+ * descriptor is closed.  Those that fail do nothing else.  With EINTR the task
+ * is told to look for a signal, though it will find none.
+ *
+ *   EBUSY       the descriptor's last PTI_FAIL_PINS has not ended
+ *   EOPNOTSUPP  needs x86-64 and a kernel with CONFIG_KPROBES
+ *
+ * and what registering a kprobe gives.
+ */
+struct pti_fail_pins {
+	__u32 nth;
+	__u32 flags;
+	__u32 error;
+	__u32 reserved;
+};
+
+/**
+ * struct pti_pins_failed - end PTI_FAIL_PINS, by the task that made that call
+ * @seen:   out: calls that counted
+ * @failed: out: of these, calls that were made to fail
+ *
+ *   EINVAL  there is nothing to end, or it is another task's
+ */
+struct pti_pins_failed {
+	__u64 seen;
+	__u64 failed;
+};
+
 #define PTI_IOC_TYPE	'u'
 #define PTI_ATTACH	_IOWR(PTI_IOC_TYPE, 0xe0, struct pti_attach)
 #define PTI_DETACH	_IO(PTI_IOC_TYPE, 0xe1)
@@ -185,5 +224,7 @@ struct pti_segments {
 #define PTI_CPU		_IOWR(PTI_IOC_TYPE, 0xe8, struct pti_cpu)
 #define PTI_PIN		_IOWR(PTI_IOC_TYPE, 0xe9, struct pti_pin)
 #define PTI_SEGMENTS	_IOWR(PTI_IOC_TYPE, 0xea, struct pti_segments)
+#define PTI_FAIL_PINS	_IOW(PTI_IOC_TYPE, 0xeb, struct pti_fail_pins)
+#define PTI_PINS_FAILED	_IOR(PTI_IOC_TYPE, 0xec, struct pti_pins_failed)
 
 #endif /* _PINBUF_TEST_IMPORTER_H */

@@ -116,6 +116,8 @@ fn importer_header() -> Header {
             describe!(importer::Cpu as "pti_cpu" { direction, flags, ns }),
             describe!(importer::Pin as "pti_pin" { addr, len, stride, pages, pin_ns, unpin_ns }),
             describe!(importer::Segments as "pti_segments" { count, reserved, map_ns, unmap_ns }),
+            describe!(importer::FailPins as "pti_fail_pins" { nth, flags, error, reserved }),
+            describe!(importer::PinsFailed as "pti_pins_failed" { seen, failed }),
         ],
         constants: constants! {
             "PTI_MAPPINGS" = importer::MAPPINGS,
@@ -125,6 +127,8 @@ fn importer_header() -> Header {
             "PTI_RW_WRITE" = importer::RW_WRITE,
             "PTI_RW_VMAP" = importer::RW_VMAP,
             "PTI_CPU_END" = importer::CPU_END,
+            "PTI_PINS_LASTING" = importer::PINS_LASTING,
+            "PTI_PINS_LONGTERM" = importer::PINS_LONGTERM,
             "PTI_IOC_TYPE" = b'u',
         },
         commands: vec![
@@ -139,6 +143,8 @@ fn importer_header() -> Header {
             ("PTI_CPU", importer::CPU),
             ("PTI_PIN", importer::PIN),
             ("PTI_SEGMENTS", importer::SEGMENTS),
+            ("PTI_FAIL_PINS", importer::FAIL_PINS),
+            ("PTI_PINS_FAILED", importer::PINS_FAILED),
         ],
     }
 }

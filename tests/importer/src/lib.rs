@@ -137,6 +137,58 @@ pub fn segment_cost(count: u32) -> io::Result<SegmentCost> {
     })
 }
 
+/// Which of a thread's calls of `pin_user_pages_fast` and `memfd_pin_folios` fail, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct PinFailure {
+    /// The first one, from 1 on.
+    pub nth: u32,
+    /// Every later one, too.
+    pub lasting: bool,
+    /// Only calls with `FOLL_LONGTERM` count: a page can still be pinned briefly.
+    pub longterm_only: bool,
+    /// The errno; zero: it pins nothing and says so.
+    pub error: i32,
+}
+
+/// Makes calls that pin fail, for the thread that uses it.
+#[derive(Debug)]
+pub struct FailingPins(OwnedFd);
+
+impl FailingPins {
+    /// Gets ready; nothing fails yet.
+    ///
+    /// # Errors
+    /// If the module is not loaded.
+    pub fn new() -> io::Result<Self> {
+        open().map(Self)
+    }
+
+    /// Makes a call with pins failing, and tells how many there were and how many failed.
+    ///
+    /// # Errors
+    /// If the kernel has no kprobes, or does not let these functions be probed.
+    pub fn during<T>(
+        &self,
+        failure: PinFailure,
+        call: impl FnOnce() -> T,
+    ) -> io::Result<(T, uapi::PinsFailed)> {
+        let flag = |set, flag| if set { flag } else { 0 };
+        let mut argument = uapi::FailPins {
+            nth: failure.nth,
+            flags: flag(failure.lasting, uapi::PINS_LASTING)
+                | flag(failure.longterm_only, uapi::PINS_LONGTERM),
+            error: failure.error.unsigned_abs(),
+            ..Default::default()
+        };
+        let fd = self.0.as_raw_fd();
+        self::call(fd, uapi::FAIL_PINS, &mut argument)?;
+        let result = call();
+        let mut counts = uapi::PinsFailed::default();
+        self::call(fd, uapi::PINS_FAILED, &mut counts)?;
+        Ok((result, counts))
+    }
+}
+
 impl Importer {
     /// A new device, attached to a dma-buf.
     ///

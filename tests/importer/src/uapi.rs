@@ -164,6 +164,35 @@ pub struct Segments {
     pub unmap_ns: u64,
 }
 
+/// [`FAIL_PINS`]: every later call, too.
+pub const PINS_LASTING: u32 = 1 << 0;
+/// [`FAIL_PINS`]: only calls with `FOLL_LONGTERM` count.
+pub const PINS_LONGTERM: u32 = 1 << 1;
+
+/// [`FAIL_PINS`]'s argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FailPins {
+    /// The first call that fails, from 1 on.
+    pub nth: u32,
+    /// `PINS_*`.
+    pub flags: u32,
+    /// The errno that it gives; zero: it pins nothing and says so.
+    pub error: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// [`PINS_FAILED`]'s argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PinsFailed {
+    /// Out: calls that counted.
+    pub seen: u64,
+    /// Out: of these, calls that were made to fail.
+    pub failed: u64,
+}
+
 const NONE: u32 = 0;
 const WRITE: u32 = 1;
 const READ: u32 = 2;
@@ -194,3 +223,7 @@ pub const CPU: u32 = ioc(READ | WRITE, 0xe8, size_of::<Cpu>());
 pub const PIN: u32 = ioc(READ | WRITE, 0xe9, size_of::<Pin>());
 /// Maps and unmaps a scatterlist; takes [`Segments`].
 pub const SEGMENTS: u32 = ioc(READ | WRITE, 0xea, size_of::<Segments>());
+/// Makes calls that pin fail; takes [`FailPins`].
+pub const FAIL_PINS: u32 = ioc(WRITE, 0xeb, size_of::<FailPins>());
+/// Ends that; takes [`PinsFailed`].
+pub const PINS_FAILED: u32 = ioc(READ, 0xec, size_of::<PinsFailed>());

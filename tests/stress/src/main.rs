@@ -2,8 +2,8 @@
 
 //! Makes pinbuf's calls fail and race, as root inside a guest; prints KTAP.
 //!
-//! * `faults`: every allocation and user copy of a call fails in turn. On a kernel with fault
-//!   injection, as `qemu-scripts/debug.config` makes one.
+//! * `faults`: every allocation, user copy and pin of a call fails in turn. On a kernel with fault
+//!   injection, as `qemu-scripts/debug.config` makes one; `--filter faults.pin` needs kprobes alone.
 //! * `huge`: the same for huge page-table entries, which that kernel's page-table checker forbids: it
 //!   must be switched off with `page_table_check=off`.
 //! * `migration`: no room for pages that have to leave `ZONE_MOVABLE`. With `movablecore=` besides.
@@ -75,6 +75,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         faults::files::TESTS,
         faults::device::TESTS,
         faults::mapping::TESTS,
+        faults::pins::TESTS,
         faults::huge::TESTS,
         migration::TESTS,
         races::memory::TESTS,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Each allocation and each user copy that a call makes fails in turn, one a call: the error must be
-//! the one that `uapi/pinbuf.h` names, nothing may be left behind, and the same call must work
+//! Each allocation, each user copy and each pin that a call makes fails in turn, one a call: the error
+//! must be the one that `uapi/pinbuf.h` names, nothing may be left behind, and the same call must work
 //! afterwards.
 
 pub mod create;
@@ -10,4 +10,5 @@ pub mod files;
 pub mod huge;
 pub mod inject;
 pub mod mapping;
+pub mod pins;
 pub mod sweep;

@@ -69,6 +69,19 @@ impl<'a> Expected<'a> {
     }
 }
 
+/// What may come of faults that are injected one after the other.
+#[derive(Clone, Copy, Debug)]
+pub struct Allowed<'a> {
+    /// The errors that they may cause.
+    pub errors: &'a [Errno],
+    /// So many at least cause one.
+    pub failed: usize,
+    /// So many more, at least, are made up for.
+    pub recovered: usize,
+    /// Whether each of them causes one.
+    pub heard: bool,
+}
+
 /// What a process and the system hold, and a call that failed must not.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Held {
@@ -115,41 +128,65 @@ where
 
     fn sweep_one(&self, injector: &Injector, expected: &Expected<'_>) -> Result<()> {
         injector.select(expected.fault)?;
+        let what = format!("{:?} {:?}", expected.burst, expected.fault);
+        let allowed = Allowed {
+            errors: expected.errors,
+            failed: expected.failed,
+            recovered: expected.recovered,
+            heard: expected.fault == Fault::UserCopy,
+        };
+        self.one_by_one(&what, &allowed, |n, call| {
+            let ((), injected) = injector.during(expected.fault, expected.burst, n, call)?;
+            Ok(injected)
+        })
+    }
+
+    /// Makes the call with its first fault, the second one, and so on, until it succeeds without
+    /// meeting one. `inject` makes the call that it is given with the n-th fault, and tells whether it
+    /// came to that many.
+    pub fn one_by_one(
+        &self,
+        what: &str,
+        allowed: &Allowed<'_>,
+        inject: impl Fn(usize, &mut dyn FnMut()) -> Result<bool>,
+    ) -> Result<()> {
         let (mut failed, mut recovered) = (0, 0);
         for n in 1..ENDLESS {
             let given = (self.prepare)().context("preparing")?;
             let before = Held::now()?;
-            let (result, injected) =
-                injector.during(expected.fault, expected.burst, n, || (self.make)(&given))?;
-            match result {
+            let mut result = None;
+            let injected = inject(n, &mut || result = Some((self.make)(&given)))?;
+            match result.context("the call was not made")? {
                 Ok(made) => {
                     (self.verify)(&given, &made)
                         .with_context(|| format!("after success with fault {n}"))?;
+                    drop(made);
+                    check_eq!(Held::now()?, before, "what is left after fault {n}");
                     if !injected {
                         println!(
-                            "# {}: {:?} {:?}: {failed} failed, {recovered} recovered from",
-                            self.name, expected.burst, expected.fault
+                            "# {}: {what}: {failed} failed, {recovered} recovered from",
+                            self.name
                         );
                         check!(
-                            failed >= expected.failed && recovered >= expected.recovered,
+                            failed >= allowed.failed && recovered >= allowed.recovered,
                             "{failed} failed and {recovered} recovered from, of {} and {} at least",
-                            expected.failed,
-                            expected.recovered
+                            allowed.failed,
+                            allowed.recovered
                         );
                         return Ok(());
                     }
                     check!(
-                        expected.fault != Fault::UserCopy,
-                        "user copy {n} failed and nobody heard of it"
+                        !allowed.heard,
+                        "fault {n} was injected and nobody heard of it"
                     );
                     recovered += 1;
                 }
                 Err(error) => {
                     check!(injected, "{error} without a fault");
                     check!(
-                        expected.errors.contains(&error),
+                        allowed.errors.contains(&error),
                         "fault {n} gives {error}, not {:?}",
-                        expected.errors
+                        allowed.errors
                     );
                     check_eq!(Held::now()?, before, "what is left behind by fault {n}");
                     let made = (self.make)(&given)

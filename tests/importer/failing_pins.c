@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Pins that fail: the kernel's fault injection does not reach GUP, but for what
+ * it allocates.  Probes at the entry of the functions that pin make them return
+ * at once, for one task.
+ */
+#include <linux/container_of.h>
+#include <linux/errno.h>
+#include <linux/kprobes.h>
+#include <linux/linkage.h>
+#include <linux/mm.h>
+#include <linux/objtool.h>
+#include <linux/ptrace.h>
+#include <linux/sched/signal.h>
+#include <linux/sched/task.h>
+#include <linux/string.h>
+#include <linux/uaccess.h>
+
+#include "failing_pins.h"
+#include "importer.h"
+
+#if defined(CONFIG_X86_64) && defined(CONFIG_KPROBES)
+
+/*
+ * Where a call goes that is to return at once: its caller's address is on top
+ * of the stack, as at the function's own entry.  As the kernel's own
+ * override_function_with_return(), which modules cannot call: with ftrace
+ * underneath, a probe can change where the function goes, but not its stack.
+ */
+asmlinkage void pti_return_at_once(void);
+
+asm(".text\n"
+	".type pti_return_at_once, @function\n"
+	ASM_FUNC_ALIGN
+	"pti_return_at_once:\n"
+		ANNOTATE_NOENDBR "\n"
+		ASM_RET
+	".size pti_return_at_once, .-pti_return_at_once\n"
+);
+
+/*
+ * Counts a call of the armed task, and makes it return if it is one of those
+ * that fail.  No lock: all but @task is written, and read, by that task alone,
+ * in its own ioctl and here, and @task is cleared by it, too.
+ */
+static int pti_pin_called(struct pti_failing_pins *pins, struct pt_regs *regs)
+{
+	pins->seen++;
+	if (pins->seen < pins->nth ||
+	    (pins->seen > pins->nth && !(pins->flags & PTI_PINS_LASTING)))
+		return 0;
+	pins->failed++;
+	/*
+	 * The kernel says so only with a signal pending, and callers may count
+	 * on a return to user space that looks after it.
+	 */
+	if (pins->error == EINTR)
+		set_thread_flag(TIF_SIGPENDING);
+	regs_set_return_value(regs, -(long)pins->error);
+	instruction_pointer_set(regs, (unsigned long)&pti_return_at_once);
+	return 1;
+}
+NOKPROBE_SYMBOL(pti_pin_called);
+
+static int pti_pages_probe(struct kprobe *probe, struct pt_regs *regs)
+{
+	struct pti_failing_pins *pins =
+		container_of(probe, struct pti_failing_pins, pages);
+
+	if (READ_ONCE(pins->task) != current)
+		return 0;
+	/* The third argument of pin_user_pages_fast(). */
+	if ((pins->flags & PTI_PINS_LONGTERM) && !(regs->dx & FOLL_LONGTERM))
+		return 0;
+	return pti_pin_called(pins, regs);
+}
+NOKPROBE_SYMBOL(pti_pages_probe);
+
+static int pti_folios_probe(struct kprobe *probe, struct pt_regs *regs)
+{
+	struct pti_failing_pins *pins =
+		container_of(probe, struct pti_failing_pins, folios);
+
+	if (READ_ONCE(pins->task) != current)
+		return 0;
+	return pti_pin_called(pins, regs);
+}
+NOKPROBE_SYMBOL(pti_folios_probe);
+
+/*
+ * Does nothing, but a probe with such a handler is not optimised into a jump,
+ * which does not let it change where the function goes.
+ */
+static void pti_after_probe(struct kprobe *probe, struct pt_regs *regs,
+			    unsigned long flags)
+{
+}
+NOKPROBE_SYMBOL(pti_after_probe);
+
+static int pti_probe(struct pti_failing_pins *pins)
+{
+	struct kprobe *probes[] = { &pins->pages, &pins->folios };
+	int ret;
+
+	if (pins->probed)
+		return 0;
+	/* What an attempt that failed left there is refused the next time. */
+	memset(&pins->pages, 0, sizeof(pins->pages));
+	memset(&pins->folios, 0, sizeof(pins->folios));
+	pins->pages.symbol_name = "pin_user_pages_fast";
+	pins->pages.pre_handler = pti_pages_probe;
+	pins->pages.post_handler = pti_after_probe;
+	pins->folios.symbol_name = "memfd_pin_folios";
+	pins->folios.pre_handler = pti_folios_probe;
+	pins->folios.post_handler = pti_after_probe;
+	ret = register_kprobes(probes, ARRAY_SIZE(probes));
+	if (ret) {
+		pr_err("pinbuf_test_importer: no probe on the functions that pin: %d\n",
+		       ret);
+		return ret;
+	}
+	pins->probed = true;
+	return 0;
+}
+
+int pti_fail_pins(struct pti_failing_pins *pins,
+		  struct pti_fail_pins __user *user)
+{
+	struct pti_fail_pins arg;
+	int ret;
+
+	if (copy_from_user(&arg, user, sizeof(arg)))
+		return -EFAULT;
+	if (!arg.nth || arg.error > MAX_ERRNO || arg.reserved ||
+	    (arg.flags & ~(PTI_PINS_LASTING | PTI_PINS_LONGTERM)))
+		return -EINVAL;
+	if (pins->task)
+		return -EBUSY;
+	ret = pti_probe(pins);
+	if (ret)
+		return ret;
+
+	pins->nth = arg.nth;
+	pins->flags = arg.flags;
+	pins->error = arg.error;
+	pins->seen = 0;
+	pins->failed = 0;
+	/* With a reference, no other task can get its address. */
+	WRITE_ONCE(pins->task, get_task_struct(current));
+	return 0;
+}
+
+int pti_pins_failed(struct pti_failing_pins *pins,
+		    struct pti_pins_failed __user *user)
+{
+	struct pti_pins_failed arg;
+
+	if (pins->task != current)
+		return -EINVAL;
+	WRITE_ONCE(pins->task, NULL);
+	put_task_struct(current);
+	arg.seen = pins->seen;
+	arg.failed = pins->failed;
+	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
+}
+
+void pti_end_failing_pins(struct pti_failing_pins *pins)
+{
+	struct kprobe *probes[] = { &pins->pages, &pins->folios };
+
+	/* Waits for the handlers that run. */
+	if (pins->probed)
+		unregister_kprobes(probes, ARRAY_SIZE(probes));
+	pins->probed = false;
+	if (pins->task)
+		put_task_struct(pins->task);
+	pins->task = NULL;
+}
+
+#else /* CONFIG_X86_64 && CONFIG_KPROBES */
+
+int pti_fail_pins(struct pti_failing_pins *pins,
+		  struct pti_fail_pins __user *user)
+{
+	return -EOPNOTSUPP;
+}
+
+int pti_pins_failed(struct pti_failing_pins *pins,
+		    struct pti_pins_failed __user *user)
+{
+	return -EOPNOTSUPP;
+}
+
+void pti_end_failing_pins(struct pti_failing_pins *pins)
+{
+}
+
+#endif /* CONFIG_X86_64 && CONFIG_KPROBES */
