@@ -21,6 +21,7 @@ mod payload;
 mod qemu;
 mod qmp;
 mod runs;
+mod sanitize;
 mod stock;
 mod test;
 mod tree;

@@ -19,6 +19,7 @@ use crate::kernel::Kernel;
 use crate::ktap;
 use crate::lint::{Outcome, CHECKS};
 use crate::runs::{Run, Verdict, When, RUNS};
+use crate::sanitize::{self, Tested};
 use crate::tree::Tree;
 use crate::ui::{say, seconds, tail};
 use crate::{demo, module, paths, userspace, vm, watch};
@@ -28,8 +29,9 @@ const ALLOWED_SKIPS: &str = include_str!("../allowed-skips.txt");
 
 /// Runs that are not among [`RUNS`]: this one is judged from outside of the guest,
 const SCREEN: &str = "screen";
-/// and this one has none.
+/// and these have none.
 const LINT: &str = "lint";
+const SANITIZE: &str = "sanitize";
 
 /// How much of the kernel's log is shown when a guest did not end by itself.
 const TAIL: usize = 60;
@@ -46,8 +48,8 @@ pub struct Test {
     /// Only tests whose names contain this; may be given several times.
     #[arg(long, value_name = "S")]
     filter: Vec<String>,
-    /// Only the guest run of this name (`host`: the tests on the host; `lint`; `screen`: the
-    /// demo's picture); may be given several times.
+    /// Only the guest run of this name (`host`: the tests on the host; `sanitize`:
+    /// some of them again, under AddressSanitizer; `lint`; `screen`: the demo's picture); may be given several times.
     #[arg(long, value_name = "NAME")]
     run: Vec<String>,
     /// Guests at the same time.  [default: one a processor, as far as memory goes]
@@ -87,12 +89,13 @@ impl Test {
                 println!("{}: {} on {}{when}", run.name, run.command, run.kernel);
             }
             println!("host: cargo test");
+            println!("{SANITIZE}: cargo test, under AddressSanitizer");
             println!("{LINT}: rustfmt, clippy and checkpatch");
             println!("{SCREEN}: pinbuf-demo on default, and a look at the guest's screen");
             return Ok(0);
         }
         for name in &self.run {
-            let other = ["host", LINT, SCREEN].contains(&name.as_str());
+            let other = ["host", SANITIZE, LINT, SCREEN].contains(&name.as_str());
             if !other && !RUNS.iter().any(|run| run.name == name) {
                 bail!("there is no run `{name}`: `test --list` names them");
             }
@@ -101,6 +104,9 @@ impl Test {
         let mut all = Counts::default();
         if self.wants("host") && self.kernel.is_empty() {
             all.add(self.host());
+        }
+        if self.wants(SANITIZE) && self.kernel.is_empty() {
+            all.add(self.sanitize());
         }
         if self.wants(LINT) && self.kernel.is_empty() && self.filter.is_empty() {
             all.add(lint());
@@ -159,16 +165,7 @@ impl Test {
         let start = Instant::now();
         let mut counts = Counts::default();
         match self.cargo_test() {
-            Ok((text, well)) => {
-                counts = read_cargo_test(&text);
-                if !well || counts.failed > 0 {
-                    say(text.trim_end());
-                }
-                if !well && counts.failed == 0 {
-                    // It did not come to running tests.
-                    counts.failed = 1;
-                }
-            }
+            Ok((text, well)) => counts = judge_cargo_test(&text, well),
             Err(error) => {
                 say(&format!("{error:#}"));
                 counts.failed = 1;
@@ -176,6 +173,28 @@ impl Test {
         }
         clear_progress();
         say(&summary("host", counts, start));
+        counts
+    }
+
+    /// `cargo test` under AddressSanitizer.
+    fn sanitize(&self) -> Counts {
+        say("== sanitize: cargo test, under AddressSanitizer");
+        let start = Instant::now();
+        let mut counts = Counts::default();
+        match sanitize::test(&self.filter) {
+            Ok(Tested::Ran(text, well)) => counts = judge_cargo_test(&text, well),
+            Ok(Tested::Skipped(reason)) => {
+                if let Some(line) = skip(&mut counts, SANITIZE, reason) {
+                    say(&line);
+                }
+            }
+            Err(error) => {
+                say(&format!("FAILED {SANITIZE}: {error:#}"));
+                counts.failed = 1;
+            }
+        }
+        clear_progress();
+        say(&summary(SANITIZE, counts, start));
         counts
     }
 
@@ -493,6 +512,19 @@ fn skip(counts: &mut Counts, name: &str, reason: &str) -> Option<String> {
             "FAILED {name}: skipped, and the reason is not in qemu-scripts/allowed-skips.txt: {reason}"
         ))
     }
+}
+
+/// Counts what `cargo test` prints, and says it where that matters.
+fn judge_cargo_test(text: &str, well: bool) -> Counts {
+    let mut counts = read_cargo_test(text);
+    if !well || counts.failed > 0 {
+        say(text.trim_end());
+    }
+    if !well && counts.failed == 0 {
+        // It did not come to running tests, or one took the program with it.
+        counts.failed = 1;
+    }
+    counts
 }
 
 /// Counts what `cargo test` prints: results by its summaries, reasons for ignored tests by line.

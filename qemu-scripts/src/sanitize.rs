@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The tests of user space that run no guest, under AddressSanitizer: of the library, of the shim, and
+//! of the driver's pure parts.
+//!
+//! What happens in a guest happens in the kernel, whose own sanitizers the debug kernel has. The
+//! library for C has no tests on the host that run it, and the `unsafe` code of programs is calls of
+//! the system's.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{bail, Context, Result};
+
+use crate::{paths, userspace};
+
+/// Whose tests they are.
+const PACKAGES: &[&str] = &["pinbuf", "pinbuf-preload", "pinbuf-pure"];
+
+/// With a target named, what runs on the host while it compiles is left alone.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// The option. Stable compilers have it, too, and take it when they are told to
+/// (`RUSTC_BOOTSTRAP`); how the code is compiled but for that is not changed.
+const OPTION: &str = "-Zsanitizer=address";
+
+/// What AddressSanitizer says of [`FAULTY`].
+const FOUND: &str = "heap-use-after-free";
+
+/// A program with an error, to see whether it is noticed.
+const FAULTY: &str = r#"
+fn main() {
+    let gone = Box::into_raw(Box::new(std::hint::black_box(1_u8)));
+    drop(unsafe { Box::from_raw(gone) });
+    println!("{}", unsafe { gone.read_volatile() });
+}
+"#;
+
+/// What came of the tests.
+pub enum Tested {
+    /// The toolchain cannot do it.
+    Skipped(&'static str),
+    /// What cargo said, and whether all went well.
+    Ran(String, bool),
+}
+
+/// Runs the tests, if an error is noticed at all.
+pub fn test(filter: &[String]) -> Result<Tested> {
+    let directory = paths::build().join("sanitize");
+    fs::create_dir_all(&directory)?;
+    if !notices(&directory)? {
+        return Ok(Tested::Skipped("this Rust has no AddressSanitizer"));
+    }
+    let mut command = userspace::cargo();
+    command
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("RUSTFLAGS", OPTION)
+        .env("RUSTDOCFLAGS", OPTION)
+        // The models of the driver's parts take minutes without. Assertions stay.
+        .env("CARGO_PROFILE_DEV_OPT_LEVEL", "1")
+        .args(["test", "--no-fail-fast", "--color=never"])
+        .args(["--target", TARGET, "--target-dir"])
+        .arg(&directory);
+    for package in PACKAGES {
+        command.args(["--package", package]);
+    }
+    let output = command
+        .arg("--")
+        .args(filter)
+        .stdin(Stdio::null())
+        .output()
+        .context("running cargo")?;
+    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text += &String::from_utf8_lossy(&output.stderr);
+    Ok(Tested::Ran(text, output.status.success()))
+}
+
+/// Whether an error is noticed; false if there is no sanitizer to link with.
+fn notices(directory: &Path) -> Result<bool> {
+    let source = directory.join("faulty.rs");
+    let program = directory.join("faulty");
+    fs::write(&source, FAULTY)?;
+    let compiled = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
+        .env("RUSTC_BOOTSTRAP", "1")
+        .args(["--edition", "2021", "--target", TARGET, OPTION])
+        .arg("-o")
+        .arg(&program)
+        .arg(&source)
+        .output()
+        .context("running rustc")?;
+    let said = String::from_utf8_lossy(&compiled.stderr);
+    if !compiled.status.success() {
+        // Named, as the missing file or symbol that it is; another error is one.
+        if said.contains("rt.asan") || said.contains("__asan_") {
+            return Ok(false);
+        }
+        bail!("a program for AddressSanitizer does not compile:\n{said}");
+    }
+    let output = Command::new(&program).output().context("running it")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    if output.status.success() || !said.contains(FOUND) {
+        bail!("AddressSanitizer does not notice a {FOUND}: no result of its is worth anything");
+    }
+    Ok(true)
+}
