@@ -14,6 +14,7 @@
 #include <linux/dma-direct.h>
 #include <linux/dma-mapping.h>
 #include <linux/device/faux.h>
+#include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/idr.h>
 #include <linux/iosys-map.h>
@@ -469,27 +470,13 @@ static int pti_cpu(struct pti *pti, struct pti_cpu __user *user)
 }
 
 /* The floor that any driver that pins stands on. */
-static int pti_pin(struct pti_pin __user *user)
+static int pti_pin_addresses(struct pti_pin *arg, struct page **pages,
+			     unsigned long want)
 {
-	struct pti_pin arg;
-	unsigned long done = 0, want;
-	struct page **pages;
-	u64 start;
+	unsigned long done = 0;
+	u64 start = ktime_get_ns();
 	int ret = 0;
 
-	if (copy_from_user(&arg, user, sizeof(arg)))
-		return -EFAULT;
-	if (!arg.len || arg.stride < PAGE_SIZE ||
-	    !IS_ALIGNED(arg.addr | arg.len | arg.stride, PAGE_SIZE))
-		return -EINVAL;
-	want = DIV_ROUND_UP(arg.len, arg.stride);
-	if (want > PIN_MAX)
-		return -E2BIG;
-	pages = kvmalloc_array(want, sizeof(*pages), GFP_KERNEL_ACCOUNT);
-	if (!pages)
-		return -ENOMEM;
-
-	start = ktime_get_ns();
 	while (done < want) {
 		unsigned long batch = 1;
 
@@ -497,9 +484,9 @@ static int pti_pin(struct pti_pin __user *user)
 			ret = -EINTR;
 			break;
 		}
-		if (arg.stride == PAGE_SIZE)
+		if (arg->stride == PAGE_SIZE)
 			batch = min(want - done, (unsigned long)PIN_BATCH);
-		ret = pin_user_pages_fast(arg.addr + done * arg.stride, batch,
+		ret = pin_user_pages_fast(arg->addr + done * arg->stride, batch,
 					  FOLL_WRITE | FOLL_LONGTERM,
 					  pages + done);
 		if (ret <= 0) {
@@ -510,16 +497,123 @@ static int pti_pin(struct pti_pin __user *user)
 		ret = 0;
 		cond_resched();
 	}
-	arg.pin_ns = ktime_get_ns() - start;
+	arg->pin_ns = ktime_get_ns() - start;
 
 	start = ktime_get_ns();
 	unpin_user_pages_dirty_lock(pages, done, true);
-	arg.unpin_ns = ktime_get_ns() - start;
-	kvfree(pages);
+	arg->unpin_ns = ktime_get_ns() - start;
+	arg->pages = done;
+	return ret;
+}
+
+static int pti_pin_file(struct pti_pin *arg, struct folio **folios,
+			unsigned long want)
+{
+	struct file *file = fget(arg->fd);
+	u64 at = arg->addr, end = arg->addr + arg->len, start;
+	unsigned long done = 0;
+	pgoff_t offset;
+	long ret = 0;
+
+	if (!file)
+		return -EBADF;
+	start = ktime_get_ns();
+	while (at < end && done < want) {
+		unsigned long batch = min(want - done, (unsigned long)PIN_BATCH);
+
+		if (fatal_signal_pending(current)) {
+			ret = -EINTR;
+			break;
+		}
+		ret = memfd_pin_folios(file, at, end - 1, folios + done, batch,
+				       &offset);
+		if (ret <= 0) {
+			ret = ret ?: -EFAULT;
+			break;
+		}
+		at += folio_size(folios[done]) - offset;
+		for (done++; --ret > 0; done++)
+			at += folio_size(folios[done]);
+		cond_resched();
+	}
+	arg->pin_ns = ktime_get_ns() - start;
+
+	start = ktime_get_ns();
+	unpin_folios(folios, done);
+	arg->unpin_ns = ktime_get_ns() - start;
+	arg->pages = done;
+	fput(file);
+	return ret;
+}
+
+static int pti_pin(struct pti_pin __user *user)
+{
+	struct pti_pin arg;
+	unsigned long want;
+	void **pinned;
+	int ret;
+
+	if (copy_from_user(&arg, user, sizeof(arg)))
+		return -EFAULT;
+	if (!arg.len || arg.stride < PAGE_SIZE || arg.reserved ||
+	    !IS_ALIGNED(arg.addr | arg.len | arg.stride, PAGE_SIZE) ||
+	    arg.addr + arg.len < arg.addr)
+		return -EINVAL;
+	want = DIV_ROUND_UP(arg.len, arg.stride);
+	if (want > PIN_MAX)
+		return -E2BIG;
+	pinned = kvmalloc_array(want, sizeof(*pinned), GFP_KERNEL_ACCOUNT);
+	if (!pinned)
+		return -ENOMEM;
+	if (arg.fd < 0)
+		ret = pti_pin_addresses(&arg, (struct page **)pinned, want);
+	else
+		ret = pti_pin_file(&arg, (struct folio **)pinned, want);
+	kvfree(pinned);
 	if (ret)
 		return ret;
-	arg.pages = done;
 	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
+}
+
+/* The floor that any exporter stands on: a dma-buf with nothing in it. */
+
+static struct sg_table *pti_empty_map(struct dma_buf_attachment *attach,
+				      enum dma_data_direction dir)
+{
+	return ERR_PTR(-EOPNOTSUPP);
+}
+
+static void pti_empty_unmap(struct dma_buf_attachment *attach,
+			    struct sg_table *table, enum dma_data_direction dir)
+{
+}
+
+static void pti_empty_release(struct dma_buf *buf)
+{
+}
+
+static const struct dma_buf_ops pti_empty_ops = {
+	.map_dma_buf = pti_empty_map,
+	.unmap_dma_buf = pti_empty_unmap,
+	.release = pti_empty_release,
+};
+
+static int pti_export(void)
+{
+	DEFINE_DMA_BUF_EXPORT_INFO(info);
+	struct dma_buf *buf;
+	int fd;
+
+	info.ops = &pti_empty_ops;
+	info.size = PAGE_SIZE;
+	info.flags = O_RDWR;
+	buf = dma_buf_export(&info);
+	if (IS_ERR(buf))
+		return PTR_ERR(buf);
+	fd = dma_buf_fd(buf, O_CLOEXEC);
+	if (fd < 0)
+		dma_buf_put(buf);
+	return fd;
 }
 
 /* The floor that any exporter's map_dma_buf stands on. */
@@ -576,6 +670,8 @@ static long pti_ioctl(struct file *file, unsigned int cmd, unsigned long value)
 
 	if (cmd == PTI_PIN)
 		return pti_pin(user);
+	if (cmd == PTI_EXPORT)
+		return pti_export();
 
 	if (mutex_lock_interruptible(&pti->lock))
 		return -EINTR;

@@ -142,13 +142,16 @@ struct pti_cpu {
 
 /**
  * struct pti_pin - pin a range of the caller's memory and let it go again
- * @addr:   first byte
+ * @addr:   first byte; with @fd, of the file
  * @len:    bytes
  * @stride: pin one page in so many bytes; a multiple of the page size.  The
  *          page size itself pins in batches, anything else page by page.
  * @pages:  out: pages pinned
  * @pin_ns: out: how long pinning took
  * @unpin_ns: out: how long unpinning took
+ * @fd:     a memfd, whose folios are pinned by memfd_pin_folios(), in batches;
+ *          -1: pin_user_pages_fast()
+ * @reserved: zero
  */
 struct pti_pin {
 	__u64 addr;
@@ -157,6 +160,8 @@ struct pti_pin {
 	__u64 pages;
 	__u64 pin_ns;
 	__u64 unpin_ns;
+	__s32 fd;
+	__u32 reserved;
 };
 
 /**
@@ -226,5 +231,7 @@ struct pti_pins_failed {
 #define PTI_SEGMENTS	_IOWR(PTI_IOC_TYPE, 0xea, struct pti_segments)
 #define PTI_FAIL_PINS	_IOW(PTI_IOC_TYPE, 0xeb, struct pti_fail_pins)
 #define PTI_PINS_FAILED	_IOR(PTI_IOC_TYPE, 0xec, struct pti_pins_failed)
+/* Returns a dma-buf of one page that nothing can be done with. */
+#define PTI_EXPORT	_IO(PTI_IOC_TYPE, 0xed)
 
 #endif /* _PINBUF_TEST_IMPORTER_H */

@@ -80,8 +80,12 @@ impl Experiment {
         goal: Goal,
     ) -> Self {
         let mut title = format!("{verb}, {}", self.about);
-        if subject == Shim {
-            title.push_str(", through the shim");
+        match subject {
+            Shim => title.push_str(", through the shim"),
+            // What udmabuf's figure cannot be undercut by, however it is pinned.
+            Pin | FilePin => title.push_str(": the pin alone"),
+            Empty => title.push_str(": the dma-buf alone"),
+            Pinbuf | Own | Udmabuf => {}
         }
         self.lines.push(Line {
             title,
@@ -134,7 +138,7 @@ impl Sizes {
 }
 
 use Goal::{AtLeast, AtMost, Below, Faster};
-use Side::{Own, Pin, Pinbuf, Shim, Udmabuf};
+use Side::{Empty, FilePin, Own, Pin, Pinbuf, Shim, Udmabuf};
 
 const ONCE: What = What::Cycle { times: 1 };
 /// Framebuffers: 1920 × 1080 and 3840 × 2160, four bytes a pixel.
@@ -156,6 +160,8 @@ fn frames(shape: Shape, kind: &str, goal: f64) -> Vec<Experiment> {
         Experiment::new(about, shape, items, What::Cycle { times: 16 })
             .line("create", Metric::Create, Pinbuf, Udmabuf, Faster(goal))
             .line("create", Metric::Create, Shim, Udmabuf, Goal::None)
+            .line("create", Metric::Create, Pin, Udmabuf, Goal::None)
+            .line("create", Metric::Create, FilePin, Udmabuf, Goal::None)
             .line("close", Metric::Close, Pinbuf, Udmabuf, Goal::None)
     };
     counts.into_iter().map(experiment).collect()
@@ -195,7 +201,8 @@ fn huge(sizes: Sizes) -> Vec<Experiment> {
             .line("close", Metric::Close, Pinbuf, Udmabuf, Goal::None)
             .line("close", Metric::Close, Pinbuf, Pin, Goal::None)
             .line("create + close", Metric::Cycle, Pinbuf, Pin, AtMost(1.25)),
-        Experiment::new(size(part), shape, whole(part), ONCE).line(
+        // A short call: the mean of several, as for framebuffers.
+        Experiment::new(size(part), shape, whole(part), What::Cycle { times: 16 }).line(
             "create + close",
             Metric::Cycle,
             Pinbuf,
@@ -439,6 +446,8 @@ fn small(sizes: Sizes) -> Vec<Experiment> {
         )
         .line("create", Metric::Create, Pinbuf, Udmabuf, Faster(2.0))
         .line("create", Metric::Create, Shim, Udmabuf, Faster(1.8))
+        .line("create", Metric::Create, Pin, Udmabuf, Goal::None)
+        .line("create", Metric::Create, FilePin, Udmabuf, Goal::None)
         .line("create", Metric::Create, Pinbuf, Pin, Goal::None)
         .line("close", Metric::Close, Pinbuf, Udmabuf, Goal::None)
         .line("close", Metric::Close, Pinbuf, Pin, Goal::None)
@@ -467,7 +476,8 @@ fn small(sizes: Sizes) -> Vec<Experiment> {
             )
             .line("create", Metric::Create, Pinbuf, Udmabuf, Goal::None)
             .line("close", Metric::Close, Pinbuf, Udmabuf, Goal::None)
-            .line("create + close", Metric::Cycle, Shim, Udmabuf, Goal::None),
+            .line("create + close", Metric::Cycle, Shim, Udmabuf, Goal::None)
+            .line("create + close", Metric::Cycle, Empty, Udmabuf, Goal::None),
         list_of("in order", pieces(list_bytes, page)),
         list_of("shuffled", shuffled(list_bytes, page)),
     ];

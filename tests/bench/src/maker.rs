@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use anyhow::{bail, ensure, Context, Result};
 use nix::errno::Errno;
 use pinbuf_test_harness::support::Device;
+use pinbuf_test_importer::EmptyExporter;
 use pinbuf_uapi::{Create, Range};
 
 use crate::task::{Item, Side};
@@ -39,6 +40,8 @@ pub enum Maker {
     },
     /// `UDMABUF_CREATE_LIST`: a head of eight bytes, and 24 for each item.
     List { device: OwnedFd, words: Vec<u64> },
+    /// A dma-buf with nothing in it.
+    Empty(EmptyExporter),
 }
 
 impl Maker {
@@ -71,12 +74,13 @@ impl Maker {
                     },
                 }
             }
-            Side::Pin | Side::Own => bail!("{side} makes no buffers"),
+            Side::Empty => Self::Empty(EmptyExporter::new()?),
+            Side::Pin | Side::FilePin | Side::Own => bail!("{side} makes no buffers"),
         };
-        let expected = if side == Side::Udmabuf {
-            "udmabuf"
-        } else {
-            "pinbuf"
+        let expected = match side {
+            Side::Udmabuf => "udmabuf",
+            Side::Empty => "pinbuf_test_importer",
+            _ => "pinbuf",
         };
         let seen = exporter(&maker.make()?)?;
         ensure!(seen == expected, "the buffer is {seen}'s, not {expected}'s");
@@ -113,6 +117,7 @@ impl Maker {
             Self::List { device, words } => {
                 ioctl(device, UDMABUF_CREATE_LIST, words.as_ptr().cast())
             }
+            Self::Empty(exporter) => exporter.export().context("PTI_EXPORT"),
         }
     }
 }

@@ -19,6 +19,11 @@ pub enum Side {
     Shim,
     /// No buffer: a bare pin and unpin of the same memory, in the test importer module.
     Pin,
+    /// No buffer: a bare `memfd_pin_folios` of the same parts of the file, as udmabuf makes, and the
+    /// unpin.
+    FilePin,
+    /// A dma-buf with nothing in it, in the test importer module: what any exporter's costs at least.
+    Empty,
     /// No buffer: the memory's own mapping, or a scatterlist of nothing but its segments.
     Own,
 }
@@ -30,6 +35,8 @@ impl fmt::Display for Side {
             Self::Pinbuf => "pinbuf",
             Self::Shim => "shim",
             Self::Pin => "bare pin",
+            Self::FilePin => "bare file pin",
+            Self::Empty => "empty dma-buf",
             Self::Own => "bare",
         })
     }

@@ -21,7 +21,7 @@ use nix::time::{clock_gettime, clock_nanosleep, ClockId, ClockNanosleepFlags};
 use nix::unistd::Pid;
 use pinbuf_test_harness::support::memory::{Memory, HUGE, PAGE};
 use pinbuf_test_harness::support::{device, kernel, Buffer, Device, Sync};
-use pinbuf_test_importer::{pin_cost, segment_cost, Direction, Importer, Limits};
+use pinbuf_test_importer::{file_pin_cost, pin_cost, segment_cost, Direction, Importer, Limits};
 
 use crate::maker::Maker;
 use crate::memory;
@@ -88,7 +88,7 @@ impl Worker {
         };
         let base = memory.as_ref().map(Memory::addr);
         let maker = match task.side {
-            Side::Pin | Side::Own => None,
+            Side::Pin | Side::FilePin | Side::Own => None,
             side => Some(Maker::new(side, task.fd, base, &task.items)?),
         };
         let mut worker = Self {
@@ -125,7 +125,7 @@ impl Worker {
 
     fn sample(&mut self) -> Result<Sample> {
         match (self.task.side, self.task.what) {
-            (Side::Pin, What::Cycle { times }) => self.bare_pin(times),
+            (Side::Pin | Side::FilePin, What::Cycle { times }) => self.bare_pin(times),
             (Side::Own, What::Touch { aligned }) => self.touch(self.memfd(), aligned),
             (Side::Own, What::Device { max_segment, .. }) => self.bare_segments(max_segment),
             (_, What::Cycle { times } | What::Among { times, .. }) => self.cycle(times),
@@ -156,16 +156,17 @@ impl Worker {
 
     /// The same pages, pinned and unpinned without anything else; huge ones once each.
     fn bare_pin(&self, times: u32) -> Result<Sample> {
-        let base = self
-            .memory
-            .as_ref()
-            .context("the memory is not mapped")?
-            .addr();
-        let stride = if self.task.shape.huge { HUGE } else { PAGE };
+        let page = if self.task.shape.huge { HUGE } else { PAGE } as u64;
+        let base = self.memory.as_ref().map(Memory::addr);
+        let cost = |Item { offset, len }: &Item| match (self.task.side, base) {
+            (Side::FilePin, _) => file_pin_cost(self.memfd(), *offset, *len, page),
+            (_, Some(base)) => pin_cost(base + offset, *len, page),
+            _ => Err(std::io::Error::other("the memory is not mapped")),
+        };
         let (mut pin, mut unpin) = (0.0, 0.0);
         for _ in 0..times {
-            for Item { offset, len } in &self.task.items {
-                let cost = pin_cost(base + offset, *len, stride as u64).context("PTI_PIN")?;
+            for item in &self.task.items {
+                let cost = cost(item).context("PTI_PIN")?;
                 pin += cost.pin.as_nanos() as f64;
                 unpin += cost.unpin.as_nanos() as f64;
             }

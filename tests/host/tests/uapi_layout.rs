@@ -114,7 +114,7 @@ fn importer_header() -> Header {
             describe!(importer::Rw as "pti_rw" { mapping, flags, offset, len, data }),
             describe!(importer::Time as "pti_time" { ns }),
             describe!(importer::Cpu as "pti_cpu" { direction, flags, ns }),
-            describe!(importer::Pin as "pti_pin" { addr, len, stride, pages, pin_ns, unpin_ns }),
+            describe!(importer::Pin as "pti_pin" { addr, len, stride, pages, pin_ns, unpin_ns, fd, reserved }),
             describe!(importer::Segments as "pti_segments" { count, reserved, map_ns, unmap_ns }),
             describe!(importer::FailPins as "pti_fail_pins" { nth, flags, error, reserved }),
             describe!(importer::PinsFailed as "pti_pins_failed" { seen, failed }),

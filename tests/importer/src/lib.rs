@@ -10,7 +10,7 @@ pub mod uapi;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 /// Where the module's device is.
@@ -96,19 +96,64 @@ pub struct PinCost {
 /// # Errors
 /// As `pin_user_pages_fast` gives them.
 pub fn pin_cost(addr: u64, len: u64, stride: u64) -> io::Result<PinCost> {
-    let device = open()?;
-    let mut argument = uapi::Pin {
+    cost(uapi::Pin {
         addr,
         len,
         stride,
+        fd: -1,
         ..Default::default()
-    };
-    call(device.as_raw_fd(), uapi::PIN, &mut argument)?;
+    })
+}
+
+/// Pins the folios of a part of a memfd, which has pages of `page` bytes, and lets them go again.
+///
+/// # Errors
+/// As `memfd_pin_folios` gives them.
+pub fn file_pin_cost(fd: BorrowedFd<'_>, offset: u64, len: u64, page: u64) -> io::Result<PinCost> {
+    cost(uapi::Pin {
+        addr: offset,
+        len,
+        stride: page,
+        fd: fd.as_raw_fd(),
+        ..Default::default()
+    })
+}
+
+fn cost(mut argument: uapi::Pin) -> io::Result<PinCost> {
+    call(open()?.as_raw_fd(), uapi::PIN, &mut argument)?;
     Ok(PinCost {
         pages: argument.pages,
         pin: Duration::from_nanos(argument.pin_ns),
         unpin: Duration::from_nanos(argument.unpin_ns),
     })
+}
+
+/// Makes dma-bufs with nothing in them: what any exporter's cost at least.
+#[derive(Debug)]
+pub struct EmptyExporter(OwnedFd);
+
+impl EmptyExporter {
+    /// Opens the module's device.
+    ///
+    /// # Errors
+    /// As `open` gives them.
+    pub fn new() -> io::Result<Self> {
+        open().map(Self)
+    }
+
+    /// A dma-buf of one page that nothing can be done with.
+    ///
+    /// # Errors
+    /// As `dma_buf_export` and `dma_buf_fd` give them.
+    pub fn export(&self) -> io::Result<OwnedFd> {
+        // SAFETY: the call takes no argument.
+        let fd = unsafe { libc::ioctl(self.0.as_raw_fd(), uapi::EXPORT.into()) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just returned it, so nobody else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
 }
 
 /// What a scatterlist of so many entries cost.

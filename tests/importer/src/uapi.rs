@@ -148,6 +148,10 @@ pub struct Pin {
     pub pin_ns: u64,
     /// Out: nanoseconds.
     pub unpin_ns: u64,
+    /// A memfd, or -1.
+    pub fd: i32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// [`SEGMENTS`]'s argument.
@@ -227,3 +231,5 @@ pub const SEGMENTS: u32 = ioc(READ | WRITE, 0xea, size_of::<Segments>());
 pub const FAIL_PINS: u32 = ioc(WRITE, 0xeb, size_of::<FailPins>());
 /// Ends that; takes [`PinsFailed`].
 pub const PINS_FAILED: u32 = ioc(READ, 0xec, size_of::<PinsFailed>());
+/// Returns a dma-buf of one page that nothing can be done with.
+pub const EXPORT: u32 = ioc(NONE, 0xed, 0);
