@@ -60,6 +60,7 @@ static int pti_pin_called(struct pti_failing_pins *pins, struct pt_regs *regs)
 	instruction_pointer_set(regs, (unsigned long)&pti_return_at_once);
 	return 1;
 }
+
 NOKPROBE_SYMBOL(pti_pin_called);
 
 static int pti_pages_probe(struct kprobe *probe, struct pt_regs *regs)
@@ -74,6 +75,7 @@ static int pti_pages_probe(struct kprobe *probe, struct pt_regs *regs)
 		return 0;
 	return pti_pin_called(pins, regs);
 }
+
 NOKPROBE_SYMBOL(pti_pages_probe);
 
 static int pti_folios_probe(struct kprobe *probe, struct pt_regs *regs)
@@ -85,6 +87,7 @@ static int pti_folios_probe(struct kprobe *probe, struct pt_regs *regs)
 		return 0;
 	return pti_pin_called(pins, regs);
 }
+
 NOKPROBE_SYMBOL(pti_folios_probe);
 
 /*
@@ -95,6 +98,7 @@ static void pti_after_probe(struct kprobe *probe, struct pt_regs *regs,
 			    unsigned long flags)
 {
 }
+
 NOKPROBE_SYMBOL(pti_after_probe);
 
 static int pti_probe(struct pti_failing_pins *pins)
