@@ -248,16 +248,19 @@ pub const RUNS: &[Run] = &[
         ..CHECKED
     },
     Run {
+        // Two minutes each, and there are fifteen of them.
         name: "races",
         when: When::Long,
         memory: "3G",
         cmdline: "",
-        command: "pinbuf-stress races",
+        command: "pinbuf-stress races --seconds 120",
+        timeout: 3600,
         ..PLAIN
     },
     Run {
         name: "races-debug",
-        command: "pinbuf-stress races leaks",
+        command: "pinbuf-stress races leaks --seconds 120",
+        timeout: 3600,
         ..CHECKED
     },
     Run {
