@@ -157,7 +157,7 @@ fn pin_checked(
     ranges: &[Element<uapi::Range>],
     backings: &[Element<uapi::Backing>],
 ) -> Result<Pins> {
-    let mut pinner = Pinner::new(pages);
+    let mut pinner = Pinner::new(pages, Pinner::patience());
     let mut files = Files(None);
     for (Element(range), Element(backing)) in ranges.iter().zip(backings) {
         let expected = Expected {
@@ -167,7 +167,7 @@ fn pin_checked(
         let pages = (range.len >> PAGE_SHIFT) as usize;
         pinner.pin(range.addr as usize, pages, Some(expected))?;
     }
-    Ok(pinner.finish())
+    Ok(pinner.finish().0)
 }
 
 /// Pins `count` parts of `pages` pages in all, in whatever order is quickest.
@@ -177,8 +177,10 @@ fn pin_in_order(
     from_files: bool,
     part: impl Fn(usize) -> Part,
 ) -> Result<Pins> {
+    let mut pinner = Pinner::new(pages, Pinner::patience());
     if let Some(order) = Order::of(count, &part) {
-        let pins = pin_parts(pages, from_files, order.numbers().map(&part))?;
+        let sorted = order.numbers().map(&part);
+        let (pins, patience) = pin_parts(pinner, from_files, sorted)?;
         if pins.are_plain() {
             let place = |number| (order.pages_before(number), part(number).pages());
             let places = order.numbers().map(place);
@@ -186,17 +188,18 @@ fn pin_in_order(
         }
         // Huge pages, whose parts would each need a pin of its own now. There are few of them: what
         // was done for nothing was little.
+        pinner = Pinner::new(pages, patience);
     }
-    pin_parts(pages, from_files, (0..count).map(part))
+    let (pins, _) = pin_parts(pinner, from_files, (0..count).map(part))?;
+    Ok(pins)
 }
 
-/// Pins parts of `pages` pages in all, in this order.
+/// Pins parts in this order; returns the tries that are left, too.
 fn pin_parts(
-    pages: usize,
+    mut pinner: Pinner,
     from_files: bool,
     parts: impl Iterator<Item = Part>,
-) -> Result<Pins> {
-    let mut pinner = Pinner::new(pages);
+) -> Result<(Pins, u32)> {
     let mut files = Files(None);
     for part in joined(parts) {
         if from_files {

@@ -91,6 +91,7 @@ extern "C" {
         file: *mut bindings::file,
         start: bindings::loff_t,
         end: bindings::loff_t,
+        all: bindings::loff_t,
         folios: *mut *mut bindings::folio,
         max: c_uint,
     ) -> c_long;
@@ -98,6 +99,7 @@ extern "C" {
         file: *mut bindings::file,
         start: bindings::loff_t,
         end: bindings::loff_t,
+        all: bindings::loff_t,
         folios: *mut *mut bindings::folio,
         max: c_uint,
     ) -> c_long;

@@ -317,45 +317,69 @@ bool pinbuf_file_has_pages(struct file *file, unsigned long index,
 }
 
 /*
- * Whether the file of hugetlbfs has all pages for its bytes from @start to @end.
- * Its inode is locked, so that none is taken away meanwhile.
+ * Whether the file has all of its pages from @index to @end, none of them swapped
+ * out; @unit pages of this kind are one page of the file's.  Its inode is locked,
+ * so that none is taken away meanwhile but by swapping.
  */
-static bool hugetlb_is_whole(struct file *file, loff_t start, loff_t end)
+static bool is_whole(struct address_space *mapping, pgoff_t index, pgoff_t end,
+		     unsigned long unit)
 {
-	unsigned long pages = pages_per_huge_page(hstate_file(file));
-	pgoff_t index = round_down(start >> PAGE_SHIFT, pages);
-	XA_STATE(xas, &file->f_mapping->i_pages, index);
-	unsigned long reach = 0;
+	XA_STATE(xas, &mapping->i_pages, index);
+	struct xa_node *node = NULL;
 	bool whole = true;
+	pgoff_t reach = 0;
 
 	rcu_read_lock();
-	for (; whole && index < end >> PAGE_SHIFT; index += pages) {
+	while (index < end) {
+		void *entry = NULL;
+
 		if (index < reach) {
-			/* In the node that the last one was found in. */
+			/* In the node where the last one was found. */
 			xas.xa_index = index;
-			whole = xas_reload(&xas);
+			xas.xa_offset = (index >> node->shift) & XA_CHUNK_MASK;
+			entry = xas_reload(&xas);
+		}
+		if (!entry || xa_is_internal(entry)) {
+			xas_set(&xas, index);
+			entry = xas_load(&xas);
+		}
+		if (!entry || xa_is_value(entry)) {
+			whole = false;
+			break;
+		}
+		node = xas.xa_node;
+		if (!node) {
+			/* The only page of a file. */
+			index++;
 			continue;
 		}
-		xas_set(&xas, index);
-		whole = xas_load(&xas);
-		if (whole && xas.xa_node)
-			reach = (index | (XA_CHUNK_SIZE << xas.xa_node->shift) - 1) + 1;
+		reach = (index | ((XA_CHUNK_SIZE << node->shift) - 1)) + 1;
+		/* A full node without swap entries tells of all its pages. */
+		if (!node->shift && READ_ONCE(node->count) == XA_CHUNK_SIZE &&
+		    !READ_ONCE(node->nr_values))
+			index = reach;
+		else
+			index = max(index | ((1UL << node->shift) - 1),
+				    index | (unit - 1)) + 1;
 	}
 	rcu_read_unlock();
 	return whole;
 }
 
 /*
- * Pins the folios of the file's bytes from @start to @end.  Holes in a file of
- * shmem are filled; for hugetlbfs, ENOENT tells of one: memfd_pin_folios() would
- * fill it without a word to faults, and the loser of that race takes somebody
- * else's reservation with it.  For a mapping nobody is waited for: EAGAIN.
+ * Pins the folios of the file's bytes from @start to @end, of a range that ends at
+ * @all.  Holes in a file of shmem are filled; for hugetlbfs, ENOENT tells of one:
+ * memfd_pin_folios() would fill it without a word to faults, and the loser of
+ * that race takes somebody else's reservation with it.  For a mapping, holes are
+ * left to page faults, which know of userfaultfd and of what the mapping wants
+ * for pages, and nobody is waited for: ENOENT, EAGAIN.
  */
 static long file_pin_folios(struct file *file, loff_t start, loff_t end,
-			    struct folio **folios, unsigned int max,
+			    loff_t all, struct folio **folios, unsigned int max,
 			    bool mapped)
 {
 	struct inode *inode = file_inode(file);
+	unsigned long unit = 1;
 	pgoff_t offset;
 	long count = 0;
 	int ret;
@@ -367,12 +391,16 @@ static long file_pin_folios(struct file *file, loff_t start, loff_t end,
 	} else if (inode_lock_shared_killable(inode)) {
 		return -EINTR;
 	}
+	if (is_file_hugepages(file))
+		unit = pages_per_huge_page(hstate_file(file));
 	ret = may_pin_file(file, mapped);
-	if (!ret && end > i_size_read(inode))
+	/* A folio may reach beyond the file's end, and beyond @end. */
+	if (!ret && all > i_size_read(inode))
 		ret = -EINVAL;
 	/* Who punches holes needs the lock for himself. */
-	if (!ret && is_file_hugepages(file) &&
-	    !hugetlb_is_whole(file, start, end))
+	if (!ret && (mapped || unit > 1) &&
+	    !is_whole(file->f_mapping, start >> PAGE_SHIFT, end >> PAGE_SHIFT,
+		      unit))
 		ret = -ENOENT;
 	if (ret)
 		goto out;
@@ -385,31 +413,32 @@ out:
 }
 
 long pinbuf_file_pin_folios(struct file *file, loff_t start, loff_t end,
-			    struct folio **folios, unsigned int max)
+			    loff_t all, struct folio **folios, unsigned int max)
 {
 	long ret;
 
 	if (!file_has_pinnable_kind(file))
 		return -EINVAL;
-	ret = file_pin_folios(file, start, end, folios, max, false);
+	ret = file_pin_folios(file, start, end, all, folios, max, false);
 	if (ret != -ENOENT)
 		return ret;
 	ret = vfs_fallocate(file, FALLOC_FL_KEEP_SIZE, start, end - start);
 	if (ret)
 		return ret;
-	ret = file_pin_folios(file, start, end, folios, max, false);
+	ret = file_pin_folios(file, start, end, all, folios, max, false);
 	/* Somebody punches holes as fast as they are filled. */
 	return ret == -ENOENT ? -EAGAIN : ret;
 }
 
 /*
- * The same for who has them mapped, where that is quick: any error means that
- * GUP is to be asked, which knows better.
+ * The same for who has them mapped, where all are there: any error means that GUP
+ * is to be asked, which knows better.
  */
 long pinbuf_mapped_pin_folios(struct file *file, loff_t start, loff_t end,
-			      struct folio **folios, unsigned int max)
+			      loff_t all, struct folio **folios,
+			      unsigned int max)
 {
-	return file_pin_folios(file, start, end, folios, max, true);
+	return file_pin_folios(file, start, end, all, folios, max, true);
 }
 
 /*
@@ -421,6 +450,9 @@ static bool maps_file_plainly(struct vm_area_struct *vma)
 	const vm_flags_t needed = VM_SHARED | VM_READ | VM_WRITE;
 	const vm_flags_t strange = VM_IO | VM_PFNMAP | VM_MIXEDMAP;
 
+	/* There GUP has to ask the firmware for some pages. */
+	if (IS_ENABLED(CONFIG_S390))
+		return false;
 	if ((vma->vm_flags & (needed | strange)) != needed)
 		return false;
 	/* Somebody wants to hear of missing pages, or of writes. */

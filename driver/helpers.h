@@ -62,9 +62,11 @@ unsigned long pinbuf_pages_backed_by(struct page *const *pages,
 				     unsigned long index);
 
 long pinbuf_file_pin_folios(struct file *file, loff_t start, loff_t end,
-			    struct folio **folios, unsigned int max);
+			    loff_t all, struct folio **folios,
+			    unsigned int max);
 long pinbuf_mapped_pin_folios(struct file *file, loff_t start, loff_t end,
-			      struct folio **folios, unsigned int max);
+			      loff_t all, struct folio **folios,
+			      unsigned int max);
 bool pinbuf_mapped_file(unsigned long addr, struct pinbuf_mapped *out);
 bool pinbuf_file_is_hugetlb(const struct file *file);
 bool pinbuf_file_has_pages(struct file *file, unsigned long index,

@@ -176,8 +176,9 @@ impl Pins {
     unsafe fn push_folios(&mut self, frames: &[Pfn], pages: usize) -> usize {
         let mut taken = 0;
         while let Some(&pfn) = frames.get(taken) {
+            let rest = frames[taken..].iter().enumerate();
             let follows = |(n, frame): &(usize, &Pfn)| **frame == pfn + n * pages;
-            let count = frames[taken..].iter().enumerate().take_while(follows).count();
+            let count = rest.take_while(follows).count();
             let run = Run {
                 pfn,
                 pages: count * pages,
@@ -295,8 +296,11 @@ impl Drop for Pins {
                         unsafe { unpinner.unpin(pfn, pages) };
                         (pages, pages)
                     }
-                    // SAFETY: As above; folios are taken whole or to the end of the extent.
-                    Granularity::Folio => (unsafe { gup::unpin_folios(pfn, left, AT_ONCE) }, AT_ONCE),
+                    Granularity::Folio => {
+                        // SAFETY: As above; folios are taken whole or to the end of the extent.
+                        let pages = unsafe { gup::unpin_folios(pfn, left, AT_ONCE) };
+                        (pages, AT_ONCE)
+                    }
                 };
                 done += pages;
                 since += calls;
@@ -339,14 +343,19 @@ pub(crate) struct Pinner {
 }
 
 impl Pinner {
-    /// A pinner for `pages` pages in all.
-    pub(crate) fn new(pages: usize) -> Self {
+    /// New tries for a call.
+    pub(crate) fn patience() -> u32 {
+        TRIES_IN_ALL * params::pin_retries()
+    }
+
+    /// A pinner for `pages` pages in all, which may try again so often.
+    pub(crate) fn new(pages: usize, patience: u32) -> Self {
         Self {
             pins: Pins::new(pages),
             batch: Batch::new(pages),
             hugetlb: true,
             device: None,
-            patience: TRIES_IN_ALL * params::pin_retries(),
+            patience,
             calls: 0,
             mapped: None,
             gup_alone: 0..0,
@@ -468,10 +477,10 @@ impl Pinner {
         Ok(taken)
     }
 
-    /// All that was pinned.
-    pub(crate) fn finish(mut self) -> Pins {
+    /// All that was pinned, and the tries that are left.
+    pub(crate) fn finish(mut self) -> (Pins, u32) {
         self.pins.map.finish();
-        self.pins
+        (self.pins, self.patience)
     }
 
     /// Pins `pages` pages of `file` from its page `index` on, wherever they are mapped.
@@ -689,9 +698,11 @@ impl Pinner {
         while entry < count && done < left {
             let (index, left) = (index + done, left - done);
             let whole = left >> order;
-            let plain = match whole {
-                0 => &[],
-                _ => self.batch.plain_folios(entry, file, index, order, whole, &mut frames),
+            let plain = if whole == 0 {
+                &[]
+            } else {
+                let batch = &self.batch;
+                batch.plain_folios(entry, file, index, order, whole, &mut frames)
             };
             if !plain.is_empty() {
                 done += plain.len() << order;

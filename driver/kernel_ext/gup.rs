@@ -107,8 +107,7 @@ impl OnePin {
         let mut place = MaybeUninit::uninit();
         // SAFETY: There is room for a pointer and a place. The current task has a memory map, since
         // only system calls lead here.
-        let pinned =
-            unsafe { ffi::pinbuf_pin_one(addr, LONG_TERM, &mut page, place.as_mut_ptr()) };
+        let pinned = unsafe { ffi::pinbuf_pin_one(addr, LONG_TERM, &mut page, place.as_mut_ptr()) };
         match NonNull::new(page) {
             // SAFETY: The page was pinned, hence the place filled in. INVARIANT: The pin is ours.
             Some(page) if pinned == 1 => Ok((Self(page), unsafe { place.assume_init() })),
@@ -164,6 +163,7 @@ impl Frames {
 /// `pinbuf_file_pin_folios` or its like.
 type PinFolios = unsafe extern "C" fn(
     *mut bindings::file,
+    bindings::loff_t,
     bindings::loff_t,
     bindings::loff_t,
     *mut *mut bindings::folio,
@@ -308,9 +308,8 @@ impl Batch {
         self.pin_folios(file, index, pages, ffi::pinbuf_file_pin_folios)
     }
 
-    /// The same, where nobody has to be waited for, for pages that the current process has mapped
-    /// shared and writable: then it does not matter how the file was opened. Of hugetlbfs, all pages
-    /// must be there.
+    /// The same, where nobody has to be waited for and all pages are there, for pages that the current
+    /// process has mapped shared and writable: then it does not matter how the file was opened.
     ///
     /// Any error only says that [`Batch::pin`] is to be asked.
     pub(crate) fn pin_mapped_file(
@@ -331,14 +330,15 @@ impl Batch {
     ) -> Result<usize> {
         self.keep(0);
         let most = Self::most_of(file);
-        let end = (index as u64 + pages.min(most) as u64) << PAGE_SHIFT;
-        let start = (index as bindings::loff_t) << PAGE_SHIFT;
+        let end_of =
+            |pages: usize| ((index as u64 + pages as u64) << PAGE_SHIFT) as bindings::loff_t;
+        let (start, end, all) = (end_of(0), end_of(pages.min(most)), end_of(pages));
         let slots = self.slots();
         let room = slots.len().min(Self::MAX) as c_uint;
         let out = slots.as_mut_ptr().cast();
         // SAFETY: There is room for so many pointers. `file` is a valid `struct file`, and of a kind
         // whose pages can be pinned if that is not checked.
-        let pinned = unsafe { pin(file.as_ptr(), start, end as bindings::loff_t, out, room) };
+        let pinned = unsafe { pin(file.as_ptr(), start, end, all, out, room) };
         to_result(pinned.min(0) as c_int)?;
         if pinned == 0 {
             return Err(EAGAIN);
@@ -398,9 +398,8 @@ impl Batch {
         let most = rest.len().min(Frames::ROOM).min(most);
         let (first, file) = (rest.as_ptr().cast(), file.as_ptr());
         // SAFETY: As above; these are the first pages of folios.
-        let count = unsafe {
-            ffi::pinbuf_folios_plain(first, most, file, index, order, out.as_mut_ptr())
-        };
+        let count =
+            unsafe { ffi::pinbuf_folios_plain(first, most, file, index, order, out.as_mut_ptr()) };
         // SAFETY: So many were written.
         unsafe { out.first(count) }
     }

@@ -145,6 +145,7 @@ fn importer_header() -> Header {
             ("PTI_SEGMENTS", importer::SEGMENTS),
             ("PTI_FAIL_PINS", importer::FAIL_PINS),
             ("PTI_PINS_FAILED", importer::PINS_FAILED),
+            ("PTI_EXPORT", importer::EXPORT),
         ],
     }
 }

@@ -126,7 +126,18 @@ fn huge_pages_of_shmem() -> Result<()> {
         let info = device.describe(&buffer)?;
         check!(info.pins <= 3 + 512, "{} pins of 4 huge pages", info.pins);
         drop(buffer);
-        all_views_agree(&file, &memory, 7 * PAGE, 2 * HUGE + 5 * PAGE)
+        all_views_agree(&file, &memory, 7 * PAGE, 2 * HUGE + 5 * PAGE)?;
+        drop((file, memory));
+        // The last huge page reaches beyond the file's end, where nothing may be had of it.
+        let file = file_in(&directory, HUGE + 10 * PAGE)?;
+        let memory = Memory::shared(&file, HUGE + 10 * PAGE)?;
+        memory.touch();
+        for (from, pages) in [(0, 1024), (10, 1014), (511, 12), (521, 2)] {
+            let named = [(file.as_fd(), from * PAGE, pages * PAGE)];
+            let result = device.create_from_files(&named).map(drop);
+            check_eq!(result, Err(Errno::EINVAL), "{pages} pages from {from}");
+        }
+        all_views_agree(&file, &memory, 10 * PAGE, HUGE)
     })();
     let umount = Command::new("umount").arg(&directory).status()?;
     std::fs::remove_dir(&directory)?;
