@@ -65,7 +65,6 @@ extern "C" {
     pub(crate) fn pinbuf_current_host_uid() -> c_uint;
     pub(crate) fn pinbuf_totalram_pages() -> c_ulong;
 
-    pub(crate) fn pinbuf_page_to_pfn(page: *const bindings::page) -> c_ulong;
     pub(crate) fn pinbuf_pfn_to_page(pfn: c_ulong) -> *mut bindings::page;
     pub(crate) fn pinbuf_page_address(page: *const bindings::page) -> *mut c_void;
     pub(crate) fn pinbuf_page_place(page: *const bindings::page, out: *mut Place);

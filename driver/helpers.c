@@ -129,11 +129,6 @@ unsigned long pinbuf_totalram_pages(void)
 
 /* Pages */
 
-unsigned long pinbuf_page_to_pfn(const struct page *page)
-{
-	return page_to_pfn(page);
-}
-
 struct page *pinbuf_pfn_to_page(unsigned long pfn)
 {
 	return pfn_to_page(pfn);

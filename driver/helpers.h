@@ -48,7 +48,6 @@ bool pinbuf_capable_ipc_lock_noaudit(void);
 unsigned int pinbuf_current_host_uid(void);
 unsigned long pinbuf_totalram_pages(void);
 
-unsigned long pinbuf_page_to_pfn(const struct page *page);
 struct page *pinbuf_pfn_to_page(unsigned long pfn);
 void *pinbuf_page_address(const struct page *page);
 void pinbuf_page_place(const struct page *page, struct pinbuf_place *out);

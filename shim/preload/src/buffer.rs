@@ -65,8 +65,9 @@ impl<T: Plain, const N: usize> Buffer<T, N> {
         if self.mapped == 0 {
             self.inline[last].write(element);
         } else {
+            let place = (self.mapped as *mut T).wrapping_add(last);
             // SAFETY: by the invariants there is room.
-            unsafe { (self.mapped as *mut T).add(last).write(element) };
+            unsafe { place.write(element) };
         }
         Ok(())
     }
