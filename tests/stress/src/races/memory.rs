@@ -7,6 +7,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use fastrand::Rng;
@@ -34,6 +35,9 @@ const HOLE: &[Errno] = &[Errno::EFAULT];
 
 /// Pages of the memory that is fought over.
 const PAGES: usize = 512;
+
+/// Milliseconds for a word that is being written to be complete: its writer may not be running.
+const PATIENCE: u32 = 2000;
 
 /// What came out of creates.
 #[derive(Debug, Default)]
@@ -63,7 +67,17 @@ impl Outcomes {
         self.buffers.up();
         let mapped = buffer.map()?;
         for page in 0..mapped.len() / PAGE {
-            let seen = mapped.get(page * PAGE);
+            let read = || mapped.get(page * PAGE);
+            let mut seen = read();
+            // The other thread may be writing that very word, byte by byte: then it will be right. A
+            // page that is somebody else's never is.
+            for _ in 0..PATIENCE {
+                if expected(first + page, seen) {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+                seen = read();
+            }
             check!(
                 expected(first + page, seen),
                 "page {page} of a buffer from page {first} holds {seen:#x}: not the caller's"
