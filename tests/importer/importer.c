@@ -605,6 +605,7 @@ static int pti_export(void)
 	int fd;
 
 	info.ops = &pti_empty_ops;
+	info.priv = THIS_MODULE;
 	info.size = PAGE_SIZE;
 	info.flags = O_RDWR;
 	buf = dma_buf_export(&info);
