@@ -284,6 +284,10 @@ The column *against* tells what a line is compared with: udmabuf; a *bare pin* a
 memory by the test importer module (huge pages once each); *bare*, the mapping of the memory's own file,
 or a scatterlist of as many entries. *shim* is udmabuf's interface on pinbuf.
 
+The lines \"the pin alone\" and \"the dma-buf alone\" tell how far any exporter could get: udmabuf's
+whole create beside nothing but the pin of the same memory, by address (*bare pin*) or by file (*bare
+file pin*), and beside a dma-buf with nothing in it.
+
 To repeat it:
 
 ```
