@@ -95,7 +95,7 @@ fn create_from_hugetlb() -> Result<()> {
     let _pool = HugePool::with_free(2)?;
     let there = [
         Expected::single(Fault::Slab, ENOMEM).failing(5),
-        Expected::lasting(Fault::Slab, ENOMEM).failing(7),
+        Expected::lasting(Fault::Slab, ENOMEM).failing(6),
         Expected::single(Fault::Page, ENOMEM),
         Expected::lasting(Fault::Page, ENOMEM),
         COPIES,
