@@ -231,7 +231,7 @@ pub const RUNS: &[Run] = &[
         kernel: "debug",
         // The sanitizers cost time and memory.
         memory: "6G",
-        timeout: 1800,
+        timeout: 2700,
         ..PLAIN
     },
     Run {

@@ -23,7 +23,7 @@ use pinbuf_test_harness::tests;
 
 tests! { "create":
     one_page,
-    sizes,
+    sizes within 240,
     order,
     overlap,
     several_mappings_in_one_range,
@@ -37,13 +37,13 @@ tests! { "create":
     stack_and_data,
     sparse_anonymous,
     sparse_memfd,
-    ranges_65536 within 120,
-    one_gib within 180,
+    ranges_65536 within 400,
+    one_gib within 300,
     descriptor,
     opened_read_only,
     longer_struct,
     same_memory_twice,
-    again_and_again within 120,
+    again_and_again within 240,
 }
 
 /// Makes a buffer of all of the memory, and compares all four views, each byte, both ways.

@@ -22,9 +22,9 @@ use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
 use pinbuf_test_harness::tests;
 
 tests! { "files":
-    memfd_agrees,
+    memfd_agrees within 240,
     tmpfs_file_agrees,
-    hugetlb_agrees_at_any_page,
+    hugetlb_agrees_at_any_page within 240,
     huge_pages_of_shmem,
     order_and_files,
     never_mapped_is_filled,
@@ -35,7 +35,7 @@ tests! { "files":
     other_files,
     not_open_for_both,
     append_only,
-    holes_filled_by_two within 120,
+    holes_filled_by_two within 240,
     sealed,
     no_seal_while_pinned,
     store_exhausted,
