@@ -177,10 +177,10 @@ fn pin_in_order(
     from_files: bool,
     part: impl Fn(usize) -> Part,
 ) -> Result<Pins> {
-    let mut pinner = Pinner::new(pages, Pinner::patience());
-    if let Some(order) = Order::of(count, &part) {
+    let mut patience = Pinner::patience();
+    if let Some(order) = Order::of(count, pages, &part) {
         let sorted = order.numbers().map(&part);
-        let (pins, patience) = pin_parts(pinner, from_files, sorted)?;
+        let (pins, left) = pin_parts(pages, patience, from_files, sorted)?;
         if pins.are_plain() {
             let place = |number| (order.pages_before(number), part(number).pages());
             let places = order.numbers().map(place);
@@ -188,18 +188,21 @@ fn pin_in_order(
         }
         // Huge pages, whose parts would each need a pin of its own now. There are few of them: what
         // was done for nothing was little.
-        pinner = Pinner::new(pages, patience);
+        patience = left;
     }
-    let (pins, _) = pin_parts(pinner, from_files, (0..count).map(part))?;
+    let (pins, _) = pin_parts(pages, patience, from_files, (0..count).map(part))?;
     Ok(pins)
 }
 
-/// Pins parts in this order; returns the tries that are left, too.
+/// Pins parts of `pages` pages in all in this order, and may try again so often; returns the tries that
+/// are left, too.
 fn pin_parts(
-    mut pinner: Pinner,
+    pages: usize,
+    patience: u32,
     from_files: bool,
     parts: impl Iterator<Item = Part>,
 ) -> Result<(Pins, u32)> {
+    let mut pinner = Pinner::new(pages, patience);
     let mut files = Files(None);
     for part in joined(parts) {
         if from_files {

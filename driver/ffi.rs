@@ -102,6 +102,13 @@ extern "C" {
         folios: *mut *mut bindings::folio,
         max: c_uint,
     ) -> c_long;
+    pub(crate) fn pinbuf_file_pin_one(
+        file: *mut bindings::file,
+        index: c_ulong,
+        pages: c_ulong,
+        folio: *mut *mut bindings::folio,
+        out: *mut Place,
+    ) -> c_int;
     pub(crate) fn pinbuf_mapped_file(addr: c_ulong, out: *mut Mapped) -> bool;
     pub(crate) fn pinbuf_file_is_hugetlb(file: *const bindings::file) -> bool;
     pub(crate) fn pinbuf_file_has_pages(

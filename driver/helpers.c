@@ -349,8 +349,12 @@ static bool is_whole(struct address_space *mapping, pgoff_t index, pgoff_t end,
 			continue;
 		}
 		reach = (index | ((XA_CHUNK_SIZE << node->shift) - 1)) + 1;
-		/* A full node without swap entries tells of all its pages. */
-		if (!node->shift && READ_ONCE(node->count) == XA_CHUNK_SIZE &&
+		/*
+		 * A full node without swap entries tells of all its pages, if
+		 * what it has are pages, or pieces of one, and not nodes.
+		 */
+		if (1UL << node->shift <= unit &&
+		    READ_ONCE(node->count) == XA_CHUNK_SIZE &&
 		    !READ_ONCE(node->nr_values))
 			index = reach;
 		else
@@ -423,6 +427,39 @@ long pinbuf_file_pin_folios(struct file *file, loff_t start, loff_t end,
 	ret = file_pin_folios(file, start, end, all, folios, max, false);
 	/* Somebody punches holes as fast as they are filled. */
 	return ret == -ENOENT ? -EAGAIN : ret;
+}
+
+/*
+ * The same for @pages pages from @index on that lie in one page of the file, small
+ * or huge: pins its folio, and tells where they are in it.  1; or 0 where
+ * pinbuf_file_pin_folios() has to do it: they lie in several, or one is missing.
+ */
+int pinbuf_file_pin_one(struct file *file, unsigned long index,
+			unsigned long pages, struct folio **folio,
+			struct pinbuf_place *out)
+{
+	unsigned long unit = 1;
+	loff_t start, end;
+	int ret;
+
+	if (!file_has_pinnable_kind(file))
+		return -EINVAL;
+	if (is_file_hugepages(file))
+		unit = pages_per_huge_page(hstate_file(file));
+	if (pages > unit - (index & (unit - 1)))
+		return 0;
+	start = (loff_t)index << PAGE_SHIFT;
+	end = start + ((loff_t)pages << PAGE_SHIFT);
+	ret = file_pin_folios(file, start, end, end, folio, 1, false);
+	if (ret == -ENOENT)
+		return 0;
+	if (ret != 1)
+		return ret ? ret : -EAGAIN;
+	ret = pinbuf_folio_place(*folio, file, index, out);
+	if (!ret && pages <= out->left)
+		return 1;
+	unpin_folio(*folio);
+	return ret ? ret : -EAGAIN;
 }
 
 /*

@@ -67,6 +67,9 @@ long pinbuf_mapped_pin_folios(struct file *file, loff_t start, loff_t end,
 			      loff_t all, struct folio **folios,
 			      unsigned int max);
 bool pinbuf_mapped_file(unsigned long addr, struct pinbuf_mapped *out);
+int pinbuf_file_pin_one(struct file *file, unsigned long index,
+			unsigned long pages, struct folio **folio,
+			struct pinbuf_place *out);
 bool pinbuf_file_is_hugetlb(const struct file *file);
 bool pinbuf_file_has_pages(struct file *file, unsigned long index,
 			   unsigned long count);

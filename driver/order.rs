@@ -53,14 +53,17 @@ impl Part {
 }
 
 /// The same parts, those that follow each other joined.
-pub(crate) fn joined(parts: impl Iterator<Item = Part>) -> impl Iterator<Item = Part> {
-    let mut parts = parts.peekable();
+pub(crate) fn joined(mut parts: impl Iterator<Item = Part>) -> impl Iterator<Item = Part> {
+    let mut ahead = parts.next();
     core::iter::from_fn(move || {
-        let mut all = parts.next()?;
-        while let Some(next) = parts.next_if(|next| all.is_followed_by(next)) {
-            // INVARIANT: That ends where `next` does.
-            all.len += next.len;
-        }
+        let mut all = ahead?;
+        ahead = loop {
+            match parts.next() {
+                // INVARIANT: That ends where `next` does.
+                Some(next) if all.is_followed_by(&next) => all.len += next.len,
+                other => break other,
+            }
+        };
         Some(all)
     })
 }
@@ -88,17 +91,18 @@ impl Order {
     /// No part begins at this page.
     const NONE: u32 = u32::MAX;
 
-    /// The order of `count` parts, if it promises to make neighbours of many.
+    /// The order of `count` parts of `pages` pages in all, if it promises to make neighbours of many.
     ///
-    /// Costs a look at each part if it does not. Otherwise it is found without comparing parts, in
-    /// linear time and with four bytes for each page among which they lie: a page is where one part
-    /// begins at most, or they have no order.
-    pub(crate) fn of(count: usize, part: impl Fn(usize) -> Part) -> Option<Self> {
-        if count < Self::FEWEST {
+    /// Costs a look at each part, if they are short, where it does not. Otherwise it is found without
+    /// comparing parts, in linear time and with four bytes for each page among which they lie: a page
+    /// is where one part begins at most, or they have no order.
+    pub(crate) fn of(count: usize, pages: usize, part: impl Fn(usize) -> Part) -> Option<Self> {
+        let short = pages as u64 <= Self::LONGEST * count as u64;
+        if count < Self::FEWEST || !short {
             return None;
         }
         let mut last = part(0);
-        let (mut low, mut high, mut bytes, mut breaks) = (last.start, last.end(), last.len, 0);
+        let (mut low, mut high, mut breaks) = (last.start, last.end(), 0);
         for number in 1..count {
             let next = part(number);
             if next.space != last.space {
@@ -107,17 +111,14 @@ impl Order {
             breaks += usize::from(!last.is_followed_by(&next));
             low = low.min(next.start);
             high = high.max(next.end());
-            bytes = bytes.checked_add(next.len)?;
             last = next;
         }
-        let pages = bytes >> PAGE_SHIFT;
         let span = (high - low) >> PAGE_SHIFT;
-        let short = pages <= Self::LONGEST * count as u64;
-        if breaks < count / 2 || !short || span > Self::SPARSEST * pages {
+        if breaks < count / 2 || span > Self::SPARSEST * pages as u64 {
             return None;
         }
         // Without memory there is still the order in which they were given.
-        let single = pages == count as u64;
+        let single = pages == count;
         Self::find(count, single, low, span as usize, part)
             .ok()
             .flatten()

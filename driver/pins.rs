@@ -464,7 +464,8 @@ impl Pinner {
             return Ok(0);
         }
         sched::breathe()?;
-        self.batch.make_room(most)?;
+        let huge = mapped.unit() > 1;
+        self.batch.make_room(if huge { 0 } else { most })?;
         let taken = match self.batch.pin_mapped_file(&mapped, index, most) {
             Ok(_) => self.take_file_batch(mapped.file(), index, most)?.pages,
             Err(_) => 0,
@@ -490,28 +491,57 @@ impl Pinner {
         mut index: usize,
         mut pages: usize,
     ) -> Result {
-        while pages > 0 {
+        if self.calls % CALLS == 0 {
             sched::breathe()?;
-            let done = match self.pin_file_batch(file, index, pages)? {
+        }
+        self.calls = self.calls.wrapping_add(1);
+        // Lists are mostly of parts that lie in one page.
+        let mut last = match OnePin::of_file(file, index, pages) {
+            Ok(Some((pin, place))) => return self.take_file_one(pin, &place, pages),
+            Ok(None) => self.pin_file_batch(file, index, pages)?,
+            Err(error) => Taken::nothing(error),
+        };
+        loop {
+            let done = match last {
                 Taken { pages: 0, error } => self.pin_file_patiently(file, index, pages, error)?,
                 Taken { pages, .. } => pages,
             };
             index += done;
             pages -= done;
+            if pages == 0 {
+                return Ok(());
+            }
+            sched::breathe()?;
+            last = self.pin_file_batch(file, index, pages)?;
         }
-        Ok(())
+    }
+
+    /// Moves the pin of the folio in which `pages` pages of a file are to the pins.
+    #[inline]
+    fn take_file_one(&mut self, pin: OnePin, place: &Place, pages: usize) -> Result {
+        self.after_device();
+        let run = Run {
+            pfn: place.pfn,
+            pages,
+            granularity: if place.folio_pages == 1 {
+                Granularity::Page
+            } else {
+                Granularity::Folio
+            },
+        };
+        pin.leave();
+        // SAFETY: The pin is ours, and given up here. Two pins of one folio must not look like one.
+        unsafe { self.pins.push(run, place.left == place.folio_pages) }
     }
 
     /// Pins a batch of pages of `file`, and takes what is right of it: if nothing is, there is an
     /// error.
     fn pin_file_batch(&mut self, file: &LocalFile, index: usize, pages: usize) -> Result<Taken> {
-        self.batch.make_room(pages)?;
+        let huge = gup::file_is_hugetlb(file);
+        self.batch.make_room(if huge { 0 } else { pages })?;
         match self.batch.pin_file(file, index, pages) {
             Ok(_) => self.take_file_batch(file, index, pages),
-            Err(error) => Ok(Taken {
-                pages: 0,
-                error: Some(error),
-            }),
+            Err(error) => Ok(Taken::nothing(error)),
         }
     }
 
@@ -787,6 +817,15 @@ struct Taken {
     pages: usize,
     /// Why no more: the next folio cannot be shown, or is not the file's any more.
     error: Option<Error>,
+}
+
+impl Taken {
+    fn nothing(error: Error) -> Self {
+        Self {
+            pages: 0,
+            error: Some(error),
+        }
+    }
 }
 
 /// Tries that are left for one batch.

@@ -115,6 +115,30 @@ impl OnePin {
         }
     }
 
+    /// Pins the folio of `file` in which the `pages` pages from `index` on are, as
+    /// [`Batch::pin_file`] does, and tells where they are in it. `None` if they are in several, or the
+    /// file has not got it yet: then it takes [`Batch::pin_file`].
+    #[inline]
+    pub(crate) fn of_file(
+        file: &LocalFile,
+        index: usize,
+        pages: usize,
+    ) -> Result<Option<(Self, Place)>> {
+        let mut folio = core::ptr::null_mut();
+        let mut place = MaybeUninit::uninit();
+        let (to, out) = (&mut folio, place.as_mut_ptr());
+        // SAFETY: There is room for a pointer and a place; `file` is a valid `struct file`.
+        let pinned = unsafe { ffi::pinbuf_file_pin_one(file.as_ptr(), index, pages, to, out) };
+        match NonNull::new(folio) {
+            // SAFETY: The folio was pinned, hence the place filled in. INVARIANT: The pin is ours; a
+            // pointer to a folio is one to its first page, and a pin of that page is one of the folio.
+            Some(folio) if pinned == 1 => {
+                Ok(Some((Self(folio.cast()), unsafe { place.assume_init() })))
+            }
+            _ => to_result(pinned).map(|()| None),
+        }
+    }
+
     /// The page. The pin is the caller's from now on.
     fn into_page(self) -> NonNull<bindings::page> {
         core::mem::ManuallyDrop::new(self).0
@@ -189,8 +213,9 @@ impl Batch {
     /// 2 MiB of address space, which GUP's fast path walks with interrupts disabled.
     pub(crate) const MAX: usize = 512;
 
-    /// So many pages are pinned without an allocation: small buffers cost little else.
-    const FEW: usize = 16;
+    /// So many pages are pinned without an allocation: small buffers cost little else, and with huge
+    /// pages it is as many as are asked for at once ([`Batch::MAX_OF_FILE`]).
+    const FEW: usize = 33;
 
     /// The most pages of a file that one call asks for, where they are not small: if the file has
     /// no pages there yet, so many are allocated and cleared before the task can be killed.
@@ -207,8 +232,8 @@ impl Batch {
         }
     }
 
-    /// Drops the pages that are pinned, and sees to it that the next call can pin `pages`, or as many as
-    /// one call pins; otherwise it pins fewer.
+    /// Drops the pages that are pinned, and sees to it that the next call can pin `pages`, small or huge,
+    /// or as many as one call pins; otherwise it pins fewer.
     #[inline]
     pub(crate) fn make_room(&mut self, pages: usize) -> Result {
         self.keep(0);

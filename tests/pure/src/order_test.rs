@@ -24,7 +24,8 @@ fn pages(parts: impl IntoIterator<Item = Part>) -> Vec<(i32, u64)> {
 }
 
 fn order(parts: &[Part]) -> Option<Order> {
-    Order::of(parts.len(), |number| parts[number])
+    let pages = parts.iter().map(Part::pages).sum();
+    Order::of(parts.len(), pages, |number| parts[number])
 }
 
 /// A list that is worth sorting, in some order.
@@ -87,7 +88,8 @@ fn the_most_parts_there_can_be() {
     // The inverse of a permutation that looks random.
     let count = crate::uapi::MAX_RANGES as usize;
     let place = |number: usize| (number * 40_503) % count;
-    let order = Order::of(count, |number| part(0, place(number) as u64, 1)).expect("an order");
+    let order = Order::of(count, count, |number| part(0, place(number) as u64, 1));
+    let order = order.expect("an order");
     for (position, number) in order.numbers().enumerate() {
         assert_eq!(place(number), position);
         assert_eq!(order.pages_before(number), number);
