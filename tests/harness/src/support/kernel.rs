@@ -33,23 +33,31 @@ pub fn number(path: impl AsRef<Path>) -> Result<i64> {
 
 /// The number after `key` in a file of lines such as `VmPin:  8 kB` or `nr_free_pages 7`.
 pub fn field(path: &str, key: &str) -> Result<i64> {
-    for line in read(path)?.lines() {
-        let mut words = line.split_whitespace();
-        if words.next().map(|word| word.trim_end_matches(':')) == Some(key) {
-            let value = words
-                .next()
-                .with_context(|| format!("{path}: {key} has no value"))?;
-            return Ok(value.parse()?);
-        }
+    fields(path, [key]).map(|[value]| value)
+}
+
+/// Several of them, from one reading.
+pub fn fields<const N: usize>(path: &str, keys: [&str; N]) -> Result<[i64; N]> {
+    let text = read(path)?;
+    let mut values = [0; N];
+    for (value, key) in values.iter_mut().zip(keys) {
+        let found = text.lines().find_map(|line| {
+            let mut words = line.split_whitespace();
+            (words.next()?.trim_end_matches(':') == key).then(|| words.next())
+        });
+        let word = found.with_context(|| format!("{path} has no {key}"))?;
+        let word = word.with_context(|| format!("{path}: {key} has no value"))?;
+        *value = word.parse()?;
     }
-    bail!("{path} has no {key}")
+    Ok(values)
 }
 
 /// Pages pinned by anyone, exactly.
 pub fn pins() -> Result<i64> {
     write("/proc/sys/vm/stat_refresh", "1")?;
-    let acquired = field("/proc/vmstat", "nr_foll_pin_acquired")?;
-    Ok(acquired - field("/proc/vmstat", "nr_foll_pin_released")?)
+    let keys = ["nr_foll_pin_acquired", "nr_foll_pin_released"];
+    let [acquired, released] = fields("/proc/vmstat", keys)?;
+    Ok(acquired - released)
 }
 
 /// What this process pinned, as `VmPin` tells it, in bytes.
