@@ -47,6 +47,8 @@ pub struct Run {
     pub verdict: Verdict,
     /// Whether the command takes `--filter`.
     pub filters: bool,
+    /// Among how many guests it is divided; more than one if the command takes `--part`.
+    pub parts: usize,
     /// Seconds until the guest is stopped.
     pub timeout: u64,
 }
@@ -66,6 +68,7 @@ const PLAIN: Run = Run {
     command: "pinbuf-selftest",
     verdict: Verdict::Ktap,
     filters: true,
+    parts: 1,
     timeout: 600,
 };
 
@@ -231,6 +234,8 @@ pub const RUNS: &[Run] = &[
         kernel: "debug",
         // The sanitizers cost time and memory.
         memory: "6G",
+        // By far the longest: nothing else would be left for the other processor.
+        parts: 2,
         timeout: 2700,
         ..PLAIN
     },

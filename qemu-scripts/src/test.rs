@@ -100,8 +100,21 @@ impl Test {
                 bail!("there is no run `{name}`: `test --list` names them");
             }
         }
+        let screen = self.wants(SCREEN) && self.kernel.is_empty() && self.filter.is_empty();
+        let mut jobs: Vec<Job> = RUNS
+            .iter()
+            .filter(|run| self.chosen(run))
+            .flat_map(|run| match self.kernel.as_slice() {
+                [] => self.jobs_of(run, run.kernel),
+                kernels => kernels
+                    .iter()
+                    .flat_map(|kernel| self.jobs_of(run, kernel))
+                    .collect(),
+            })
+            .collect();
         let start = Instant::now();
         let mut all = Counts::default();
+        prepare(&jobs);
         if self.wants("host") && self.kernel.is_empty() {
             all.add(self.host());
         }
@@ -111,15 +124,6 @@ impl Test {
         if self.wants(LINT) && self.kernel.is_empty() && self.filter.is_empty() {
             all.add(lint());
         }
-        let screen = self.wants(SCREEN) && self.kernel.is_empty() && self.filter.is_empty();
-        let mut jobs: Vec<Job> = RUNS
-            .iter()
-            .filter(|run| self.chosen(run))
-            .flat_map(|run| match self.kernel.as_slice() {
-                [] => vec![Job::new(run, run.kernel)],
-                kernels => kernels.iter().map(|kernel| Job::new(run, kernel)).collect(),
-            })
-            .collect();
         if !jobs.is_empty() || screen {
             match userspace::build() {
                 Ok(_) => {
@@ -157,6 +161,17 @@ impl Test {
         let sensible = self.kernel.is_empty() || named || run.kernel == "default";
         let filtered = self.filter.is_empty() || run.filters;
         (named || by_default) && sensible && filtered
+    }
+
+    /// A run on a kernel, or the parts of it; what was chosen by name is short enough as it is.
+    fn jobs_of(&self, run: &'static Run, kernel: &str) -> Vec<Job> {
+        let parts = if self.filter.is_empty() { run.parts } else { 1 };
+        let job = |part| Job {
+            run,
+            kernel: kernel.to_owned(),
+            part: (parts > 1).then(|| format!("{part}/{parts}")),
+        };
+        (1..=parts).map(job).collect()
     }
 
     /// `cargo test`.
@@ -219,8 +234,9 @@ impl Test {
 
     /// All guests, several at a time.
     fn guests(&self, jobs: &mut Vec<Job>) -> Counts {
-        // What is built for longest first; from the end, where they are taken.
-        jobs.sort_by_key(|job| job.kernel == "debug");
+        // What is built for longest first, and what may run for longest; from the end, where they are
+        // taken.
+        jobs.sort_by_key(|job| (job.kernel == "debug", job.run.timeout));
         let workers = self.jobs.map_or_else(guests_at_once, NonZeroUsize::get);
         let queue = Mutex::new(jobs);
         let all = Mutex::new(Counts::default());
@@ -234,7 +250,7 @@ impl Test {
             for _ in 0..workers {
                 scope.spawn(|| {
                     while let Some(job) = next() {
-                        let counts = self.guest(job.run, &job.kernel);
+                        let counts = self.guest(&job);
                         all.lock()
                             .unwrap_or_else(|error| error.into_inner())
                             .add(counts);
@@ -246,12 +262,12 @@ impl Test {
     }
 
     /// One guest. What there is to say of it is said in one piece, since others run meanwhile.
-    fn guest(&self, run: &Run, kernel: &str) -> Counts {
-        let title = format!("{} ({kernel})", run.name);
-        say(&format!("== {title}: {}", run.command));
+    fn guest(&self, job: &Job) -> Counts {
+        let title = job.title();
+        say(&format!("== {title}: {}", job.run.command));
         let start = Instant::now();
         let mut report = Vec::new();
-        let counts = match self.guest_counts(run, kernel, &title, &mut report) {
+        let counts = match self.guest_counts(job, &title, &mut report) {
             Ok(counts) => counts,
             Err(error) => {
                 report.push(format!("{title}: {error:#}"));
@@ -267,15 +283,13 @@ impl Test {
         counts
     }
 
-    fn guest_counts(
-        &self,
-        run: &Run,
-        kernel: &str,
-        title: &str,
-        lines: &mut Vec<String>,
-    ) -> Result<Counts> {
+    fn guest_counts(&self, job: &Job, title: &str, lines: &mut Vec<String>) -> Result<Counts> {
+        let Job { run, kernel, part } = job;
         let output = Arc::new(Mutex::new(Vec::new()));
         let mut command = shell_words::split(run.command)?;
+        if let Some(part) = part {
+            command.extend(["--part".to_owned(), part.clone()]);
+        }
         if run.filters {
             for filter in &self.filter {
                 command.extend(["--filter".to_owned(), filter.clone()]);
@@ -325,7 +339,7 @@ impl Test {
         let text = String::from_utf8_lossy(&output).into_owned();
         // Also of runs that pass: their figures are in it.
         fs::create_dir_all(paths::logs())?;
-        fs::write(paths::logs().join(format!("test-{}.log", run.name)), &text)?;
+        fs::write(paths::logs().join(job.log()), &text)?;
 
         let mut problems = Vec::new();
         problems.extend(vm::problem(&outcome));
@@ -475,19 +489,53 @@ fn summary(title: &str, counts: Counts, start: Instant) -> String {
     )
 }
 
-/// A run on a kernel.
+/// A run on a kernel, or a part of one.
 struct Job {
     run: &'static Run,
     kernel: String,
+    part: Option<String>,
 }
 
 impl Job {
-    fn new(run: &'static Run, kernel: &str) -> Self {
-        Self {
-            run,
-            kernel: kernel.to_owned(),
+    /// For people.
+    fn title(&self) -> String {
+        let (name, kernel) = (self.run.name, &self.kernel);
+        match &self.part {
+            Some(part) => format!("{name} {part} ({kernel})"),
+            None => format!("{name} ({kernel})"),
         }
     }
+
+    /// The file that its output goes to.
+    fn log(&self) -> String {
+        let part = self.part.as_ref().map(|part| part.replace('/', "-of-"));
+        let part = part.map_or_else(String::new, |part| format!("-{part}"));
+        format!("test-{}{part}.log", self.run.name)
+    }
+}
+
+/// Begins to make what the guests will need, the longest first but for what it needs itself: much of
+/// that keeps one processor busy or none, and so does much of what comes before guests. What goes wrong
+/// here goes wrong once more for whoever needs it, and is told then.
+fn prepare(jobs: &[Job]) {
+    let mut kernels: Vec<String> = Vec::new();
+    for job in jobs {
+        if !kernels.contains(&job.kernel) {
+            kernels.push(job.kernel.clone());
+        }
+    }
+    kernels.sort_by_key(|kernel| !kernel.starts_with("debug"));
+    if kernels.is_empty() {
+        return;
+    }
+    thread::spawn(move || {
+        let Ok(tools) = Tree::tools() else { return };
+        for kernel in &kernels {
+            if let Ok(kernel) = Kernel::select(&tools, kernel) {
+                let _ = kernel.build_tree(&tools);
+            }
+        }
+    });
 }
 
 /// One guest a processor; and without KVM a guest of 5 GiB touches most of them.
