@@ -110,7 +110,7 @@ extern "C" {
         out: *mut Place,
     ) -> c_int;
     pub(crate) fn pinbuf_mapped_file(addr: c_ulong, out: *mut Mapped) -> bool;
-    pub(crate) fn pinbuf_file_is_hugetlb(file: *const bindings::file) -> bool;
+    pub(crate) fn pinbuf_file_unit(file: *mut bindings::file) -> c_ulong;
     pub(crate) fn pinbuf_file_has_pages(
         file: *mut bindings::file,
         index: c_ulong,

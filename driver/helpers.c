@@ -288,9 +288,12 @@ static int make_uptodate(struct file *file, struct folio *pinned)
 	return folio_test_uptodate(pinned) ? 0 : -EAGAIN;
 }
 
-bool pinbuf_file_is_hugetlb(const struct file *file)
+/* How many pages one page of the file has: more than one for hugetlbfs alone. */
+unsigned long pinbuf_file_unit(struct file *file)
 {
-	return is_file_hugepages(file);
+	if (is_file_hugepages(file))
+		return pages_per_huge_page(hstate_file(file));
+	return 1;
 }
 
 /* Whether the file has pages, not swapped out, for all of @count from @index. */
@@ -351,7 +354,9 @@ static bool is_whole(struct address_space *mapping, pgoff_t index, pgoff_t end,
 		reach = (index | ((XA_CHUNK_SIZE << node->shift) - 1)) + 1;
 		/*
 		 * A full node without swap entries tells of all its pages, if
-		 * what it has are pages, or pieces of one, and not nodes.
+		 * what it has are pages, or pieces of one, and not nodes.  (Its
+		 * count is not ordered with its slots; whoever adds the last
+		 * page just now has long done it when it is asked for.)
 		 */
 		if (1UL << node->shift <= unit &&
 		    READ_ONCE(node->count) == XA_CHUNK_SIZE &&
@@ -378,7 +383,7 @@ static long file_pin_folios(struct file *file, loff_t start, loff_t end,
 			    bool mapped)
 {
 	struct inode *inode = file_inode(file);
-	unsigned long unit = 1;
+	unsigned long unit = pinbuf_file_unit(file);
 	pgoff_t offset;
 	long count = 0;
 	int ret;
@@ -390,8 +395,6 @@ static long file_pin_folios(struct file *file, loff_t start, loff_t end,
 	} else if (inode_lock_shared_killable(inode)) {
 		return -EINTR;
 	}
-	if (is_file_hugepages(file))
-		unit = pages_per_huge_page(hstate_file(file));
 	ret = may_pin_file(file, mapped);
 	/* A folio may reach beyond the file's end, and beyond @end. */
 	if (!ret && all > i_size_read(inode))
@@ -432,20 +435,20 @@ long pinbuf_file_pin_folios(struct file *file, loff_t start, loff_t end,
 /*
  * The same for @pages pages from @index on that lie in one page of the file, small
  * or huge: pins its folio, and tells where they are in it.  1; or 0 where
- * pinbuf_file_pin_folios() has to do it: they lie in several, or one is missing.
+ * pinbuf_file_pin_folios() has to do it: they lie in several, or in one that
+ * hugetlbfs does not have yet.
  */
 int pinbuf_file_pin_one(struct file *file, unsigned long index,
 			unsigned long pages, struct folio **folio,
 			struct pinbuf_place *out)
 {
-	unsigned long unit = 1;
+	unsigned long unit;
 	loff_t start, end;
 	int ret;
 
 	if (!file_has_pinnable_kind(file))
 		return -EINVAL;
-	if (is_file_hugepages(file))
-		unit = pages_per_huge_page(hstate_file(file));
+	unit = pinbuf_file_unit(file);
 	if (pages > unit - (index & (unit - 1)))
 		return 0;
 	start = (loff_t)index << PAGE_SHIFT;

@@ -70,7 +70,7 @@ bool pinbuf_mapped_file(unsigned long addr, struct pinbuf_mapped *out);
 int pinbuf_file_pin_one(struct file *file, unsigned long index,
 			unsigned long pages, struct folio **folio,
 			struct pinbuf_place *out);
-bool pinbuf_file_is_hugetlb(const struct file *file);
+unsigned long pinbuf_file_unit(struct file *file);
 bool pinbuf_file_has_pages(struct file *file, unsigned long index,
 			   unsigned long count);
 unsigned long pinbuf_folios_plain(struct folio *const *folios,

@@ -76,7 +76,8 @@ use kernel::{
 /// In one call, at most so many times `pin_retries` new tries.
 const TRIES_IN_ALL: u32 = 4;
 
-/// Calls of GUP between two such looks: it looks for itself when it has to fault pages in.
+/// Calls of GUP between two such looks: it looks for itself when it has to fault pages in. The same for
+/// single pages of files.
 const CALLS: u32 = 8;
 
 /// So many pages have to be left of a range for it to be worth a look whether a file is mapped there:
@@ -332,7 +333,7 @@ pub(crate) struct Pinner {
     device: Option<Pfn>,
     /// New tries that this call still has.
     patience: u32,
-    /// Calls of GUP.
+    /// Calls of GUP, and parts of files.
     calls: u32,
     /// The last mapping of a file that was found.
     mapped: Option<MappedFile>,
@@ -464,8 +465,7 @@ impl Pinner {
             return Ok(0);
         }
         sched::breathe()?;
-        let huge = mapped.unit() > 1;
-        self.batch.make_room(if huge { 0 } else { most })?;
+        self.batch.make_room_in_file(most, mapped.unit())?;
         let taken = match self.batch.pin_mapped_file(&mapped, index, most) {
             Ok(_) => self.take_file_batch(mapped.file(), index, most)?.pages,
             Err(_) => 0,
@@ -478,10 +478,12 @@ impl Pinner {
         Ok(taken)
     }
 
-    /// All that was pinned, and the tries that are left.
-    pub(crate) fn finish(mut self) -> (Pins, u32) {
+    /// All that was pinned, which is taken out, and the tries that are left.
+    // Not by value: the batch takes a quarter of a kilobyte of stack, and would once more.
+    pub(crate) fn finish(&mut self) -> (Pins, u32) {
         self.pins.map.finish();
-        (self.pins, self.patience)
+        let pins = core::mem::replace(&mut self.pins, Pins::new(0));
+        (pins, self.patience)
     }
 
     /// Pins `pages` pages of `file` from its page `index` on, wherever they are mapped.
@@ -498,7 +500,10 @@ impl Pinner {
         // Lists are mostly of parts that lie in one page.
         let mut last = match OnePin::of_file(file, index, pages) {
             Ok(Some((pin, place))) => return self.take_file_one(pin, &place, pages),
-            Ok(None) => self.pin_file_batch(file, index, pages)?,
+            Ok(None) => {
+                sched::breathe()?;
+                self.pin_file_batch(file, index, pages)?
+            }
             Err(error) => Taken::nothing(error),
         };
         loop {
@@ -537,8 +542,7 @@ impl Pinner {
     /// Pins a batch of pages of `file`, and takes what is right of it: if nothing is, there is an
     /// error.
     fn pin_file_batch(&mut self, file: &LocalFile, index: usize, pages: usize) -> Result<Taken> {
-        let huge = gup::file_is_hugetlb(file);
-        self.batch.make_room(if huge { 0 } else { pages })?;
+        self.batch.make_room_in_file(pages, gup::file_unit(file))?;
         match self.batch.pin_file(file, index, pages) {
             Ok(_) => self.take_file_batch(file, index, pages),
             Err(error) => Ok(Taken::nothing(error)),

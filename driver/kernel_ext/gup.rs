@@ -116,8 +116,8 @@ impl OnePin {
     }
 
     /// Pins the folio of `file` in which the `pages` pages from `index` on are, as
-    /// [`Batch::pin_file`] does, and tells where they are in it. `None` if they are in several, or the
-    /// file has not got it yet: then it takes [`Batch::pin_file`].
+    /// [`Batch::pin_file`] does, and tells where they are in it. `None` if they are in several pages of
+    /// the file, or hugetlbfs has not got it yet: then it takes [`Batch::pin_file`].
     #[inline]
     pub(crate) fn of_file(
         file: &LocalFile,
@@ -130,10 +130,12 @@ impl OnePin {
         // SAFETY: There is room for a pointer and a place; `file` is a valid `struct file`.
         let pinned = unsafe { ffi::pinbuf_file_pin_one(file.as_ptr(), index, pages, to, out) };
         match NonNull::new(folio) {
-            // SAFETY: The folio was pinned, hence the place filled in. INVARIANT: The pin is ours; a
-            // pointer to a folio is one to its first page, and a pin of that page is one of the folio.
             Some(folio) if pinned == 1 => {
-                Ok(Some((Self(folio.cast()), unsafe { place.assume_init() })))
+                // SAFETY: The folio was pinned, hence the place filled in.
+                let place = unsafe { place.assume_init() };
+                // INVARIANT: The pin is ours; a pointer to a folio is one to its first page, and a
+                // pin of that page is one of the folio.
+                Ok(Some((Self(folio.cast()), place)))
             }
             _ => to_result(pinned).map(|()| None),
         }
@@ -213,8 +215,8 @@ impl Batch {
     /// 2 MiB of address space, which GUP's fast path walks with interrupts disabled.
     pub(crate) const MAX: usize = 512;
 
-    /// So many pages are pinned without an allocation: small buffers cost little else, and with huge
-    /// pages it is as many as are asked for at once ([`Batch::MAX_OF_FILE`]).
+    /// So many pages are pinned without an allocation: small buffers cost little else, and of pages of
+    /// 2 MiB these are as many as are asked for at once ([`Batch::MAX_OF_FILE`], from any page on).
     const FEW: usize = 33;
 
     /// The most pages of a file that one call asks for, where they are not small: if the file has
@@ -241,6 +243,15 @@ impl Batch {
             self.many = KVVec::with_capacity(self.most.min(Self::MAX), GFP_KERNEL_ACCOUNT)?;
         }
         Ok(())
+    }
+
+    /// The same for `pages` pages of a file, of which `unit` are one page of the file's.
+    pub(crate) fn make_room_in_file(&mut self, pages: usize, unit: usize) -> Result {
+        self.make_room(match unit {
+            1 => pages,
+            // Both ends may be in the middle of one.
+            _ => pages.min(Self::MAX_OF_FILE).saturating_sub(1) / unit + 2,
+        })
     }
 
     /// Where the pages are.
@@ -376,8 +387,7 @@ impl Batch {
 
     /// The most pages of `file` that one call of [`Batch::pin_file`] asks for.
     pub(crate) fn most_of(file: &LocalFile) -> usize {
-        // SAFETY: `file` is a valid `struct file`.
-        if unsafe { ffi::pinbuf_file_is_hugetlb(file.as_ptr()) } {
+        if file_is_hugetlb(file) {
             Self::MAX_OF_FILE
         } else {
             Self::MAX
@@ -453,10 +463,15 @@ pub(crate) fn file_has_pages(file: &LocalFile, index: usize, pages: usize) -> bo
     unsafe { ffi::pinbuf_file_has_pages(file.as_ptr(), index, pages) }
 }
 
+/// How many pages one page of `file` has: more than one if it is hugetlb's.
+pub(crate) fn file_unit(file: &LocalFile) -> usize {
+    // SAFETY: `file` is a valid `struct file`.
+    unsafe { ffi::pinbuf_file_unit(file.as_ptr()) }
+}
+
 /// Whether `file` is hugetlb's.
 pub(crate) fn file_is_hugetlb(file: &LocalFile) -> bool {
-    // SAFETY: `file` is a valid `struct file`.
-    unsafe { ffi::pinbuf_file_is_hugetlb(file.as_ptr()) }
+    file_unit(file) > 1
 }
 
 /// Drops pins of pages, many at a time where they are scattered.
