@@ -14,8 +14,9 @@ use nix::sys::signal::{killpg, Signal};
 use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 use nix::unistd::{setpgid, Pid};
 
-use crate::support::process::{become_user, drop_ipc_lock, in_child, set_memlock, Child, USER};
-use crate::support::{kernel, Device, Memory, Skip, PAGE};
+use crate::accounts::Accounts;
+use crate::support::process::Child;
+use crate::support::{kernel, Skip};
 
 /// A subtest.
 #[derive(Clone, Copy, Debug)]
@@ -108,9 +109,8 @@ struct State {
 }
 
 impl State {
-    fn now() -> Result<Self> {
-        let charges = |uid: u32| -> Result<Charges> { Charges::of(uid) };
-        let (user, root) = (charges(USER)?, charges(0)?);
+    fn now(accounts: &mut Accounts) -> Result<Self> {
+        let [user, root] = accounts.charges().context("asking for charges")?;
         Ok(Self {
             pins: kernel::pins()?,
             dma_bufs: kernel::dma_bufs()?,
@@ -171,59 +171,6 @@ impl State {
             parameters: "the module's parameters",
         }
         found
-    }
-}
-
-/// What a user is charged for, as far as the module tells or shows.
-#[derive(Debug)]
-struct Charges {
-    /// Any locked page at all, of whoever counts them per user.
-    locked: bool,
-    /// Bytes of the allowance.
-    allowance: u64,
-    /// Whether one more page fits under the system-wide allowance.
-    room: bool,
-}
-
-impl Charges {
-    /// Asks in a child that becomes the user. A page is charged to the user's locked pages while
-    /// they stay within `RLIMIT_MEMLOCK`: with a limit of one page, only if there was none.
-    fn of(uid: u32) -> Result<Self> {
-        let answer = Memory::map(
-            PAGE,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED | libc::MAP_ANONYMOUS,
-            None,
-            0,
-        )?;
-        in_child(|| {
-            let device = Device::open()?;
-            if uid == 0 {
-                drop_ipc_lock()?;
-            } else {
-                become_user(uid)?;
-            }
-            set_memlock(PAGE)?;
-            answer.set(0, device.query()?.allowance_used);
-            let memory = Memory::anonymous(PAGE)?;
-            let buffer = device.create(&[memory.range()]);
-            let charge = match &buffer {
-                Ok(buffer) => u64::from(device.describe(buffer)?.charge),
-                Err(_) => u64::MAX,
-            };
-            answer.set(8, charge);
-            drop(buffer);
-            set_memlock(0)?;
-            let buffer = device.create(&[memory.range()]);
-            answer.set(16, u64::from(buffer.is_ok()));
-            Ok(())
-        })
-        .context("asking for charges")?;
-        Ok(Self {
-            locked: answer.get(8) != u64::from(pinbuf_uapi::CHARGE_USER),
-            allowance: answer.get(0),
-            room: answer.get(16) != 0,
-        })
     }
 }
 
@@ -319,8 +266,9 @@ impl Log {
 pub struct Runner {
     log: Log,
     check_leaks: bool,
-    /// What there was after the last one, if that was what there was before it: asking takes a second
-    /// on a kernel with checkers. What comes late is then seen by the next one.
+    accounts: Accounts,
+    /// What there was after the last one, if that was what there was before it: asking takes long on a
+    /// kernel with checkers. What comes late is then seen by the next one.
     clean: Option<State>,
 }
 
@@ -334,6 +282,7 @@ impl Runner {
         Ok(Self {
             log: Log::open()?,
             check_leaks,
+            accounts: Accounts::default(),
             clean: None,
         })
     }
@@ -348,12 +297,12 @@ impl Runner {
         let before = match (self.check_leaks, self.clean.take()) {
             (false, _) => None,
             (true, Some(state)) => Some(state),
-            (true, None) => Some(State::now().context("before")?),
+            (true, None) => Some(State::now(&mut self.accounts).context("before")?),
         };
         let mut outcome = Self::run_alone(test)?;
         let mut faults = Vec::new();
         if let Some(before) = before {
-            let left = Self::left_behind(&before)?;
+            let left = self.left_behind(&before)?;
             if left.is_empty() {
                 self.clean = Some(before);
             } else {
@@ -414,13 +363,14 @@ impl Runner {
     }
 
     /// Waits for all to be as it was, and says what never is.
-    fn left_behind(before: &State) -> Result<Vec<String>> {
+    fn left_behind(&mut self, before: &State) -> Result<Vec<String>> {
         let deadline = Instant::now() + Self::SETTLE;
         loop {
             while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive)
             {
             }
-            let found = State::now().context("after")?.differences(before);
+            let now = State::now(&mut self.accounts).context("after")?;
+            let found = now.differences(before);
             if found.is_empty() || Instant::now() > deadline {
                 return Ok(found);
             }

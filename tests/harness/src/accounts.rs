@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What users are charged for, as far as the module tells or shows.
+//!
+//! A process of each user asks. It lives for as long as there are questions: a fork and an exit take
+//! longer than all that is asked, above all on a kernel with checkers.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
+use anyhow::{bail, Context, Result};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::resource::{setrlimit, Resource};
+use nix::sys::signal::Signal;
+
+use crate::support::process::{become_user, drop_ipc_lock, Child, PATIENCE, USER};
+use crate::support::{Device, Memory, PAGE};
+
+/// What a user is charged for.
+#[derive(Clone, Copy, Debug)]
+pub struct Charges {
+    /// Any locked page at all, of whoever counts them per user.
+    pub locked: bool,
+    /// Bytes of the allowance.
+    pub allowance: u64,
+    /// Whether one more page fits under the system-wide allowance.
+    pub room: bool,
+}
+
+/// A process of the tests' user, and one of root without `CAP_IPC_LOCK`.
+#[derive(Debug, Default)]
+pub struct Accounts([Option<Account>; 2]);
+
+impl Accounts {
+    /// What the tests' user and root are charged for.
+    pub fn charges(&mut self) -> Result<[Charges; 2]> {
+        let [user, root] = &mut self.0;
+        Ok([Account::ask(user, USER)?, Account::ask(root, 0)?])
+    }
+}
+
+/// A process of a user's.
+#[derive(Debug)]
+struct Account {
+    child: Child,
+    link: UnixStream,
+}
+
+impl Account {
+    /// Asks the process, or a new one: a test may have had it killed.
+    fn ask(account: &mut Option<Self>, uid: u32) -> Result<Charges> {
+        let mut asked = match account.take() {
+            Some(asked) => asked.or_new(uid)?,
+            None => Self::start(uid)?,
+        };
+        match asked.answer() {
+            Ok(charges) => {
+                *account = Some(asked);
+                Ok(charges)
+            }
+            Err(error) => {
+                let (status, said) = asked.child.end(PATIENCE)?;
+                bail!("user {uid}: {error}: {status:?} {said}")
+            }
+        }
+    }
+
+    /// This one, if it still runs.
+    fn or_new(mut self, uid: u32) -> Result<Self> {
+        match self.child.runs() {
+            Ok(true) => return Ok(self),
+            Ok(false) => {}
+            // The runner has waited for it already: its number may be another's by now.
+            Err(_) => std::mem::forget(self.child),
+        }
+        Self::start(uid)
+    }
+
+    fn answer(&mut self) -> std::io::Result<Charges> {
+        let (mut flags, mut allowance) = ([0; 2], [0; 8]);
+        self.link.write_all(&[0])?;
+        self.link.read_exact(&mut flags)?;
+        self.link.read_exact(&mut allowance)?;
+        Ok(Charges {
+            locked: flags[0] != 0,
+            room: flags[1] != 0,
+            allowance: u64::from_ne_bytes(allowance),
+        })
+    }
+
+    fn start(uid: u32) -> Result<Self> {
+        let (link, mut theirs) = UnixStream::pair()?;
+        link.set_read_timeout(Some(PATIENCE))?;
+        let child = Child::run(|| {
+            if uid == 0 {
+                drop_ipc_lock()?;
+            } else {
+                become_user(uid)?;
+            }
+            set_pdeathsig(Signal::SIGKILL).context("PR_SET_PDEATHSIG")?;
+            let memory = Memory::anonymous(PAGE)?;
+            let mut question = [0];
+            while theirs.read_exact(&mut question).is_ok() {
+                let charges = look(&memory)?;
+                let flags = [charges.locked.into(), charges.room.into()];
+                theirs.write_all(&flags)?;
+                theirs.write_all(&charges.allowance.to_ne_bytes())?;
+            }
+            Ok(())
+        })?;
+        Ok(Self { child, link })
+    }
+}
+
+/// A page is charged to the user's locked pages while they stay within `RLIMIT_MEMLOCK`: with a limit
+/// of one page, only if there was none.
+fn look(memory: &Memory) -> Result<Charges> {
+    let device = Device::open()?;
+    set_soft_memlock(PAGE)?;
+    let allowance = device.query()?.allowance_used;
+    let charge = match device.create(&[memory.range()]) {
+        Ok(buffer) => u64::from(device.describe(&buffer)?.charge),
+        Err(_) => u64::MAX,
+    };
+    set_soft_memlock(0)?;
+    let room = device.create(&[memory.range()]).is_ok();
+    Ok(Charges {
+        locked: charge != u64::from(pinbuf_uapi::CHARGE_USER),
+        allowance,
+        room,
+    })
+}
+
+/// Sets `RLIMIT_MEMLOCK`, in bytes, but not the limit of the limit.
+fn set_soft_memlock(bytes: usize) -> Result<()> {
+    setrlimit(Resource::RLIMIT_MEMLOCK, bytes as u64, PAGE as u64).context("setting RLIMIT_MEMLOCK")
+}
