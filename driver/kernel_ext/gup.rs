@@ -249,8 +249,8 @@ impl Batch {
     pub(crate) fn make_room_in_file(&mut self, pages: usize, unit: usize) -> Result {
         self.make_room(match unit {
             1 => pages,
-            // Both ends may be in the middle of one.
-            _ => pages.min(Self::MAX_OF_FILE).saturating_sub(1) / unit + 2,
+            // Both ends may be in the middle of one. `unit` is a power of two.
+            _ => (pages.min(Self::MAX_OF_FILE).saturating_sub(1) >> unit.trailing_zeros()) + 2,
         })
     }
 

@@ -5,15 +5,14 @@
 //! A process of each user asks. It lives for as long as there are questions: a fork and an exit take
 //! longer than all that is asked, above all on a kernel with checkers.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::fd::AsFd;
 
 use anyhow::{bail, Context, Result};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::resource::{setrlimit, Resource};
 use nix::sys::signal::Signal;
 
-use crate::support::process::{become_user, drop_ipc_lock, Child, PATIENCE, USER};
+use crate::support::process::{become_user, drop_ipc_lock, Child, End, Link, PATIENCE, USER};
 use crate::support::{Device, Memory, PAGE};
 
 /// What a user is charged for.
@@ -43,13 +42,13 @@ impl Accounts {
 #[derive(Debug)]
 struct Account {
     child: Child,
-    link: UnixStream,
+    link: End,
 }
 
 impl Account {
     /// Asks the process, or a new one: a test may have had it killed.
     fn ask(account: &mut Option<Self>, uid: u32) -> Result<Charges> {
-        let mut asked = match account.take() {
+        let asked = match account.take() {
             Some(asked) => asked.or_new(uid)?,
             None => Self::start(uid)?,
         };
@@ -60,7 +59,7 @@ impl Account {
             }
             Err(error) => {
                 let (status, said) = asked.child.end(PATIENCE)?;
-                bail!("user {uid}: {error}: {status:?} {said}")
+                bail!("user {uid}: {error:#}: {status:?} {said}")
             }
         }
     }
@@ -76,21 +75,20 @@ impl Account {
         Self::start(uid)
     }
 
-    fn answer(&mut self) -> std::io::Result<Charges> {
-        let (mut flags, mut allowance) = ([0; 2], [0; 8]);
-        self.link.write_all(&[0])?;
-        self.link.read_exact(&mut flags)?;
-        self.link.read_exact(&mut allowance)?;
+    /// Hands the device over, which only root may open, and hears what there is to say.
+    fn answer(&self) -> Result<Charges> {
+        self.link.send(Device::open()?.as_fd())?;
+        let (locked, room) = (self.link.hear()? != 0, self.link.hear()? != 0);
+        let allowance = self.link.hear()?;
         Ok(Charges {
-            locked: flags[0] != 0,
-            room: flags[1] != 0,
-            allowance: u64::from_ne_bytes(allowance),
+            locked,
+            allowance,
+            room,
         })
     }
 
     fn start(uid: u32) -> Result<Self> {
-        let (link, mut theirs) = UnixStream::pair()?;
-        link.set_read_timeout(Some(PATIENCE))?;
+        let Link { ours, theirs } = Link::new()?;
         let child = Child::run(|| {
             if uid == 0 {
                 drop_ipc_lock()?;
@@ -99,23 +97,22 @@ impl Account {
             }
             set_pdeathsig(Signal::SIGKILL).context("PR_SET_PDEATHSIG")?;
             let memory = Memory::anonymous(PAGE)?;
-            let mut question = [0];
-            while theirs.read_exact(&mut question).is_ok() {
-                let charges = look(&memory)?;
-                let flags = [charges.locked.into(), charges.room.into()];
-                theirs.write_all(&flags)?;
-                theirs.write_all(&charges.allowance.to_ne_bytes())?;
+            // A test may take long.
+            theirs.wait_for_ever()?;
+            loop {
+                let charges = look(&Device::from(theirs.receive()?), &memory)?;
+                theirs.say(charges.locked.into())?;
+                theirs.say(charges.room.into())?;
+                theirs.say(charges.allowance)?;
             }
-            Ok(())
         })?;
-        Ok(Self { child, link })
+        Ok(Self { child, link: ours })
     }
 }
 
 /// A page is charged to the user's locked pages while they stay within `RLIMIT_MEMLOCK`: with a limit
 /// of one page, only if there was none.
-fn look(memory: &Memory) -> Result<Charges> {
-    let device = Device::open()?;
+fn look(device: &Device, memory: &Memory) -> Result<Charges> {
     set_soft_memlock(PAGE)?;
     let allowance = device.query()?.allowance_used;
     let charge = match device.create(&[memory.range()]) {

@@ -229,6 +229,11 @@ impl End {
         self.hear().map(drop)
     }
 
+    /// From now on the other side may take as long as it likes.
+    pub fn wait_for_ever(&self) -> Result<()> {
+        self.0.set_read_timeout(None).context("without a limit")
+    }
+
     /// Says a number.
     pub fn say(&self, value: u64) -> Result<()> {
         (&self.0)
