@@ -100,7 +100,7 @@ const CHECKED: Run = Run {
     // With its checks the slab allocator keeps no stocks of free objects, which it would allocate now
     // and then: a call makes the same allocations each time, so that none is missed.
     cmdline: "slab_debug=F",
-    timeout: 1200,
+    timeout: 1800,
     ..PLAIN
 };
 
