@@ -29,13 +29,13 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Some pages of it, or some huge ones, none of them there yet.
+    /// Some pages of it ([`FEW`]), or some huge ones, none of them there yet.
     pub fn fresh(self) -> Result<Memory> {
         let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         match self {
-            Self::Anonymous => Memory::small_pages(20 * PAGE),
+            Self::Anonymous => Memory::small_pages(FEW * PAGE),
             Self::Shmem => {
-                let memory = Memory::shared(memfd(20 * PAGE, 0)?, 20 * PAGE)?;
+                let memory = Memory::shared(memfd(FEW * PAGE, 0)?, FEW * PAGE)?;
                 memory.advise(0, memory.len(), libc::MADV_NOHUGEPAGE)?;
                 Ok(memory)
             }
@@ -99,6 +99,9 @@ pub fn create_from(
         ..create()
     })
 }
+
+/// More small pages than the driver pins without memory for a list of them.
+pub const FEW: usize = 40;
 
 /// Whether the buffer consists of the memory's pages, in their order.
 pub fn is_of(device: &Device, buffer: &Buffer, memory: &Memory) -> Result<()> {

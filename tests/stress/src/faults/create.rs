@@ -227,8 +227,8 @@ fn create_on_the_allowance() -> Result<()> {
 
 /// The pin of one page fails, be it the first, the last, or one at the end of a batch.
 fn pinning_any_page() -> Result<()> {
-    /// The driver pins 16 pages in one go, or else up to 512.
-    const BATCHES: [(usize, &[usize]); 2] = [(16, &[0, 8, 16]), (1100, &[0, 16, 512, 1024, 1100])];
+    /// The driver pins 33 pages in one go, or else up to 512.
+    const BATCHES: [(usize, &[usize]); 2] = [(33, &[0, 16, 33]), (1100, &[0, 33, 512, 1024, 1100])];
     let device = Device::open()?;
     for (pages, places) in BATCHES {
         let [memory, _between] = scattered(pages)?;

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 
 use super::inject::{Fault, Injector};
 use super::sweep::{Call, Expected};
-use crate::kinds::{create_from, is_of};
+use crate::kinds::{create_from, is_of, FEW};
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
 use pinbuf_test_harness::support::memory::{huge_memfd, memfd, HUGE, PAGE};
 use pinbuf_test_harness::support::{Buffer, Device, Memory};
@@ -69,8 +69,8 @@ fn create_from_shmem() -> Result<()> {
         Expected::lasting(Fault::Slab, ENOMEM).failing(6),
     ];
     from(
-        20 * PAGE,
-        || memfd(20 * PAGE, 0),
+        FEW * PAGE,
+        || memfd(FEW * PAGE, 0),
         &[
             slabs[0],
             slabs[1],
@@ -95,7 +95,7 @@ fn create_from_hugetlb() -> Result<()> {
     let _pool = HugePool::with_free(2)?;
     let there = [
         Expected::single(Fault::Slab, ENOMEM).failing(5),
-        Expected::lasting(Fault::Slab, ENOMEM).failing(6),
+        Expected::lasting(Fault::Slab, ENOMEM).failing(5),
         Expected::single(Fault::Page, ENOMEM),
         Expected::lasting(Fault::Page, ENOMEM),
         COPIES,
