@@ -65,9 +65,6 @@ fn check_leaks() -> Result<()> {
     if !fs::exists(KMEMLEAK)? {
         return Ok(());
     }
-    // It looks through the structs of all pages in use, and through every object: without what is
-    // merely cached there are fewer.
-    fs::write("/proc/sys/vm/drop_caches", "3").context("dropping caches")?;
     for _ in 0..2 {
         std::thread::sleep(AGE);
         fs::write(KMEMLEAK, "scan").context("starting kmemleak's scan")?;
