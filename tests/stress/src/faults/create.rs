@@ -10,7 +10,7 @@ use pinbuf_uapi::{Backing, Range, CHARGE_ALLOWANCE};
 
 use super::inject::{Fault, Injector};
 use super::sweep::{Call, Expected, Held};
-use crate::kinds::{is_of, scattered, Kind};
+use crate::kinds::{is_of, scattered, Kind, FEW};
 use pinbuf_test_harness::support::kernel::Setting;
 use pinbuf_test_harness::support::memory::{memfd, stamp, PAGE, RW};
 use pinbuf_test_harness::support::process::{drop_ipc_lock, set_memlock};
@@ -108,11 +108,11 @@ fn create(kind: Kind, pages: usize) -> Result<()> {
 }
 
 fn create_anonymous() -> Result<()> {
-    create(Kind::Anonymous, 20)
+    create(Kind::Anonymous, FEW)
 }
 
 fn create_shmem() -> Result<()> {
-    create(Kind::Shmem, 20)
+    create(Kind::Shmem, FEW)
 }
 
 fn create_transparent() -> Result<()> {

@@ -82,8 +82,8 @@ fn create_from_shmem() -> Result<()> {
         &[
             slabs[0],
             slabs[1],
-            Expected::single(Fault::Page, ENOMEM).failing(18),
-            Expected::lasting(Fault::Page, ENOMEM).failing(18),
+            Expected::single(Fault::Page, ENOMEM).failing(FEW - 2),
+            Expected::lasting(Fault::Page, ENOMEM).failing(FEW - 2),
             COPIES,
         ],
     )
