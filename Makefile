@@ -35,6 +35,7 @@ install-files:
 	install -D -m 644 packaging/60-pinbuf.rules $(DESTDIR)/usr/lib/udev/rules.d/60-pinbuf.rules
 	install -D -m 644 packaging/modules-load.conf $(DESTDIR)/usr/lib/modules-load.d/pinbuf.conf
 	$(if $(DESTDIR),,-udevadm control --reload)
+	$(if $(DESTDIR),,-test ! -e /dev/pinbuf || udevadm trigger /dev/pinbuf)
 
 install-user:
 	cargo build --release --workspace --exclude pinbuf-guest --exclude pinbuf-guest-init
