@@ -11,6 +11,7 @@ use clap::Args;
 
 use crate::guest::{End, Guest, Options, Streams};
 use crate::ui::{say, seconds, tail};
+use crate::userspace::Profile;
 use crate::{paths, vm};
 
 /// Runs pinbuf-bench in a guest: the table goes to standard output, progress to standard error.
@@ -72,10 +73,8 @@ impl Bench {
         ];
         let mut qemu: Vec<String> = iommu.map(str::to_owned).into();
         if self.icount {
-            // One nanosecond of the guest's clock is one instruction. The emulator counts each step
-            // of a string instruction: by bytes, as the kernel clears pages on processors with
-            // these features, that would be 4,096 for a page.
-            qemu.extend(["-icount", "shift=0", "-cpu", "max,-erms,-fsrm"].map(str::to_owned));
+            // One nanosecond of the guest's clock is one instruction.
+            qemu.extend(["-icount", "shift=0"].map(str::to_owned));
         }
         let options = Options {
             command: self.command(),
@@ -86,6 +85,7 @@ impl Bench {
             qemu,
             share: Some(std::env::current_dir()?),
             build: !self.no_build,
+            profile: Profile::Release,
             timeout: Some(Duration::from_secs(self.timeout * 60)),
             modules: vec!["pinbuf_test_importer".to_owned()],
             ..Options::default()
