@@ -4,8 +4,10 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{bail, Context, Result};
+use walkdir::WalkDir;
 
 use crate::archive::Stock;
 use crate::cache::{self, Key};
@@ -118,7 +120,10 @@ fn make_build_tree(tools: &Tree, step: &Step, stock: &Stock, source: &str) -> Re
         .join(format!("{release}.headers"));
     remove(&place)?;
     remove(&headers)?;
-    fs::create_dir_all(&place)?;
+    match sibling(stock)? {
+        Some(sibling) => begin_with(step, &sibling, release)?,
+        None => fs::create_dir_all(&place)?,
+    }
     fs::create_dir_all(&headers)?;
     tools.unpack(step, std::slice::from_ref(&stock.headers), &headers)?;
     let headers_tree = headers
@@ -146,7 +151,56 @@ fn make_build_tree(tools: &Tree, step: &Step, stock: &Stock, source: &str) -> Re
     check_config(&config, &fs::read_to_string(place.join(".config"))?)?;
     copy("Module.symvers")?;
     copy("vmlinux")?;
+    fs::write(place.join(SOURCE), &stock.source)?;
     remove(&headers)
+}
+
+/// A file in a tree that names the source that it was made from.
+const SOURCE: &str = "pinbuf-source";
+
+/// Another flavour whose tree is there, made from the same source.
+fn sibling(stock: &Stock) -> Result<Option<String>> {
+    let stamps = paths::build().join("stamps/kbuild");
+    for stamp in fs::read_dir(stamps).into_iter().flatten() {
+        let other = stamp?.file_name().to_string_lossy().into_owned();
+        let source = fs::read_to_string(place(&other).join(SOURCE));
+        if other != stock.release && source.is_ok_and(|source| source == stock.source) {
+            return Ok(Some(other));
+        }
+    }
+    Ok(None)
+}
+
+/// Begins a tree with a copy of another flavour's.  make knows by which command each file was made,
+/// and by which options of the configuration, and makes again what these differ for; the rest, what
+/// runs on the host first of all, is more than half of the work.
+fn begin_with(step: &Step, other: &str, release: &str) -> Result<()> {
+    let place = place(release);
+    let mut copy = Command::new("cp");
+    copy.args(["-a", "--reflink=auto"])
+        .arg(self::place(other))
+        .arg(&place);
+    step.run(&mut copy, "kernels.log")?;
+    remove(&place.join(SOURCE))?;
+    // Commands and dependencies have the tree's path in them.
+    let (from, to) = (
+        format!("{BUILD}/kbuild/{other}"),
+        format!("{BUILD}/kbuild/{release}"),
+    );
+    for entry in WalkDir::new(&place) {
+        let entry = entry?;
+        if !entry.file_type().is_file() {
+            continue;
+        }
+        // What is not text was made from files that are the same.
+        let Ok(text) = fs::read_to_string(entry.path()) else {
+            continue;
+        };
+        if text.contains(&from) && !text.contains('\0') {
+            fs::write(entry.path(), text.replace(&from, &to))?;
+        }
+    }
+    Ok(())
 }
 
 /// The configuration must still be Debian's: another one is another layout of structures.
