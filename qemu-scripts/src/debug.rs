@@ -18,9 +18,12 @@ use crate::{paths, stock};
 /// The options on top of allnoconfig.
 const FRAGMENT: &str = include_str!("../debug.config");
 
+/// What make reads before each of the kernel's Makefiles.
+const MAKEFILE: &str = include_str!("../debug.mk");
+
 /// Rust and KASAN together need clang.
 const COMPILER: &str = "LLVM=-19";
-const PACKAGES: &[&str] = &["clang-19", "lld-19", "llvm-19"];
+const PACKAGES: &[&str] = &["clang-19", "lld-19", "llvm-19", "lz4"];
 
 /// What `uname -r` says on the debug kernel of this version.
 pub fn release(stock: &Stock) -> String {
@@ -29,7 +32,11 @@ pub fn release(stock: &Stock) -> String {
 }
 
 fn key(stock: &Stock) -> Key {
-    Key::new().text("1").text(&stock.source).text(FRAGMENT)
+    Key::new()
+        .text("1")
+        .text(&stock.source)
+        .text(FRAGMENT)
+        .text(MAKEFILE)
 }
 
 /// Where the kernel is built.  Modules are built in the same tree.
@@ -79,6 +86,7 @@ fn configure(tools: &Tree, step: &Step, stock: &Stock, source: &str) -> Result<(
     let place = place(stock);
     fs::create_dir_all(&place)?;
     fs::write(place.join("debug.config"), FRAGMENT)?;
+    fs::write(place.join("debug.mk"), MAKEFILE)?;
     let inside = format!("{BUILD}/kbuild/{}", release(stock));
     let all = format!("KCONFIG_ALLCONFIG={inside}/debug.config");
     make(tools, step, stock, source, &[&all, "allnoconfig"])?;
@@ -104,13 +112,15 @@ fn configure(tools: &Tree, step: &Step, stock: &Stock, source: &str) -> Result<(
 }
 
 fn make(tools: &Tree, step: &Step, stock: &Stock, source: &str, targets: &[&str]) -> Result<()> {
-    let output = format!("O={BUILD}/kbuild/{}", release(stock));
+    let inside = format!("{BUILD}/kbuild/{}", release(stock));
+    let output = format!("O={inside}");
     let mut arguments = vec!["nice", "make", "-C", source, &output, COMPILER];
     arguments.extend(targets);
     let mut command: Command = tools.command(&arguments)?;
     // The same source gives the same kernel.
     command
         .env("KBUILD_BUILD_USER", "pinbuf")
-        .env("KBUILD_BUILD_HOST", "pinbuf");
+        .env("KBUILD_BUILD_HOST", "pinbuf")
+        .env("MAKEFILES", format!("{inside}/debug.mk"));
     step.run(&mut command, "kernels.log")
 }
