@@ -21,7 +21,8 @@ use crate::qemu::{self, Sockets};
 use crate::qmp::Qmp;
 use crate::tree::Tree;
 use crate::ui::tail;
-use crate::{cleanup, image, initramfs, paths, payload, userspace, watch};
+use crate::userspace::{self, Profile};
+use crate::{cleanup, image, initramfs, paths, payload, watch};
 
 /// Consoles of this many runs are kept.
 const LOGS_KEPT: usize = 200;
@@ -45,6 +46,8 @@ pub struct Options {
     pub timeout: Option<Duration>,
     /// Leave out pinbuf.
     pub bare: bool,
+    /// How userspace is built.
+    pub profile: Profile,
     /// Build userspace first.
     pub build: bool,
     /// The image that the guest runs on.
@@ -72,6 +75,7 @@ impl Default for Options {
             share: None,
             timeout: Some(Duration::from_secs(600)),
             bare: false,
+            profile: Profile::Dev,
             build: true,
             image: "base".into(),
             qmp: None,
@@ -148,7 +152,10 @@ impl Guest {
         if !options.bare {
             layers.insert(
                 0,
-                ("pinbuf", payload::ensure(&tools, &kernel, options.build)?),
+                (
+                    "pinbuf",
+                    payload::ensure(&tools, &kernel, options.profile, options.build)?,
+                ),
             );
         }
 

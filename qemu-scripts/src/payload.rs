@@ -13,18 +13,24 @@ use anyhow::{Context, Result};
 use crate::cache::{self, Key};
 use crate::kernel::Kernel;
 use crate::tree::{remove, Tree, BUILD};
-use crate::{image, module, paths, userspace};
+use crate::userspace::{self, Profile};
+use crate::{image, module, paths};
 
 /// How many layers are kept, for runs that change nothing.
 const KEPT: usize = 12;
 
 /// Makes the layer for this kernel, and tells where it is.
-pub fn ensure(tools: &Tree, kernel: &Kernel, build_userspace: bool) -> Result<PathBuf> {
+pub fn ensure(
+    tools: &Tree,
+    kernel: &Kernel,
+    profile: Profile,
+    build_userspace: bool,
+) -> Result<PathBuf> {
     let mut files: BTreeMap<PathBuf, PathBuf> = BTreeMap::new();
     let programs = if build_userspace {
-        userspace::build()?
+        userspace::build(profile)?
     } else {
-        userspace::built()?
+        userspace::built(profile)?
     };
     for path in programs {
         if let Some(place) = userspace::place(&path) {

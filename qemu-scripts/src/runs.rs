@@ -47,8 +47,6 @@ pub struct Run {
     pub verdict: Verdict,
     /// Whether the command takes `--filter`.
     pub filters: bool,
-    /// Among how many guests it is divided; more than one if the command takes `--part`.
-    pub parts: usize,
     /// Seconds until the guest is stopped.
     pub timeout: u64,
 }
@@ -68,7 +66,6 @@ const PLAIN: Run = Run {
     command: "pinbuf-selftest",
     verdict: Verdict::Ktap,
     filters: true,
-    parts: 1,
     timeout: 600,
 };
 
@@ -234,8 +231,6 @@ pub const RUNS: &[Run] = &[
         kernel: "debug",
         // The sanitizers cost time and memory.
         memory: "6G",
-        // By far the longest: nothing else would be left for the other processor.
-        parts: 2,
         timeout: 2700,
         ..PLAIN
     },

@@ -57,8 +57,6 @@ pub fn test(filter: &[String]) -> Result<Tested> {
         .env("RUSTC_BOOTSTRAP", "1")
         .env("RUSTFLAGS", OPTION)
         .env("RUSTDOCFLAGS", OPTION)
-        // The models of the driver's parts take minutes without. Assertions stay.
-        .env("CARGO_PROFILE_DEV_OPT_LEVEL", "1")
         .args(["test", "--no-fail-fast", "--color=never"])
         .args(["--target", TARGET, "--target-dir"])
         .arg(&directory);

@@ -22,7 +22,8 @@ use crate::runs::{Run, Verdict, When, RUNS};
 use crate::sanitize::{self, Tested};
 use crate::tree::Tree;
 use crate::ui::{say, seconds, tail};
-use crate::{demo, module, paths, userspace, vm, watch};
+use crate::userspace::{self, Profile};
+use crate::{demo, module, paths, vm, watch};
 
 /// Reasons for which a test may be skipped.
 const ALLOWED_SKIPS: &str = include_str!("../allowed-skips.txt");
@@ -104,12 +105,12 @@ impl Test {
         let mut jobs: Vec<Job> = RUNS
             .iter()
             .filter(|run| self.chosen(run))
-            .flat_map(|run| match self.kernel.as_slice() {
-                [] => self.jobs_of(run, run.kernel),
-                kernels => kernels
-                    .iter()
-                    .flat_map(|kernel| self.jobs_of(run, kernel))
-                    .collect(),
+            .flat_map(|run| {
+                let kernels = match self.kernel.as_slice() {
+                    [] => vec![run.kernel.to_owned()],
+                    kernels => kernels.to_vec(),
+                };
+                kernels.into_iter().map(move |kernel| Job { run, kernel })
             })
             .collect();
         let start = Instant::now();
@@ -125,7 +126,7 @@ impl Test {
             all.add(lint());
         }
         if !jobs.is_empty() || screen {
-            match userspace::build() {
+            match userspace::build(Profile::Dev) {
                 Ok(_) => {
                     all.add(self.guests(&mut jobs));
                     if screen {
@@ -161,17 +162,6 @@ impl Test {
         let sensible = self.kernel.is_empty() || named || run.kernel == "default";
         let filtered = self.filter.is_empty() || run.filters;
         (named || by_default) && sensible && filtered
-    }
-
-    /// A run on a kernel, or the parts of it; what was chosen by name is short enough as it is.
-    fn jobs_of(&self, run: &'static Run, kernel: &str) -> Vec<Job> {
-        let parts = if self.filter.is_empty() { run.parts } else { 1 };
-        let job = |part| Job {
-            run,
-            kernel: kernel.to_owned(),
-            part: (parts > 1).then(|| format!("{part}/{parts}")),
-        };
-        (1..=parts).map(job).collect()
     }
 
     /// `cargo test`.
@@ -284,12 +274,9 @@ impl Test {
     }
 
     fn guest_counts(&self, job: &Job, title: &str, lines: &mut Vec<String>) -> Result<Counts> {
-        let Job { run, kernel, part } = job;
+        let Job { run, kernel } = job;
         let output = Arc::new(Mutex::new(Vec::new()));
         let mut command = shell_words::split(run.command)?;
-        if let Some(part) = part {
-            command.extend(["--part".to_owned(), part.clone()]);
-        }
         if run.filters {
             for filter in &self.filter {
                 command.extend(["--filter".to_owned(), filter.clone()]);
@@ -489,28 +476,21 @@ fn summary(title: &str, counts: Counts, start: Instant) -> String {
     )
 }
 
-/// A run on a kernel, or a part of one.
+/// A run on a kernel.
 struct Job {
     run: &'static Run,
     kernel: String,
-    part: Option<String>,
 }
 
 impl Job {
     /// For people.
     fn title(&self) -> String {
-        let (name, kernel) = (self.run.name, &self.kernel);
-        match &self.part {
-            Some(part) => format!("{name} {part} ({kernel})"),
-            None => format!("{name} ({kernel})"),
-        }
+        format!("{} ({})", self.run.name, self.kernel)
     }
 
     /// The file that its output goes to.
     fn log(&self) -> String {
-        let part = self.part.as_ref().map(|part| part.replace('/', "-of-"));
-        let part = part.map_or_else(String::new, |part| format!("-{part}"));
-        format!("test-{}{part}.log", self.run.name)
+        format!("test-{}.log", self.run.name)
     }
 }
 

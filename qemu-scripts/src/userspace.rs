@@ -13,8 +13,24 @@ use crate::cache::{self, Key};
 use crate::paths;
 use crate::ui::step;
 
-/// The packages that belong to the host.
-const HOST_ONLY: [&str; 2] = ["pinbuf-guest", "pinbuf-guest-init"];
+/// How programs are built, which is a profile of cargo's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// With assertions and checked arithmetic, for tests.
+    Dev,
+    /// As users get them, for what is measured.
+    Release,
+}
+
+impl Profile {
+    /// The directory below cargo's target.
+    fn directory(self) -> PathBuf {
+        target().join(match self {
+            Self::Dev => "debug",
+            Self::Release => "release",
+        })
+    }
+}
 
 /// cargo, at the root of the repository.
 pub fn cargo() -> Command {
@@ -39,22 +55,24 @@ fn target() -> PathBuf {
 }
 
 /// Builds the programs and libraries, and tells where they are.
-pub fn build() -> Result<Vec<PathBuf>> {
+pub fn build(profile: Profile) -> Result<Vec<PathBuf>> {
     step("userspace", |step| {
         let mut command = cargo();
-        command.args(["build", "--release", "--workspace"]);
-        for package in HOST_ONLY {
-            command.args(["--exclude", package]);
+        // All of it, though guests do not get this program: with the same packages the same features
+        // are chosen, and what `cargo test` has compiled need not be compiled again.
+        command.args(["build", "--workspace"]);
+        if profile == Profile::Release {
+            command.arg("--release");
         }
         step.run(&mut command, "userspace.log")
             .context("userspace does not compile")
     })?;
-    built()
+    built(profile)
 }
 
 /// The programs and libraries that were built last.
-pub fn built() -> Result<Vec<PathBuf>> {
-    let directory = target().join("release");
+pub fn built(profile: Profile) -> Result<Vec<PathBuf>> {
+    let directory = profile.directory();
     let mut found = Vec::new();
     let Ok(entries) = fs::read_dir(&directory) else {
         return Ok(found);
@@ -80,16 +98,15 @@ pub fn built() -> Result<Vec<PathBuf>> {
 pub fn init() -> Result<PathBuf> {
     const TRIPLE: &str = "x86_64-unknown-linux-gnu";
     let target = paths::build().join("guest-target");
-    let program = target.join(TRIPLE).join("release/pinbuf-guest-init");
+    let program = target.join(TRIPLE).join("debug/pinbuf-guest-init");
     let key = Key::new()
-        .text("1")
+        .text("2")
         .files(&paths::root().join("qemu-scripts/init"))?;
     cache::ensure("init", "guests' first process", key, |step| {
         let mut command = cargo();
         command
             .args([
                 "build",
-                "--release",
                 "--package",
                 "pinbuf-guest-init",
                 "--target",
@@ -111,4 +128,40 @@ pub fn place(path: &Path) -> Option<PathBuf> {
     let name = path.file_name()?;
     let library = path.extension().is_some_and(|extension| extension == "so");
     Some(Path::new(if library { "usr/lib/pinbuf" } else { "usr/bin" }).join(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use walkdir::WalkDir;
+
+    use super::*;
+
+    /// A test in a program whose manifest says that there are none would never run.
+    #[test]
+    fn programs_without_tests_have_none() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let mut without = 0;
+        for directory in ["shim", "tests", "qemu-scripts", "uapi"] {
+            for entry in WalkDir::new(root.join(directory)) {
+                let path = entry.unwrap().into_path();
+                if !path.ends_with("Cargo.toml")
+                    || !fs::read_to_string(&path).unwrap().contains("test = false")
+                {
+                    continue;
+                }
+                without += 1;
+                for source in WalkDir::new(path.with_file_name("src")) {
+                    let source = source.unwrap().into_path();
+                    if source
+                        .extension()
+                        .is_some_and(|extension| extension == "rs")
+                    {
+                        let text = fs::read_to_string(&source).unwrap();
+                        assert!(!text.contains("#[test]"), "{}", source.display());
+                    }
+                }
+            }
+        }
+        assert!(without > 0);
+    }
 }

@@ -15,6 +15,7 @@ use signal_hook::iterator::Signals;
 
 use crate::guest::{End, Guest, Options, Outcome, Requests, Streams};
 use crate::ui::{say, seconds, tail};
+use crate::userspace::Profile;
 use crate::{cleanup, paths};
 
 /// The command did not end because the machine stopped.
@@ -60,6 +61,9 @@ pub struct Vm {
     /// Without pinbuf: neither module nor programs.
     #[arg(long)]
     bare: bool,
+    /// Programs as users get them: optimised, and without the assertions that tests have.
+    #[arg(long)]
+    release: bool,
     /// Take userspace as it was built last.
     #[arg(long)]
     no_build: bool,
@@ -107,6 +111,11 @@ impl Vm {
                 given => Some(Duration::from_secs(given.unwrap_or(600))),
             },
             bare: self.bare,
+            profile: if self.release {
+                Profile::Release
+            } else {
+                Profile::Dev
+            },
             build: !self.no_build,
             image: self.image,
             qmp: self.qmp.map(std::path::absolute).transpose()?,

@@ -23,9 +23,8 @@ mod uffd;
 mod vivid;
 
 use std::process::ExitCode;
-use std::str::FromStr;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::Result;
 use clap::Parser;
 
 use pinbuf_test_harness::{report, Test};
@@ -41,10 +40,6 @@ struct Options {
     #[arg(long, value_name = "SUBSTR")]
     filter: Vec<String>,
 
-    /// Run only every Nth of them, from the Kth on
-    #[arg(long, value_name = "K/N")]
-    part: Option<Part>,
-
     /// Do not look for what a subtest left behind
     #[arg(long)]
     no_leak_checks: bool,
@@ -52,28 +47,6 @@ struct Options {
     /// Used by the tests themselves: what a program sees after execve
     #[arg(long, hide = true, value_name = "FD")]
     after_exec: Option<i32>,
-}
-
-/// One of as many parts as all subtests are divided into.
-#[derive(Clone, Copy, Debug)]
-struct Part {
-    /// From 0 on.
-    number: usize,
-    parts: usize,
-}
-
-impl FromStr for Part {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let (part, parts) = text.split_once('/').context("no `/` in it, as in `1/2`")?;
-        let (part, parts): (usize, usize) = (part.parse()?, parts.parse()?);
-        ensure!((1..=parts).contains(&part), "there is no such part");
-        Ok(Self {
-            number: part - 1,
-            parts,
-        })
-    }
 }
 
 fn tests() -> impl Iterator<Item = &'static Test> {
@@ -107,13 +80,6 @@ fn main() -> Result<ExitCode> {
         .filter(|test| {
             options.filter.is_empty() || options.filter.iter().any(|part| test.name.contains(part))
         })
-        .enumerate()
-        .filter(|(n, _)| {
-            options
-                .part
-                .is_none_or(|part| n % part.parts == part.number)
-        })
-        .map(|(_, test)| test)
         .collect();
     if options.list {
         for test in chosen {
