@@ -110,7 +110,16 @@ pub enum End {
     Crashed,
     /// The time was over.
     TimedOut,
+    /// The kernel did not come to its first process within [`BOOT_LIMIT`].
+    NotBooted,
 }
+
+/// Within this a kernel comes to its first process, or never. (Once in some hundreds of times an emulated
+/// processor gets no more timer interrupts while the kernel boots, and all that waits for time hangs.)
+pub const BOOT_LIMIT: Duration = Duration::from_secs(150);
+
+/// What the kernel says when it comes to its first process.
+const FIRST_PROCESS: &str = "as init process";
 
 /// The outcome of a run.
 #[derive(Debug)]
@@ -347,7 +356,15 @@ impl Guest {
     /// Waits for the end.
     pub fn wait(mut self) -> Result<Outcome> {
         let mut boot = None;
+        let mut limit = Some(BOOT_LIMIT);
         let end = loop {
+            if limit.is_some_and(|limit| self.start.elapsed() > limit) {
+                limit = None;
+                let log = fs::read(&self.log).context("reading the guest's console")?;
+                if boot.is_none() && !String::from_utf8_lossy(&log).contains(FIRST_PROCESS) {
+                    break End::NotBooted;
+                }
+            }
             if self
                 .timeout
                 .is_some_and(|timeout| self.start.elapsed() > timeout)

@@ -119,7 +119,7 @@ pub const RUNS: &[Run] = &[
                   modprobe pinbuf; test -c /dev/pinbuf'",
         verdict: Verdict::Status,
         filters: false,
-        timeout: 120,
+        timeout: 300,
         ..PLAIN
     },
     Run {
@@ -130,7 +130,7 @@ pub const RUNS: &[Run] = &[
         cmdline: "",
         command: "pinbuf-selftest --filter vivid",
         filters: false,
-        timeout: 180,
+        timeout: 300,
         ..PLAIN
     },
     Run {
@@ -162,7 +162,7 @@ pub const RUNS: &[Run] = &[
         modules: &[],
         command: "tests/install/run",
         filters: false,
-        timeout: 180,
+        timeout: 300,
         ..PLAIN
     },
     Run {

@@ -34,6 +34,9 @@ const SCREEN: &str = "screen";
 const LINT: &str = "lint";
 const SANITIZE: &str = "sanitize";
 
+/// How often a guest is started whose kernel does not come to its first process.
+const BOOTS: usize = 3;
+
 /// How much of the kernel's log is shown when a guest did not end by itself.
 const TAIL: usize = 60;
 
@@ -310,18 +313,31 @@ impl Test {
             ),
             ..Options::default()
         };
-        let streams = Streams {
-            input: None,
-            output: Box::new(Collector {
-                output: Arc::clone(&output),
-                shown: show_progress(),
-            }),
-            error: Box::new(Collector {
-                output: Arc::clone(&output),
-                shown: false,
-            }),
+        let mut attempt = 1;
+        let outcome = loop {
+            let streams = Streams {
+                input: None,
+                output: Box::new(Collector {
+                    output: Arc::clone(&output),
+                    shown: show_progress(),
+                }),
+                error: Box::new(Collector {
+                    output: Arc::clone(&output),
+                    shown: false,
+                }),
+            };
+            let outcome = Guest::start(&options, streams)?.wait()?;
+            if outcome.end != End::NotBooted || attempt == BOOTS {
+                break outcome;
+            }
+            // Nothing of ours has run then.
+            attempt += 1;
+            lines.push(format!(
+                "{title}: started again, as the kernel had not come to its first process after {}: {}",
+                seconds(outcome.total),
+                paths::shown(&outcome.log)
+            ));
         };
-        let outcome = Guest::start(&options, streams)?.wait()?;
         let output = output.lock().unwrap_or_else(|error| error.into_inner());
         let text = String::from_utf8_lossy(&output).into_owned();
         // Also of runs that pass: their figures are in it.

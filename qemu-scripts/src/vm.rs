@@ -13,7 +13,7 @@ use pinbuf_guest_init::Request;
 use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
 
-use crate::guest::{End, Guest, Options, Outcome, Requests, Streams};
+use crate::guest::{End, Guest, Options, Outcome, Requests, Streams, BOOT_LIMIT};
 use crate::ui::{say, seconds, tail};
 use crate::userspace::Profile;
 use crate::{cleanup, paths};
@@ -166,7 +166,7 @@ fn status(outcome: &Outcome, expect_splat: bool) -> i32 {
         End::Exited(status) => *status,
         End::Killed(signal) => 128 + signal,
         End::Failed(_) | End::Crashed => CRASHED,
-        End::TimedOut => TIMED_OUT,
+        End::TimedOut | End::NotBooted => TIMED_OUT,
     }
 }
 
@@ -204,6 +204,11 @@ pub fn problem(outcome: &Outcome) -> Option<String> {
         End::Exited(_) | End::Killed(_) => None,
         End::Failed(reason) => Some(format!("the guest could not run the command: {reason}")),
         End::Crashed => Some("the guest stopped before the command ended".to_owned()),
+        End::NotBooted => Some(format!(
+            "the kernel did not come to its first process within {}: if it does when you try again, the \
+             emulator had lost a timer interrupt",
+            seconds(BOOT_LIMIT)
+        )),
         End::TimedOut => Some(format!(
             "the time was over after {} (--timeout)",
             seconds(outcome.total)
