@@ -35,8 +35,15 @@ fn key(stock: &Stock) -> Key {
     Key::new()
         .text("1")
         .text(&stock.source)
-        .text(FRAGMENT)
-        .text(MAKEFILE)
+        .texts(effective(FRAGMENT))
+        .texts(effective(MAKEFILE))
+}
+
+/// The lines that are no remarks.
+fn effective(text: &str) -> impl Iterator<Item = &str> {
+    text.lines()
+        .map(str::trim_end)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
 }
 
 /// Where the kernel is built.  Modules are built in the same tree.
