@@ -44,6 +44,8 @@ pub struct Options {
     pub share: Option<PathBuf>,
     /// How long it all may take.
     pub timeout: Option<Duration>,
+    /// How long the kernel may take to its first process.
+    pub boot_limit: Option<Duration>,
     /// Leave out pinbuf.
     pub bare: bool,
     /// How userspace is built.
@@ -74,6 +76,7 @@ impl Default for Options {
             qemu: Vec::new(),
             share: None,
             timeout: Some(Duration::from_secs(600)),
+            boot_limit: None,
             bare: false,
             profile: Profile::Dev,
             build: true,
@@ -110,13 +113,9 @@ pub enum End {
     Crashed,
     /// The time was over.
     TimedOut,
-    /// The kernel did not come to its first process within [`BOOT_LIMIT`].
+    /// The kernel did not come to its first process within [`Options::boot_limit`].
     NotBooted,
 }
-
-/// Within this a kernel comes to its first process, or never. (Once in some hundreds of times an emulated
-/// processor gets no more timer interrupts while the kernel boots, and all that waits for time hangs.)
-pub const BOOT_LIMIT: Duration = Duration::from_secs(150);
 
 /// What the kernel says when it comes to its first process.
 const FIRST_PROCESS: &str = "as init process";
@@ -147,6 +146,7 @@ pub struct Guest {
     relays: Vec<JoinHandle<()>>,
     start: Instant,
     timeout: Option<Duration>,
+    boot_limit: Option<Duration>,
     log: PathBuf,
 }
 
@@ -334,6 +334,7 @@ impl Guest {
             relays,
             start,
             timeout,
+            boot_limit: options.boot_limit,
             log,
         })
     }
@@ -356,10 +357,12 @@ impl Guest {
     /// Waits for the end.
     pub fn wait(mut self) -> Result<Outcome> {
         let mut boot = None;
-        let mut limit = Some(BOOT_LIMIT);
         let end = loop {
-            if limit.is_some_and(|limit| self.start.elapsed() > limit) {
-                limit = None;
+            if self
+                .boot_limit
+                .is_some_and(|limit| self.start.elapsed() > limit)
+            {
+                self.boot_limit = None;
                 let log = fs::read(&self.log).context("reading the guest's console")?;
                 if boot.is_none() && !String::from_utf8_lossy(&log).contains(FIRST_PROCESS) {
                     break End::NotBooted;

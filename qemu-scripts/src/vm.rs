@@ -13,7 +13,7 @@ use pinbuf_guest_init::Request;
 use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
 
-use crate::guest::{End, Guest, Options, Outcome, Requests, Streams, BOOT_LIMIT};
+use crate::guest::{End, Guest, Options, Outcome, Requests, Streams};
 use crate::ui::{say, seconds, tail};
 use crate::userspace::Profile;
 use crate::{cleanup, paths};
@@ -110,6 +110,7 @@ impl Vm {
                 None if shell => None,
                 given => Some(Duration::from_secs(given.unwrap_or(600))),
             },
+            boot_limit: None,
             bare: self.bare,
             profile: if self.release {
                 Profile::Release
@@ -205,9 +206,8 @@ pub fn problem(outcome: &Outcome) -> Option<String> {
         End::Failed(reason) => Some(format!("the guest could not run the command: {reason}")),
         End::Crashed => Some("the guest stopped before the command ended".to_owned()),
         End::NotBooted => Some(format!(
-            "the kernel did not come to its first process within {}: if it does when you try again, the \
-             emulator had lost a timer interrupt",
-            seconds(BOOT_LIMIT)
+            "the kernel did not come to its first process within {}",
+            seconds(outcome.total)
         )),
         End::TimedOut => Some(format!(
             "the time was over after {} (--timeout)",
