@@ -32,7 +32,9 @@ const FOUND: &str = "heap-use-after-free";
 const FAULTY: &str = r#"
 fn main() {
     let gone = Box::into_raw(Box::new(std::hint::black_box(1_u8)));
+    // SAFETY: it comes from `into_raw`, and is taken back once.
     drop(unsafe { Box::from_raw(gone) });
+    // SAFETY: none: the memory is freed, which is the error to be noticed.
     println!("{}", unsafe { gone.read_volatile() });
 }
 "#;
