@@ -402,6 +402,12 @@ fn ranges_65536() -> Result<()> {
         return Ok(());
     }
     let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    let mapping = importer.map(Direction::Bidirectional)?.0;
+    check_eq!(
+        importer.report(mapping)?.total,
+        info.bytes,
+        "the device's bytes"
+    );
     importer.vmap()?;
     let pieces = (0..COUNT)
         .rev()
@@ -415,20 +421,15 @@ fn ranges_65536() -> Result<()> {
         buffer: &buffer,
         memory: &mapped,
     };
-    agree_sampled(&[&source, &cpu, &KernelView(&importer)], COUNT * PAGE, 97)?;
-    // Once the device has mapped it, each access by the CPU synchronises all the pages, which takes the
-    // debug kernel seconds: so few of them.
-    let mapping = importer.map(Direction::Bidirectional)?.0;
-    check_eq!(
-        importer.report(mapping)?.total,
-        info.bytes,
-        "the device's bytes"
-    );
     let sg = DeviceView {
         importer: &importer,
         mapping,
     };
-    agree_sampled(&[&source, &sg], COUNT * PAGE, 97)
+    agree_sampled(
+        &[&source, &cpu, &sg, &KernelView(&importer)],
+        COUNT * PAGE,
+        97,
+    )
 }
 
 /// 1 GiB, or what the machine can spare if that is less than 1.25 times it.
