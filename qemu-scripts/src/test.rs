@@ -2,11 +2,13 @@
 
 //! `test`: unit tests on the host, then guests.
 
+use std::cmp::Reverse;
+use std::collections::VecDeque;
 use std::fs;
 use std::io::{stderr, IsTerminal, Write};
 use std::num::NonZeroUsize;
 use std::process::Stdio;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -111,7 +113,13 @@ impl Test {
                 bail!("there is no run `{name}`: `test --list` names them");
             }
         }
-        let screen = self.wants(SCREEN) && self.kernel.is_empty() && self.filter.is_empty();
+        let everywhere = self.kernel.is_empty();
+        let on_host: Vec<&'static str> = ["host", SANITIZE, LINT]
+            .into_iter()
+            .filter(|&name| everywhere && self.wants(name))
+            .filter(|&name| name != LINT || self.filter.is_empty())
+            .collect();
+        let screen = everywhere && self.wants(SCREEN) && self.filter.is_empty();
         let mut jobs: Vec<Job> = RUNS
             .iter()
             .filter(|run| self.chosen(run))
@@ -124,31 +132,18 @@ impl Test {
             })
             .collect();
         let start = Instant::now();
-        let mut all = Counts::default();
         prepare(&jobs);
-        if self.wants("host") && self.kernel.is_empty() {
-            all.add(self.host());
+        // What is built for longest first, and what may run for longest.
+        jobs.sort_by_key(|job| Reverse((job.kernel == "debug", job.run.timeout)));
+        let mut queue = VecDeque::new();
+        if !on_host.is_empty() {
+            queue.push_back(Work::Host(on_host));
         }
-        if self.wants(SANITIZE) && self.kernel.is_empty() {
-            all.add(self.sanitize());
+        queue.extend(jobs.into_iter().map(Work::Guest));
+        if screen {
+            queue.push_back(Work::Screen);
         }
-        if self.wants(LINT) && self.kernel.is_empty() && self.filter.is_empty() {
-            all.add(lint());
-        }
-        if !jobs.is_empty() || screen {
-            match userspace::build(Profile::Dev) {
-                Ok(_) => {
-                    all.add(self.guests(&mut jobs));
-                    if screen {
-                        all.add(show());
-                    }
-                }
-                Err(error) => {
-                    say(&format!("{error:#}"));
-                    all.failed += 1;
-                }
-            }
-        }
+        let all = self.work(queue);
         say(&format!("all tests: {}", seconds(start.elapsed())));
         println!(
             "{} passed, {} failed, {} skipped",
@@ -232,25 +227,24 @@ impl Test {
         Ok((text, output.status.success()))
     }
 
-    /// All guests, several at a time.
-    fn guests(&self, jobs: &mut Vec<Job>) -> Counts {
-        // What is built for longest first, and what may run for longest; from the end, where they are
-        // taken.
-        jobs.sort_by_key(|job| (job.kernel == "debug", job.run.timeout));
+    /// All of it, several at a time: what runs on the host beside the first guests, which keep one
+    /// processor busy.
+    fn work(&self, queue: VecDeque<Work>) -> Counts {
         let workers = self.jobs.map_or_else(guests_at_once, NonZeroUsize::get);
-        let queue = Mutex::new(jobs);
+        let queue = Mutex::new(queue);
         let all = Mutex::new(Counts::default());
+        let userspace = OnceLock::new();
         let next = || {
             queue
                 .lock()
                 .unwrap_or_else(|error| error.into_inner())
-                .pop()
+                .pop_front()
         };
         thread::scope(|scope| {
             for _ in 0..workers {
                 scope.spawn(|| {
-                    while let Some(job) = next() {
-                        let counts = self.guest(&job);
+                    while let Some(work) = next() {
+                        let counts = self.one(&work, &userspace);
                         all.lock()
                             .unwrap_or_else(|error| error.into_inner())
                             .add(counts);
@@ -259,6 +253,37 @@ impl Test {
             }
         });
         all.into_inner().unwrap_or_else(|error| error.into_inner())
+    }
+
+    fn one(&self, work: &Work, userspace: &OnceLock<bool>) -> Counts {
+        let mut counts = Counts::default();
+        if let Work::Host(names) = work {
+            for &name in names {
+                counts.add(match name {
+                    SANITIZE => self.sanitize(),
+                    LINT => lint(),
+                    _ => self.host(),
+                });
+            }
+            return counts;
+        }
+        // What guests run is built once, by whoever needs it first; that it cannot be built is one failure.
+        let mut said = false;
+        let built = *userspace.get_or_init(|| match userspace::build(Profile::Dev) {
+            Ok(_) => true,
+            Err(error) => {
+                say(&format!("{error:#}"));
+                said = true;
+                false
+            }
+        });
+        match work {
+            _ if !built => counts.failed = usize::from(said),
+            Work::Guest(job) => counts = self.guest(job),
+            Work::Screen => counts = show(),
+            Work::Host(_) => {}
+        }
+        counts
     }
 
     /// One guest. What there is to say of it is said in one piece, since others run meanwhile.
@@ -502,6 +527,16 @@ fn summary(title: &str, counts: Counts, start: Instant) -> String {
         counts.skipped,
         seconds(start.elapsed())
     )
+}
+
+/// What a worker does at a time.
+enum Work {
+    /// What needs no guest, by name, one after the other.
+    Host(Vec<&'static str>),
+    /// A guest.
+    Guest(Job),
+    /// The demo.
+    Screen,
 }
 
 /// A run on a kernel.
