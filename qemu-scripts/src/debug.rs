@@ -2,7 +2,8 @@
 
 //! The debug kernel: Debian's source, built small and with the kernel's own checkers on.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -12,7 +13,7 @@ use crate::archive::Stock;
 use crate::cache::{self, Key};
 use crate::kernel::{directory, modules};
 use crate::tree::{remove, Tree, BUILD};
-use crate::ui::Step;
+use crate::ui::{say, Step};
 use crate::{paths, stock};
 
 /// The options on top of allnoconfig.
@@ -20,6 +21,13 @@ const FRAGMENT: &str = include_str!("../debug.config");
 
 /// What make reads before each of the kernel's Makefiles.
 const MAKEFILE: &str = include_str!("../debug.mk");
+
+/// What the kernel is compiled with, and what it compiles once for all files.
+const WRAPPER: &str = include_str!("../debug-cc");
+const HEADERS: &str = include_str!("../debug-cc.h");
+
+/// So many files may not begin with those headers until it is worth a word.
+const WITHOUT: usize = 50;
 
 /// Rust and KASAN together need clang.
 const COMPILER: &str = "LLVM=-19";
@@ -37,6 +45,8 @@ fn key(stock: &Stock) -> Key {
         .text(&stock.source)
         .texts(effective(FRAGMENT))
         .texts(effective(MAKEFILE))
+        .texts(effective(WRAPPER))
+        .text(HEADERS)
 }
 
 /// The lines that are no remarks.
@@ -60,7 +70,21 @@ pub fn ensure(tools: &Tree, stock: &Stock) -> Result<()> {
     cache::ensure(&format!("kernel/{release}"), &title, key(stock), |step| {
         configure(tools, step, stock, &source)?;
         let jobs = format!("-j{}", crate::jobs());
+        // Until then not all headers are there.
+        make(tools, step, stock, &source, &[&jobs, "prepare"])?;
+        let precompiled = place(stock).join("precompiled");
+        fs::create_dir(&precompiled)?;
+        fs::write(precompiled.join("prefix.h"), HEADERS)?;
         make(tools, step, stock, &source, &[&jobs, "bzImage", "modules"])?;
+        let without = precompiled.join("without");
+        let without = fs::read_to_string(without).map_or(0, |text| text.lines().count());
+        if without > WITHOUT {
+            say(&format!(
+                "  warning: {without} files of {release} could not begin with the headers of \
+                 qemu-scripts/debug-cc.h, which are there to save time"
+            ));
+        }
+        remove(&precompiled)?;
         let root = directory(&release).join("root");
         remove(&root)?;
         fs::create_dir_all(root.join("usr/lib/modules"))?;
@@ -94,6 +118,10 @@ fn configure(tools: &Tree, step: &Step, stock: &Stock, source: &str) -> Result<(
     fs::create_dir_all(&place)?;
     fs::write(place.join("debug.config"), FRAGMENT)?;
     fs::write(place.join("debug.mk"), MAKEFILE)?;
+    remove(&place.join("precompiled"))?;
+    let wrapper = place.join("debug-cc");
+    fs::write(&wrapper, WRAPPER)?;
+    fs::set_permissions(&wrapper, Permissions::from_mode(0o755))?;
     let inside = format!("{BUILD}/kbuild/{}", release(stock));
     let all = format!("KCONFIG_ALLCONFIG={inside}/debug.config");
     make(tools, step, stock, source, &[&all, "allnoconfig"])?;
@@ -121,7 +149,8 @@ fn configure(tools: &Tree, step: &Step, stock: &Stock, source: &str) -> Result<(
 fn make(tools: &Tree, step: &Step, stock: &Stock, source: &str, targets: &[&str]) -> Result<()> {
     let inside = format!("{BUILD}/kbuild/{}", release(stock));
     let output = format!("O={inside}");
-    let mut arguments = vec!["nice", "make", "-C", source, &output, COMPILER];
+    let compiler = format!("CC={inside}/debug-cc");
+    let mut arguments = vec!["nice", "make", "-C", source, &output, COMPILER, &compiler];
     arguments.extend(targets);
     let mut command: Command = tools.command(&arguments)?;
     // The same source gives the same kernel.
@@ -130,4 +159,95 @@ fn make(tools: &Tree, step: &Step, stock: &Stock, source: &str, targets: &[&str]
         .env("KBUILD_BUILD_HOST", "pinbuf")
         .env("MAKEFILES", format!("{inside}/debug.mk"));
     step.run(&mut command, "kernels.log")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn the_wrapper_calls_the_same_compiler() {
+        let version = COMPILER.strip_prefix("LLVM=").unwrap_or_default();
+        assert!(WRAPPER.contains(&format!("\nclang=clang{version}\n")));
+        assert!(PACKAGES.contains(&format!("clang{version}").as_str()));
+    }
+
+    /// Writes down how it was called, makes what it was asked for, and cannot put headers before a file
+    /// that says `conflict`.
+    const CLANG: &str = r#"#!/bin/sh
+echo "$*" >>"$CALLS"
+for argument; do
+    case $argument in
+    *.c) ! grep -q conflict "$argument" || case $* in *-include-pch*) exit 1 ;; esac ;;
+    esac
+done
+for argument; do
+    [ "$last" != -o ] || : >"$argument"
+    last=$argument
+done
+"#;
+
+    fn script(path: &Path, text: &str) -> Result<()> {
+        fs::write(path, text)?;
+        Ok(fs::set_permissions(path, Permissions::from_mode(0o755))?)
+    }
+
+    /// How the compiler is called for a file of these contents.
+    fn calls(place: &Path, flags: &[&str], text: &str) -> Result<Vec<String>> {
+        fs::write(place.join("file.c"), text)?;
+        let calls = place.join("calls");
+        fs::write(&calls, "")?;
+        let status = Command::new(place.join("debug-cc"))
+            .args(flags)
+            .args(["-Wall", "-Idir", "-DKBUILD_BASENAME=\"file\"", "-c", "-o"])
+            .args([place.join("file.o"), place.join("file.c")])
+            .env("PATH", format!("{}:/usr/bin:/bin", place.display()))
+            .env("CALLS", &calls)
+            .status()?;
+        assert!(status.success());
+        Ok(fs::read_to_string(calls)?
+            .lines()
+            .map(|line| line.replace(&format!("{}/", place.display()), ""))
+            .collect())
+    }
+
+    #[test]
+    fn headers_are_compiled_once() -> Result<()> {
+        let place = tempfile::tempdir()?;
+        let place = place.path();
+        script(&place.join("debug-cc"), WRAPPER)?;
+        script(&place.join("clang-19"), CLANG)?;
+        let flags = ["-mcmodel=kernel", "-O2"];
+        let plain =
+            "-mcmodel=kernel -O2 -Wall -Idir -DKBUILD_BASENAME=\"file\" -c -o file.o file.c";
+        let file = "#define pr_fmt(fmt) fmt\n#include <a.h>\n#define LATER\n#include <b.h>\n";
+
+        assert_eq!(calls(place, &flags, file)?, [plain], "not yet");
+        let store = place.join("precompiled");
+        fs::create_dir(&store)?;
+        assert_eq!(calls(place, &flags, file)?, [plain], "the first one");
+        let second = calls(place, &flags, file)?;
+        assert_eq!(second.len(), 2, "{second:?}");
+        let made = "-mcmodel=kernel -O2 -Wall -Idir -x c-header precompiled/prefix.h -o ";
+        assert!(second[0].starts_with(made), "{second:?}");
+        assert!(second[1].starts_with("-include-pch "), "{second:?}");
+        assert!(second[1].ends_with(plain), "{second:?}");
+        assert_eq!(calls(place, &flags, file)?, second[1..], "the third one");
+
+        let early = format!("  # define MEANS_A_HEADER\n{file}");
+        assert_eq!(calls(place, &flags, &early)?, [plain]);
+        let other = ["-mcmodel=kernel", "-O2", "-DMODULE"];
+        assert!(!calls(place, &other, file)?[0].contains("-include-pch"));
+        assert!(!calls(place, &["-O2"], file)?[0].contains("-include-pch"));
+        assert!(!calls(place, &["-O2"], file)?[0].contains("-include-pch"));
+
+        assert!(!store.join("without").exists());
+        let conflict = calls(place, &flags, "#include <a.h>\nint conflict;\n")?;
+        assert_eq!(conflict, [&second[1], plain]);
+        let without = fs::read_to_string(store.join("without"))?;
+        assert_eq!(without, format!("{}/file.c\n", place.display()));
+        Ok(())
+    }
 }
