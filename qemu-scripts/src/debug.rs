@@ -66,7 +66,7 @@ pub fn ensure(tools: &Tree, stock: &Stock) -> Result<()> {
     let release = release(stock);
     tools.require("debug", PACKAGES)?;
     let source = stock::source(tools, stock)?;
-    let title = format!("kernel {release} (10 to 30 minutes on two processors)");
+    let title = format!("kernel {release} (10 to 15 minutes on two processors)");
     cache::ensure(&format!("kernel/{release}"), &title, key(stock), |step| {
         configure(tools, step, stock, &source)?;
         let jobs = format!("-j{}", crate::jobs());
