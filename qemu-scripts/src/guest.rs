@@ -109,13 +109,16 @@ pub enum End {
     Killed(i32),
     /// The guest could not run the command.
     Failed(String),
-    /// The machine stopped before the command did.
-    Crashed,
+    /// The machine stopped before the command did: how QEMU ended, and what it said.
+    Crashed(String),
     /// The time was over.
     TimedOut,
     /// The kernel did not come to its first process within [`Options::boot_limit`].
     NotBooted,
 }
+
+/// The file with what QEMU says.
+const MESSAGES: &str = "qemu-messages";
 
 /// What the kernel says when it comes to its first process.
 const FIRST_PROCESS: &str = "as init process";
@@ -298,7 +301,7 @@ impl Guest {
         command.args(&options.qemu);
 
         let start = Instant::now();
-        let messages = directory.path().join("qemu-messages");
+        let messages = directory.path().join(MESSAGES);
         let mut qemu = qemu::spawn(&mut command, &messages)?;
         cleanup::register(qemu.id(), directory.path());
         let connected = sockets.accept(&mut qemu, &messages).and_then(|streams| {
@@ -357,7 +360,7 @@ impl Guest {
     /// Waits for the end.
     pub fn wait(mut self) -> Result<Outcome> {
         let mut boot = None;
-        let end = loop {
+        let mut end = loop {
             if self
                 .boot_limit
                 .is_some_and(|limit| self.start.elapsed() > limit)
@@ -382,10 +385,10 @@ impl Guest {
                     // A last event may be under way.
                     Some(_) => match self.events.recv_timeout(Duration::from_millis(200)) {
                         Ok(event) => event,
-                        Err(_) => break End::Crashed,
+                        Err(_) => break End::Crashed(String::new()),
                     },
                 },
-                Err(RecvTimeoutError::Disconnected) => break End::Crashed,
+                Err(RecvTimeoutError::Disconnected) => break End::Crashed(String::new()),
             };
             match event {
                 Event::Ready => boot = Some(self.start.elapsed()),
@@ -397,9 +400,17 @@ impl Guest {
         if matches!(end, End::Exited(_) | End::Killed(_) | End::Failed(_)) {
             self.wait_for_log();
         }
-        if end == End::Crashed {
+        if let End::Crashed(reason) = &mut end {
             // The machine is stopping, or hangs on the way: then it is stopped.
             self.wait_for_qemu(Duration::from_secs(10));
+            let status = match self.qemu.try_wait()? {
+                // As when the kernel has the machine reset (-no-reboot).
+                Some(status) if status.success() => "QEMU ended by itself".to_owned(),
+                Some(status) => format!("QEMU ended with {status}"),
+                None => "QEMU still ran".to_owned(),
+            };
+            let said = fs::read_to_string(self.directory.path().join(MESSAGES)).unwrap_or_default();
+            *reason = format!("{status}; it said: {:?}", said.trim_end());
         }
         let _ = self.qemu.kill();
         self.qemu.wait()?;

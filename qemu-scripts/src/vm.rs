@@ -166,7 +166,7 @@ fn status(outcome: &Outcome, expect_splat: bool) -> i32 {
         End::Exited(0) if complained => COMPLAINED,
         End::Exited(status) => *status,
         End::Killed(signal) => 128 + signal,
-        End::Failed(_) | End::Crashed => CRASHED,
+        End::Failed(_) | End::Crashed(_) => CRASHED,
         End::TimedOut | End::NotBooted => TIMED_OUT,
     }
 }
@@ -204,7 +204,9 @@ pub fn problem(outcome: &Outcome) -> Option<String> {
     match &outcome.end {
         End::Exited(_) | End::Killed(_) => None,
         End::Failed(reason) => Some(format!("the guest could not run the command: {reason}")),
-        End::Crashed => Some("the guest stopped before the command ended".to_owned()),
+        End::Crashed(reason) => Some(format!(
+            "the guest stopped before the command ended: {reason}"
+        )),
         End::NotBooted => Some(format!(
             "the kernel did not come to its first process within {}",
             seconds(outcome.total)
