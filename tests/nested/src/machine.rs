@@ -359,7 +359,11 @@ impl Machine {
         );
         ensure!(
             found.iter().any(|buffer| buffer.size == bytes),
-            "none has the screen's {bytes} bytes: {found:?}"
+            "none has the screen's {bytes} bytes: {found:?}; the shim's calls (items, pieces): {:?}; \
+             QEMU's last words: {}; the shim's:\n{}",
+            self.items()?,
+            evidence::tail(&self.path("messages")),
+            evidence::tail(&self.path("shim.log"))
         );
         found
             .into_iter()
