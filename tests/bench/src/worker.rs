@@ -14,13 +14,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
-use nix::sched::{sched_setaffinity, CpuSet};
 use nix::sys::resource::{getrlimit, getrusage, setrlimit, Resource, UsageWho};
 use nix::sys::time::TimeSpec;
 use nix::time::{clock_gettime, clock_nanosleep, ClockId, ClockNanosleepFlags};
-use nix::unistd::Pid;
 use pinbuf_test_harness::support::memory::{Memory, HUGE, PAGE};
-use pinbuf_test_harness::support::{device, kernel, Buffer, Device, Sync};
+use pinbuf_test_harness::support::{device, kernel, processor, Buffer, Device, Sync};
 use pinbuf_test_importer::{file_pin_cost, pin_cost, segment_cost, Direction, Importer, Limits};
 
 use crate::maker::Maker;
@@ -56,12 +54,6 @@ fn timed<T>(action: impl FnOnce() -> T) -> (T, f64) {
     (result, start.elapsed().as_nanos() as f64)
 }
 
-fn on_processor(number: usize) -> Result<()> {
-    let mut set = CpuSet::new();
-    set.set(number)?;
-    sched_setaffinity(Pid::from_raw(0), &set).context("choosing a processor")
-}
-
 struct Worker {
     task: Task,
     memory: Option<Memory>,
@@ -72,7 +64,7 @@ struct Worker {
 
 impl Worker {
     fn new(task: Task) -> Result<Self> {
-        on_processor(0)?;
+        processor::on(0)?;
         let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
         let bytes = usize::try_from(task.shape.bytes)?;
@@ -317,7 +309,7 @@ impl Worker {
         };
         let makers: Vec<Maker> = (0..threads.into()).map(maker).collect::<Result<_>>()?;
         let work = |number: usize, maker: &Maker| -> Result<f64> {
-            let placed = on_processor(number);
+            let placed = processor::on(number);
             // Whatever went wrong: the others wait here.
             barrier.wait();
             placed?;
@@ -346,7 +338,7 @@ impl Worker {
         let (ready, over) = (AtomicBool::new(false), AtomicBool::new(false));
         let watch = || -> Result<Duration> {
             real_time()?;
-            on_processor(0)?;
+            processor::on(0)?;
             let clock = ClockId::CLOCK_MONOTONIC;
             let absolute = ClockNanosleepFlags::TIMER_ABSTIME;
             let mut latest = Duration::ZERO;

@@ -110,7 +110,7 @@ fn whole_area() -> Result<Option<Setting>> {
     if kernel::number(POOL)? == 0 {
         return Ok(None);
     }
-    let free = kernel::field("/proc/vmstat", "nr_free_cma")?;
+    let free = vmstat("nr_free_cma")?;
     check_eq!(free, 0, "free pages in CMA with all of it allocated");
     Ok(Some(setting))
 }
@@ -129,8 +129,7 @@ struct Spilled {
 fn spilled(area: &Range<Pfn>, make: impl Fn() -> Result<Memory>) -> Result<Spilled> {
     const STEP: usize = 32 << 20;
     let mut filler = Vec::new();
-    let free = |name| kernel::field("/proc/vmstat", name);
-    let surplus = free("nr_free_pages")? - 2 * free("nr_free_cma")?;
+    let surplus = vmstat("nr_free_pages")? - 2 * vmstat("nr_free_cma")?;
     let mut next = usize::try_from(surplus).unwrap_or(0) * PAGE + STEP;
     let mut all = 0;
     loop {

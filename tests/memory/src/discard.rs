@@ -10,6 +10,7 @@ use pinbuf_test_importer::{Direction, Importer, Limits, Mapping};
 
 use crate::common::huge_private;
 use crate::frames::{all_frames, Pfn};
+use crate::swap::{give_up, page_out};
 use pinbuf_test_harness::support::kernel::HugePool;
 use pinbuf_test_harness::support::memory::{
     huge_memfd, memfd, pattern, punch_hole, HUGE, PAGE, RW,
@@ -146,8 +147,8 @@ fn dont_need_locked() -> Result<()> {
 fn lazily_freed() -> Result<()> {
     let memory = Memory::small_pages(LEN)?;
     let live = Live::new(&memory)?;
-    memory.advise(0, LEN, libc::MADV_FREE)?;
-    memory.advise(0, LEN, libc::MADV_PAGEOUT)?;
+    give_up(&memory)?;
+    page_out(&memory)?;
     check_eq!(all_frames(&memory)?, live.frames, "frames");
     live.keeps_the_old(1)?;
     let mut seen = vec![0; LEN];

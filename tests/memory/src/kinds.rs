@@ -15,7 +15,7 @@ use crate::common::{
     huge_private, refused, refused_anywhere, transparent, views_agree, works, works_whole,
 };
 use crate::frames::{all_frames, entries, flags, with_flag, Entry, HEAD, HUGETLB, KSM, ZERO_PAGE};
-use crate::swap::{force_out, Ext4, Swap};
+use crate::swap::{force_out, page_out, Ext4, Swap};
 use crate::uffd::{Faults, MINOR, MISSING, WRITE_PROTECTED};
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
 use pinbuf_test_harness::support::memory::{
@@ -450,7 +450,7 @@ fn droppable() -> Result<()> {
     memory.write(0, &pattern(8, 0, SMALL));
     let device = Device::open()?;
     let buffer = device.create(&[memory.range()])?;
-    memory.advise(0, SMALL, libc::MADV_PAGEOUT)?;
+    page_out(&memory)?;
     let mut seen = vec![0; SMALL];
     memory.read(0, &mut seen);
     same("pinned droppable memory", 0, &seen, &pattern(8, 0, SMALL))?;

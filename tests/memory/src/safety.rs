@@ -11,11 +11,11 @@ use pinbuf_test_importer::{Direction, Importer, Limits};
 use crate::common::views_agree;
 use crate::frames::all_frames;
 use crate::holders::vmstat;
-use crate::swap::{force_out, resident, Swap};
+use crate::swap::{force_out, give_up, page_out, resident, Swap};
 use pinbuf_test_harness::support::memory::{memfd, pattern, PAGE};
 use pinbuf_test_harness::support::process::{Child, Link};
 use pinbuf_test_harness::support::view::same;
-use pinbuf_test_harness::support::{check, check_eq, Device, Memory};
+use pinbuf_test_harness::support::{check, check_eq, processor, Device, Memory};
 use pinbuf_test_harness::tests;
 
 tests! { "safety":
@@ -81,6 +81,14 @@ fn clean_after_swap_in() -> Result<()> {
     let memory = Memory::small_pages(LEN)?;
     memory.write(0, &pattern(7, 0, LEN));
     force_out(&memory)?;
+    // Some come back on each processor, as when the scheduler moves the program.
+    let mut offsets = (0..LEN).step_by(PAGE);
+    processor::on_each(|| {
+        for offset in offsets.by_ref().take(20) {
+            memory.get(offset);
+        }
+        Ok(())
+    })?;
     holds(&memory, 7)?;
     survives(&memory, 8)
 }
@@ -92,17 +100,17 @@ fn lazily_freed() -> Result<()> {
     // The control: without a write, the kernel drops it.
     let memory = Memory::small_pages(LEN)?;
     memory.write(0, &pattern(9, 0, LEN));
-    memory.advise(0, LEN, libc::MADV_FREE)?;
-    memory.advise(0, LEN, libc::MADV_PAGEOUT)?;
+    give_up(&memory)?;
+    page_out(&memory)?;
     check_eq!(memory.get(LEN - PAGE), 0, "memory that was given up");
 
     let memory = Memory::small_pages(LEN)?;
     memory.write(0, &pattern(10, 0, LEN));
-    memory.advise(0, LEN, libc::MADV_FREE)?;
+    give_up(&memory)?;
     device_writes(&memory, 11)?;
     // It may take more than one pass until the pages count as swappable again.
     for _ in 0..5 {
-        memory.advise(0, LEN, libc::MADV_PAGEOUT)?;
+        page_out(&memory)?;
     }
     holds(&memory, 11)
 }
@@ -143,7 +151,7 @@ fn not_swapped_while_pinned() -> Result<()> {
         let buffer = device.create(&[memory.range()])?;
         let before = all_frames(&memory)?;
         for _ in 0..3 {
-            memory.advise(0, LEN, libc::MADV_PAGEOUT)?;
+            page_out(&memory)?;
         }
         holds(&memory, 14)?;
         check_eq!(all_frames(&memory)?, before, "frames under a buffer");
@@ -173,7 +181,7 @@ fn fork_and_swap() -> Result<()> {
         // What the parent and the device wrote meanwhile is not its own.
         holds(&memory, 15)?;
         memory.write(0, &pattern(16, 0, LEN));
-        memory.advise(0, LEN, libc::MADV_PAGEOUT)?;
+        page_out(&memory)?;
         link.theirs.signal()?;
         link.theirs.wait()?;
         holds(&memory, 16)

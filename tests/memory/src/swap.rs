@@ -12,7 +12,7 @@ use nix::mount::{mount, umount, MsFlags};
 
 use crate::frames::{entries, Entry};
 use crate::holders::{modprobe, vmstat};
-use pinbuf_test_harness::support::{check, kernel, Memory, PAGE};
+use pinbuf_test_harness::support::{check, kernel, processor, Memory, PAGE};
 
 /// A block device in memory.
 #[derive(Debug)]
@@ -95,12 +95,33 @@ pub fn resident(memory: &Memory) -> Result<usize> {
     Ok(pages.iter().filter(|page| **page & 1 != 0).count())
 }
 
+/// Moves all pages to where advice reaches them. One that has just come, or been given up, waits with
+/// some others on a list of the processor where that happened (`cpu_fbatches`), with a reference;
+/// advice empties the list of its own processor only, and the scheduler may have moved the program.
+fn settle() -> Result<()> {
+    let other = Memory::anonymous(PAGE)?;
+    processor::on_each(|| Ok(other.advise(0, PAGE, libc::MADV_PAGEOUT)?))
+}
+
+/// Asks for all of some memory to be paged out.
+pub fn page_out(memory: &Memory) -> Result<()> {
+    settle()?;
+    Ok(memory.advise(0, memory.len(), libc::MADV_PAGEOUT)?)
+}
+
+/// Allows the kernel to drop what all of some memory holds.
+pub fn give_up(memory: &Memory) -> Result<()> {
+    settle()?;
+    memory.advise(0, memory.len(), libc::MADV_FREE)?;
+    settle()
+}
+
 /// Forces all of some memory out, and proves that it went.
 pub fn force_out(memory: &Memory) -> Result<()> {
     let before = vmstat("pswpout")?;
     let pages = memory.len() / PAGE;
     for _ in 0..20 {
-        memory.advise(0, memory.len(), libc::MADV_PAGEOUT)?;
+        page_out(memory)?;
         let present = entries(memory, 0, memory.len())?
             .iter()
             .filter(|entry| matches!(entry, Entry::Present(_)))

@@ -7,6 +7,7 @@ pub mod frames;
 pub mod kernel;
 pub mod memory;
 pub mod process;
+pub mod processor;
 pub mod view;
 
 use std::fmt;
