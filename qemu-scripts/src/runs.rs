@@ -333,8 +333,9 @@ pub const RUNS: &[Run] = &[
     Run {
         name: "nested-cma",
         memory: "4G",
-        // The kernel takes movable memory from there while most of what is free is there.
-        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on cma=1536M",
+        // The kernel takes movable memory from there while most of what is free is there; if it lay above
+        // 4 GiB itself, the area would be below, where it takes memory last.
+        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on cma=1536M nokaslr",
         qemu: VFIO,
         command: "pinbuf-nested --group cma",
         ..NESTED
@@ -364,7 +365,7 @@ pub const RUNS: &[Run] = &[
         name: "nested-cma-next",
         image: "qemu-next",
         memory: "4G",
-        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on cma=1536M",
+        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on cma=1536M nokaslr",
         qemu: VFIO,
         command: "pinbuf-nested --group cma",
         ..NESTED

@@ -70,7 +70,7 @@ pub fn buffer_of(fd: BorrowedFd<'_>) -> Result<Buffer> {
 pub fn tail(path: &Path) -> String {
     let bytes = fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes).into_owned();
-    let lines: Vec<&str> = text.lines().rev().take(25).collect();
+    let lines: Vec<&str> = text.lines().rev().take(80).collect();
     lines.into_iter().rev().collect::<Vec<_>>().join("\n")
 }
 

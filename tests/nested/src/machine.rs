@@ -339,7 +339,8 @@ impl Machine {
     pub fn frames(&mut self, frames: std::ops::Range<u32>) -> Result<()> {
         for frame in frames {
             let expected = self.draw(frame)?;
-            self.picture()?.compare(expected)?;
+            let compared = self.picture()?.compare(expected);
+            compared.map_err(|error| self.explain(error))?;
         }
         Ok(())
     }
@@ -360,10 +361,12 @@ impl Machine {
         ensure!(
             found.iter().any(|buffer| buffer.size == bytes),
             "none has the screen's {bytes} bytes: {found:?}; the shim's calls (items, pieces): {:?}; \
-             QEMU's last words: {}; the shim's:\n{}",
+             QEMU's last words: {}; the shim's:\n{}\nthe guest's console:\n{}",
             self.items()?,
             evidence::tail(&self.path("messages")),
-            evidence::tail(&self.path("shim.log"))
+            evidence::tail(&self.path("shim.log")),
+            // A guest that started anew has lost its screen.
+            evidence::tail(&self.path("console"))
         );
         found
             .into_iter()
