@@ -435,9 +435,7 @@ fn give_back_slabs() -> Result<()> {
 /// pages. (Counters of slabs and of vmalloc would miss what is taken by the page, as scatterlists
 /// are.)
 fn memory_in_use() -> Result<f64> {
-    // The counters are per processor until then.
-    kernel::write("/proc/sys/vm/stat_refresh", "1")?;
-    let free = kernel::field("/proc/vmstat", "nr_free_pages")?;
+    let free = kernel::vmstat("nr_free_pages")?;
     let listed: i64 = kernel::read("/proc/zoneinfo")?
         .lines()
         .filter_map(|line| line.trim().strip_prefix("count:"))

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 
-use crate::holders::{vmstat, Piped};
+use crate::holders::Piped;
 use pinbuf_test_harness::support::frames::{all_frames, movable, within};
-use pinbuf_test_harness::support::kernel::{HugePool, Setting};
+use pinbuf_test_harness::support::kernel::{vmstat, HugePool, Setting};
 use pinbuf_test_harness::support::memory::{huge_memfd, memfd, HUGE, PAGE};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
-use pinbuf_test_harness::support::{check_eq, kernel, Memory, PAGE};
+use pinbuf_test_harness::support::{check_eq, Memory, PAGE};
 
 /// Plain references on pages, held by a pipe: what `vmsplice` put there and nobody has read.
 #[derive(Debug)]
@@ -121,10 +121,4 @@ pub fn modprobe(arguments: &[&str]) -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// A counter of `/proc/vmstat`.
-pub fn vmstat(name: &str) -> Result<i64> {
-    kernel::write("/proc/sys/vm/stat_refresh", "1")?;
-    kernel::field("/proc/vmstat", name)
 }

@@ -13,8 +13,8 @@ use crate::common::{views_agree, Kind, Movable};
 use crate::frames::{
     all_frames, block_pages, movable, with_flag, within, Block, Pfn, HUGETLB, THP,
 };
-use crate::holders::{vmstat, Piped};
-use pinbuf_test_harness::support::kernel::HugePool;
+use crate::holders::Piped;
+use pinbuf_test_harness::support::kernel::{vmstat, HugePool};
 use pinbuf_test_harness::support::memory::{stamp, GIGA, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::process::Child;
 use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};

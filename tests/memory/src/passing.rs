@@ -13,8 +13,8 @@ use nix::fcntl::{fcntl, FcntlArg, SealFlag};
 
 use crate::common::{views_agree, Kind};
 use crate::frames::{self, all_frames, movable, within};
-use crate::holders::{vmstat, Piped, SlowDisk};
-use pinbuf_test_harness::support::kernel::Setting;
+use crate::holders::{Piped, SlowDisk};
+use pinbuf_test_harness::support::kernel::{vmstat, Setting};
 use pinbuf_test_harness::support::memory::{memfd, HUGE, PAGE};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;

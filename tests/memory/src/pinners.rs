@@ -11,10 +11,10 @@ use nix::errno::Errno;
 
 use crate::common::{views_agree, Kind};
 use crate::frames::{all_frames, movable, within, Pfn};
-use crate::holders::{vmstat, Piped};
+use crate::holders::Piped;
 use crate::passing::{sealed_memfd, udmabuf};
 use crate::vfio::Container;
-use pinbuf_test_harness::support::kernel::Setting;
+use pinbuf_test_harness::support::kernel::{vmstat, Setting};
 use pinbuf_test_harness::support::memory::{stamp, HUGE, PAGE};
 use pinbuf_test_harness::support::process::{drop_ipc_lock, in_child, set_memlock};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};

@@ -10,8 +10,8 @@ use pinbuf_test_importer::{Direction, Importer, Limits};
 
 use crate::common::views_agree;
 use crate::frames::all_frames;
-use crate::holders::vmstat;
 use crate::swap::{force_out, give_up, page_out, resident, Swap};
+use pinbuf_test_harness::support::kernel::vmstat;
 use pinbuf_test_harness::support::memory::{memfd, pattern, PAGE};
 use pinbuf_test_harness::support::process::{Child, Link};
 use pinbuf_test_harness::support::view::same;

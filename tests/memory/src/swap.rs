@@ -11,7 +11,8 @@ use nix::errno::Errno;
 use nix::mount::{mount, umount, MsFlags};
 
 use crate::frames::{entries, Entry};
-use crate::holders::{modprobe, vmstat};
+use crate::holders::modprobe;
+use pinbuf_test_harness::support::kernel::vmstat;
 use pinbuf_test_harness::support::{check, kernel, processor, Memory, PAGE};
 
 /// A block device in memory.

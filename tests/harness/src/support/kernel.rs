@@ -52,11 +52,20 @@ pub fn fields<const N: usize>(path: &str, keys: [&str; N]) -> Result<[i64; N]> {
     Ok(values)
 }
 
+/// Counters of `/proc/vmstat`, exactly: with what each processor has counted for itself.
+pub fn vmstats<const N: usize>(names: [&str; N]) -> Result<[i64; N]> {
+    write("/proc/sys/vm/stat_refresh", "1")?;
+    fields("/proc/vmstat", names)
+}
+
+/// One of them.
+pub fn vmstat(name: &str) -> Result<i64> {
+    vmstats([name]).map(|[value]| value)
+}
+
 /// Pages pinned by anyone, exactly.
 pub fn pins() -> Result<i64> {
-    write("/proc/sys/vm/stat_refresh", "1")?;
-    let keys = ["nr_foll_pin_acquired", "nr_foll_pin_released"];
-    let [acquired, released] = fields("/proc/vmstat", keys)?;
+    let [acquired, released] = vmstats(["nr_foll_pin_acquired", "nr_foll_pin_released"])?;
     Ok(acquired - released)
 }
 
