@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{anyhow, bail, ensure, Context, Result};
 use pinbuf_uapi::Info;
 use serde_json::json;
 
@@ -303,13 +303,13 @@ impl Machine {
         Ok(shown)
     }
 
-    /// Adds what the guest's kernel and QEMU said last.
+    /// Adds what the guest's kernel, QEMU and the shim said last.
     fn explain(&self, error: anyhow::Error) -> anyhow::Error {
-        let (console, messages) = (
-            evidence::tail(&self.path("console")),
-            evidence::tail(&self.path("messages")),
-        );
-        error.context(format!("its console:\n{console}\nQEMU said:\n{messages}"))
+        let [console, messages, shim] =
+            ["console", "messages", "shim.log"].map(|name| evidence::tail(&self.path(name)));
+        error.context(format!(
+            "its console:\n{console}\nQEMU said:\n{messages}\nthe shim said:\n{shim}"
+        ))
     }
 
     /// Lets the guest draw a frame, and tells what must then be seen.
@@ -358,16 +358,11 @@ impl Machine {
             found.iter().all(|buffer| buffer.exporter == "pinbuf"),
             "not all are pinbuf's: {found:?}"
         );
-        ensure!(
-            found.iter().any(|buffer| buffer.size == bytes),
-            "none has the screen's {bytes} bytes: {found:?}; the shim's calls (items, pieces): {:?}; \
-             QEMU's last words: {}; the shim's:\n{}\nthe guest's console:\n{}",
-            self.items()?,
-            evidence::tail(&self.path("messages")),
-            evidence::tail(&self.path("shim.log")),
+        if !found.iter().any(|buffer| buffer.size == bytes) {
             // A guest that started anew has lost its screen.
-            evidence::tail(&self.path("console"))
-        );
+            let error = anyhow!("none has the screen's {bytes} bytes: {found:?}");
+            return Err(self.explain(error));
+        }
         found
             .into_iter()
             .map(|buffer| {
