@@ -720,8 +720,8 @@ void pinbuf_vma_set_pfnmap(struct vm_area_struct *vma)
 }
 
 /*
- * The page-table checker overlooks special PTEs, but counts special PMDs and
- * PUDs as mappings of their pages, and takes a second writable one of an
+ * The page-table checker overlooks special PTEs, but counts special PMDs as
+ * mappings of their pages, and takes a second writable one of an
  * anonymous page for a bug (up to 7.3 at least).
  */
 bool pinbuf_huge_pfns_allowed(void)
@@ -748,7 +748,6 @@ void pinbuf_insert_pfn_pmd_near(const struct vm_fault *vmf, long distance,
 		.address = (vmf->address & PMD_MASK) + distance * PMD_SIZE,
 		.flags = vmf->flags,
 		.pmd = vmf->pmd + distance,
-		.pud = vmf->pud,
 	};
 
 	if (pmd_none(pmdp_get_lockless(near.pmd)))

@@ -4,6 +4,11 @@
 //! touched: with huge entries where the address, the mapping and the memory allow it, several at
 //! once ([`AROUND`]), and otherwise with all entries of one page table at once.
 //!
+//! The largest entry is a PMD's. The mm core can split, move and protect a PMD of page frames, and
+//! cannot do that to a PUD: `move_page_tables()` takes it for a bad page table and drops it without
+//! a TLB flush, so that the old address goes on reaching pages that were freed since, and splitting
+//! one for a partial `munmap()` or `mprotect()` takes user data for a page table.
+//!
 //! Such a mapping is a `VM_PFNMAP`: its pages are not reference-counted through it, GUP refuses it,
 //! and it does not grow. It must be shared; a private one would need copies.
 //!
@@ -272,10 +277,13 @@ unsafe extern "C" fn huge_fault<P: Pages>(
     vmf: *mut bindings::vm_fault,
     order: c_uint,
 ) -> bindings::vm_fault_t {
+    // Nothing larger than a PMD: the core cannot take a PUD of page frames apart.
+    if order != bindings::PMD_ORDER {
+        return bindings::vm_fault_reason_VM_FAULT_FALLBACK;
+    }
     // SAFETY: By the function's requirements.
     let fault = unsafe { Fault::<P>::new(vmf) };
-    let size = PAGE_SIZE.checked_shl(order).unwrap_or(usize::MAX / 2 + 1);
-    let frame = fault.huge_frame(fault.address & !(size - 1), order);
+    let frame = fault.huge_frame(fault.address & !(TABLE_SIZE - 1), order);
     let Some(pfn) = frame.filter(|_| huge_entries_allowed()) else {
         return bindings::vm_fault_reason_VM_FAULT_FALLBACK;
     };
@@ -285,19 +293,11 @@ unsafe extern "C" fn huge_fault<P: Pages>(
         unsafe { bindings::vma_end_read(fault.vma) };
         return bindings::vm_fault_reason_VM_FAULT_RETRY;
     }
-    match order {
-        bindings::PMD_ORDER => {
-            // SAFETY: The VMA is a shared `VM_PFNMAP`, and the entry's whole block lies within it.
-            let result = unsafe { bindings::vmf_insert_pfn_pmd(vmf, pfn, fault.write) };
-            if result == bindings::vm_fault_reason_VM_FAULT_NOPAGE {
-                // SAFETY: By the function's requirements.
-                unsafe { fault.fill_around(vmf) };
-            }
-            result
-        }
-        #[cfg(CONFIG_ARCH_SUPPORTS_PUD_PFNMAP)]
-        // SAFETY: As for a PMD.
-        bindings::PUD_ORDER => unsafe { bindings::vmf_insert_pfn_pud(vmf, pfn, fault.write) },
-        _ => bindings::vm_fault_reason_VM_FAULT_FALLBACK,
+    // SAFETY: The VMA is a shared `VM_PFNMAP`, and the entry's whole block lies within it.
+    let result = unsafe { bindings::vmf_insert_pfn_pmd(vmf, pfn, fault.write) };
+    if result == bindings::vm_fault_reason_VM_FAULT_NOPAGE {
+        // SAFETY: By the function's requirements.
+        unsafe { fault.fill_around(vmf) };
     }
+    result
 }

@@ -125,8 +125,8 @@ impl DmaBuf {
         })
     }
 
-    /// Maps all of the buffer for reading and writing, at a multiple of 2 MiB if it is as large
-    /// (1 GiB likewise), so that huge page-table entries fit.
+    /// Maps all of the buffer for reading and writing, at a multiple of 2 MiB if it is as large,
+    /// so that huge page-table entries fit.
     ///
     /// # Errors
     ///
@@ -142,18 +142,15 @@ impl DmaBuf {
     /// ```
     pub fn map(&self) -> Result<Mapping<'_>> {
         let len = self.size()?;
-        let aligns = [HugePage::Gib1.bytes(), HugePage::Mib2.bytes()];
-        // What does not fit with an alignment may fit with a smaller one.
-        for align in aligns.into_iter().filter(|&align| align <= len) {
-            if let Ok(memory) = Memory::shared(&self.0, len, align) {
-                return Ok(Mapping {
-                    memory,
-                    buffer: self,
-                });
-            }
-        }
+        let huge = HugePage::Mib2.bytes();
+        let align = if len >= huge { huge } else { 1 };
+        // Where the address space has no room for the alignment, it may have room without.
+        let memory = match Memory::shared(&self.0, len, align) {
+            Err(_) if align > 1 => Memory::shared(&self.0, len, 1)?,
+            result => result?,
+        };
         Ok(Mapping {
-            memory: Memory::shared(&self.0, len, 1)?,
+            memory,
             buffer: self,
         })
     }

@@ -2,16 +2,15 @@
 
 //! Mapping dma-bufs where huge page-table entries fit.
 //!
-//! The kernel places a dma-buf's mapping at any page. pinbuf's buffers are entered with 2 MiB and
-//! 1 GiB entries, but only at addresses that are as aligned. So a program that lets the kernel
-//! choose gets an address that is.
+//! The kernel places a dma-buf's mapping at any page. pinbuf enters a buffer with 2 MiB entries, but
+//! only at addresses that are as aligned. So a program that lets the kernel choose gets an address
+//! that is.
 
 use core::ffi::c_int;
 
 use crate::sys::{self, DMA_BUF_MAGIC};
 
 const MIB2: usize = 2 << 20;
-const GIB1: usize = 1 << 30;
 /// x86's; no flag elsewhere.
 const MAP_32BIT: c_int = 0x40;
 
@@ -34,14 +33,7 @@ pub fn map(len: usize, prot: c_int, flags: c_int, fd: c_int, offset: u64) -> Opt
     if sys::fstatfs(fd).ok()?.f_type != DMA_BUF_MAGIC {
         return None;
     }
-    let alignments = if len >= GIB1 {
-        &[GIB1, MIB2][..]
-    } else {
-        &[MIB2]
-    };
-    alignments
-        .iter()
-        .find_map(|&align| map_aligned(align, len, prot, flags, fd, offset))
+    map_aligned(MIB2, len, prot, flags, fd, offset)
 }
 
 fn map_aligned(
