@@ -4,16 +4,22 @@
 
 use crate::{
     charge::Charge,
+    extents::Kind,
     kernel_ext::{
         dma_buf::{
             Exporter,
             Operations, //
         },
+        pages::{
+            any_poisoned,
+            PageArray, //
+        },
         pfn_map,
+        sched,
         sg_table::MappedTable,
         vmap, //
     },
-    pins::Pins, //
+    pin::held::Held, //
 };
 use core::{
     ffi::c_void,
@@ -24,25 +30,44 @@ use kernel::{
     device::Device,
     dma::DataDirection,
     page::PAGE_SHIFT,
-    prelude::*, //
+    prelude::*,
+    sync::{
+        new_mutex,
+        Mutex, //
+    }, //
 };
 
 /// The pages of one dma-buf.
+#[pin_data]
 pub(crate) struct Buffer {
-    // Dropped in this order: the pages go before their charge does.
-    pins: Pins,
+    // Dropped in this order: the pages are unpinned before their charge is given back.
+    held: Held,
+    /// Pages that are kept in place besides, of large folios.
+    rest: usize,
     charge: Charge,
+    #[pin]
+    faults: Mutex<()>,
 }
 
 impl Buffer {
     /// A buffer of at least one page.
-    pub(crate) fn new(pins: Pins, charge: Charge) -> Self {
-        Self { pins, charge }
+    pub(crate) fn new(held: Held, rest: usize, charge: Charge) -> impl PinInit<Self> {
+        pin_init!(Self {
+            held,
+            rest,
+            charge,
+            faults <- new_mutex!((), "pinbuf::faults"),
+        })
     }
 
     /// The pages.
-    pub(crate) fn pins(&self) -> &Pins {
-        &self.pins
+    pub(crate) fn held(&self) -> &Held {
+        &self.held
+    }
+
+    /// The number of pages that are kept in place besides.
+    pub(crate) fn rest(&self) -> usize {
+        self.rest
     }
 
     /// The charge.
@@ -52,32 +77,62 @@ impl Buffer {
 
     /// First frame and length of each extent.
     fn runs(&self) -> impl Iterator<Item = (usize, usize)> + Clone + '_ {
-        self.pins.map().iter().map(|run| (run.pfn, run.pages))
+        self.held.extents().iter().map(|run| (run.pfn, run.pages))
+    }
+
+    /// `EHWPOISON` if memory of the buffer has been found broken since it was pinned: no device and
+    /// no part of the kernel gets to use that.
+    fn check_poison(&self) -> Result {
+        const AT_ONCE: usize = 4096;
+        let pages = self.held.extents().pages();
+        for first in (0..pages).step_by(AT_ONCE) {
+            if pfn_map::Pages::any_poisoned(self, first, AT_ONCE.min(pages - first)) {
+                return Err(Error::from_errno(-(bindings::EHWPOISON as i32)));
+            }
+            sched::cond_resched();
+        }
+        Ok(())
     }
 
     /// Where the direct map has all of the buffer in one piece, if it does. Always the same.
     fn direct(&self) -> Option<NonNull<c_void>> {
-        let map = self.pins.map();
-        if map.extents() != 1 {
+        let mut runs = self.runs();
+        let (pfn, _) = runs.next()?;
+        if runs.next().is_some() {
             return None;
         }
-        let first = map.find(0, 1)?;
         // SAFETY: A pinned page.
-        unsafe { vmap::direct(first.pfn) }
+        unsafe { vmap::direct(pfn) }
     }
 }
 
 // SAFETY: The frames are those of pinned pages, which stay in place until the buffer is dropped.
-// `Pinner` takes anonymous memory, page cache and device memory that the kernel lets be pinned for
-// long, and no pages that a driver may have mapped with another memory type.
+// `pin` takes anonymous memory, shmem and hugetlb alone, which are ordinary write-back memory.
 unsafe impl pfn_map::Pages for Buffer {
-    fn run(&self, page: usize, max: usize) -> Option<(usize, usize)> {
-        let run = self.pins.map().find(page, max)?;
-        Some((run.pfn, run.pages))
+    fn runs(&self, first: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let extents = self.held.extents();
+        extents.iter_from(first).map(|run| (run.pfn, run.pages))
     }
 
-    fn frames(&self, page: usize, out: &mut [usize]) -> usize {
-        self.pins.map().frames(page, out)
+    fn any_poisoned(&self, first: usize, pages: usize) -> bool {
+        let array = PageArray::get();
+        let mut left = pages;
+        for run in self.held.extents().iter_from(first) {
+            let (pages, hugetlb) = (run.pages.min(left), run.kind == Kind::Hugetlb);
+            // SAFETY: Pages that are pinned while the buffer lives.
+            if unsafe { any_poisoned(array, run.pfn, pages, hugetlb) } {
+                return true;
+            }
+            left -= pages;
+            if left == 0 {
+                break;
+            }
+        }
+        false
+    }
+
+    fn faults(&self) -> &Mutex<()> {
+        &self.faults
     }
 }
 
@@ -91,10 +146,11 @@ impl Exporter for Buffer {
     }
 
     fn size(&self) -> usize {
-        self.pins.map().pages() << PAGE_SHIFT
+        self.held.extents().pages() << PAGE_SHIFT
     }
 
     fn map(&self, dev: &Device, direction: DataDirection) -> Result<KBox<MappedTable>> {
+        self.check_poison()?;
         // SAFETY: The pages are pinned while the buffer lives, and it outlives its mappings: the
         // importer that maps it holds the dma-buf.
         unsafe { MappedTable::new(dev, direction, self.runs()) }
@@ -106,11 +162,12 @@ impl Exporter for Buffer {
     }
 
     fn vmap(&self) -> Result<NonNull<c_void>> {
+        self.check_poison()?;
         if let Some(address) = self.direct() {
             return Ok(address);
         }
         // SAFETY: The pages are pinned while the buffer lives, and it outlives its mappings.
-        unsafe { vmap::map(self.runs(), self.pins.map().pages()) }
+        unsafe { vmap::map(self.runs(), self.held.extents().pages()) }
     }
 
     unsafe fn vunmap(&self, address: NonNull<c_void>) {

@@ -10,7 +10,7 @@ use crate::{
 /// Pages of a mebibyte.
 const PAGES_PER_MIB: usize = user::pages_in(1 << 20);
 
-/// Pages that a user may pin beyond `RLIMIT_MEMLOCK`.
+/// Pages that a user may keep pinned beyond `RLIMIT_MEMLOCK`.
 pub(crate) fn allowance_pages() -> usize {
     // SAFETY: Reads a parameter.
     let mib = unsafe { ffi::pinbuf_param_allowance_mb() };
@@ -26,14 +26,8 @@ pub(crate) fn allowance_system_pages() -> usize {
     }
 }
 
-/// Whether a process's own pins are compared with the limit, rather than its user's.
-pub(crate) fn charge_process() -> bool {
-    // SAFETY: Reads a parameter.
-    unsafe { ffi::pinbuf_param_charge_process() }
-}
-
-/// How often to try again when pages cannot be moved. The pauses double, from a millisecond: with
-/// 16, the last one takes half a minute.
+/// How often GUP is asked again when pages cannot be migrated. The pauses double, from a millisecond
+/// on: with 16, the last one takes half a minute.
 pub(crate) fn pin_retries() -> u32 {
     // SAFETY: Reads a parameter.
     unsafe { ffi::pinbuf_param_pin_retries() }.min(16)

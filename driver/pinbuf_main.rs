@@ -6,19 +6,19 @@
 //! hands back a dma-buf of them. `uapi/pinbuf.h` says what user space may rely on, `DESIGN.md` how
 //! it is reached. From here, in the order of a call:
 //!
-//! * [`calls`]: the three ioctls, and checking what they are given ([`user_struct`] reads it);
-//! * [`charge`] on [`allowances`]: who answers for the pages, and how many may be pinned;
-//! * [`order`]: in which order they are pinned; [`pins`]: pinning them, with patience;
-//! * [`extents`] on [`chunked_vec`]: remembering which they are;
+//! * [`ioctl`]: the three calls; [`uaccess`] reads what they are given, [`ranges`] checks it;
+//! * [`charge`] on [`allowances`]: who is charged for the pages, and how many may be pinned;
+//! * [`pin`]: pinning them by GUP, and holding the pins;
+//! * [`extents`]: remembering which pages they are;
 //! * [`buffer`]: what is exported;
 //! * [`kernel_ext`]: safe wrappers of what the `kernel` crate does not wrap yet, and everything that
-//!   differs between kernel versions; [`ffi`] and `helpers.c` below it.
+//!   differs between kernel versions; [`ffi`] and `helpers.c` below it; [`params`].
 //!
 //! # Locks
 //!
-//! In order: the mmap lock, `dma_resv`, `dma_buf::mappings`. [`charge`] has a mutex besides, under
-//! which nothing else is taken. None of these is held while pages are pinned, unpinned or user
-//! memory is copied.
+//! In order: the mmap lock or a VMA's, `dma_resv`, `dma_buf::mappings`; and the mmap lock or a VMA's,
+//! `pinbuf::faults`, the page tables' own. [`charge`] has a mutex besides, under which nothing else is taken.
+//! None of these is held while pages are pinned, unpinned or user memory is copied.
 //!
 //! # Lifetimes
 //!
@@ -29,26 +29,29 @@
 use kernel::prelude::*;
 
 #[cfg(not(CONFIG_64BIT))]
-compile_error!("page frames and counters of locked pages are taken for numbers of 64 bits");
+compile_error!(
+    "pinbuf needs a 64-bit kernel: page frames and counters of pages are 64-bit numbers"
+);
+#[cfg(target_endian = "big")]
+compile_error!("pinbuf is not made for big-endian kernels: its contract was never tried there");
+#[cfg(not(CONFIG_SPARSEMEM_VMEMMAP))]
+compile_error!("pinbuf needs CONFIG_SPARSEMEM_VMEMMAP: adjacent frames have adjacent struct pages");
 
 mod allowances;
 mod buffer;
-mod calls;
 mod charge;
-mod chunked_vec;
 mod extents;
 mod ffi;
+mod ioctl;
 mod kernel_ext;
-mod order;
 mod params;
-mod pins;
+mod pin;
 mod ranges;
+mod uaccess;
 // Public to user space; the driver does not use all of it.
 #[allow(dead_code, unreachable_pub)]
 #[path = "../uapi/src/contract.rs"]
 mod uapi;
-mod user_array;
-mod user_struct;
 
 module! {
     type: Pinbuf,
@@ -62,7 +65,7 @@ module! {
 #[pin_data]
 struct Pinbuf {
     #[pin]
-    device: kernel_ext::misc::Registration<calls::Calls>,
+    device: kernel_ext::miscdevice::Registration<ioctl::Calls>,
 }
 
 impl kernel::InPlaceModule for Pinbuf {
@@ -71,7 +74,7 @@ impl kernel::InPlaceModule for Pinbuf {
         // SAFETY: Called once, here, before there is a device.
         unsafe { charge::init() };
         try_pin_init!(Self {
-            device <- kernel_ext::misc::Registration::new(module, c"pinbuf"),
+            device <- kernel_ext::miscdevice::Registration::new(module, c"pinbuf"),
         })
     }
 }

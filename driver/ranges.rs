@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What can be told of a call's ranges before anything is pinned.
+//! The ranges of a call: what can be checked, and joined, before anything is pinned.
 //!
 //! This file knows nothing of memory or locks, and is compiled for the host too, where `tests/pure`
-//! holds it against a naive model.
+//! compares it with a naive model.
 
 use crate::uapi;
 use kernel::{
@@ -25,6 +25,26 @@ unsafe impl FromBytes for Element<uapi::Range> {}
 // SAFETY: As above.
 unsafe impl FromBytes for Element<uapi::Backing> {}
 
+/// Pages at adjacent addresses of the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub(crate) addr: usize,
+    pub(crate) pages: usize,
+    /// The descriptor of the file that is expected to be mapped there, and the page of it at `addr`.
+    pub(crate) backing: Option<(i32, usize)>,
+}
+
+impl Part {
+    /// The part whose first page is the one behind this one's last.
+    fn next(self) -> Self {
+        Self {
+            addr: self.addr + (self.pages << PAGE_SHIFT),
+            pages: 0,
+            backing: self.backing.map(|(fd, page)| (fd, page + self.pages)),
+        }
+    }
+}
+
 /// The pages of all ranges together, each of which has been checked then.
 pub(crate) fn total_pages(ranges: &[Element<uapi::Range>]) -> Result<usize> {
     let mut bytes: u64 = 0;
@@ -40,7 +60,7 @@ pub(crate) fn total_pages(ranges: &[Element<uapi::Range>]) -> Result<usize> {
     Ok(bytes as usize >> PAGE_SHIFT)
 }
 
-/// Checks which parts of files the ranges are said to be of, as far as that is possible.
+/// Checks which parts of files the ranges are said to map, as far as that is possible.
 pub(crate) fn check_backings(
     ranges: &[Element<uapi::Range>],
     backings: &[Element<uapi::Backing>],
@@ -54,4 +74,42 @@ pub(crate) fn check_backings(
         isize::try_from(end).map_err(|_| EINVAL)?;
     }
     Ok(())
+}
+
+/// The ranges in their order, where neighbours that are neighbours in the address space (and in the
+/// file that they map) too are one part: each part costs a call of GUP.
+///
+/// The ranges have been checked by [`total_pages`], and the backings, one for each range, by
+/// [`check_backings`].
+pub(crate) fn joined<'a>(
+    ranges: &'a [Element<uapi::Range>],
+    backings: Option<&'a [Element<uapi::Backing>]>,
+) -> impl Iterator<Item = Part> + 'a {
+    let part = move |number: usize| {
+        let range = ranges.get(number)?.0;
+        let backing = backings.and_then(|backings| backings.get(number));
+        Some(Part {
+            addr: range.addr as usize,
+            pages: (range.len >> PAGE_SHIFT) as usize,
+            backing: backing
+                .map(|Element(backing)| (backing.fd, (backing.offset >> PAGE_SHIFT) as usize)),
+        })
+    };
+    let mut number = 0;
+    core::iter::from_fn(move || {
+        let mut joined = part(number)?;
+        number += 1;
+        while let Some(next) = part(number) {
+            if (Part {
+                pages: next.pages,
+                ..joined.next()
+            }) != next
+            {
+                break;
+            }
+            joined.pages += next.pages;
+            number += 1;
+        }
+        Some(joined)
+    })
 }

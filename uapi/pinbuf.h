@@ -25,7 +25,8 @@
  *   EFAULT  the struct, or memory that it points to, cannot be read or written
  *   EINVAL  size is smaller than version 1's; a reserved field is not zero;
  *           a flag is not known
- *   E2BIG   the struct is longer than the kernel's and the tail is not zero
+ *   E2BIG   the struct is longer than the kernel's and the tail is not zero, or
+ *           it is longer than a page
  *   ENOTTY  the command is not known
  */
 
@@ -37,8 +38,7 @@
 
 /**
  * struct pinbuf_range - a range of the caller's address space
- * @addr: first byte; a multiple of the page size.  Zero with
- *        PINBUF_CREATE_FROM_FILES
+ * @addr: first byte; a multiple of the page size
  * @len:  length in bytes; a multiple of the page size, not zero
  *
  * The layout of a 64-bit struct iovec: one can be passed as it is.
@@ -49,7 +49,7 @@ struct pinbuf_range {
 };
 
 /**
- * struct pinbuf_backing - the part of a file that a range is about
+ * struct pinbuf_backing - the part of a file that a range is expected to map
  * @fd:       a descriptor of the file (memfd, tmpfs or hugetlbfs)
  * @reserved: zero
  * @offset:   the byte of the file that is the range's first; a multiple of the
@@ -69,18 +69,12 @@ struct pinbuf_backing {
  * answers EAGAIN when one of them is another's: the mapping changed meanwhile.
  */
 #define PINBUF_CREATE_CHECK_BACKING	(1U << 1)
-/* Bit 2 is kept for reporting discards under a live buffer; EINVAL until then. */
 /*
- * The ranges are not of the caller's addresses: @backing says, range by range,
- * which file and offset they are of.  Nothing needs to be mapped; what the file
- * has no page for yet gets one, as a write would give it.  The descriptors must
- * be open for reading and writing.  Not together with
- * PINBUF_CREATE_CHECK_BACKING.
+ * Bit 2 is reserved for reporting discards under a live buffer.  Bit 3 was used
+ * by a development version and stays unused.
  */
-#define PINBUF_CREATE_FROM_FILES	(1U << 3)
 #define PINBUF_CREATE_FLAGS \
-	(PINBUF_CREATE_CLOEXEC | PINBUF_CREATE_CHECK_BACKING | \
-	 PINBUF_CREATE_FROM_FILES)
+	(PINBUF_CREATE_CLOEXEC | PINBUF_CREATE_CHECK_BACKING)
 
 /**
  * struct pinbuf_create - pin ranges and make them one dma-buf
@@ -90,7 +84,7 @@ struct pinbuf_backing {
  * @count:    ranges, 1 to PINBUF_MAX_RANGES
  * @reserved: zero
  * @backing:  address of @count struct pinbuf_backing with
- *            PINBUF_CREATE_CHECK_BACKING or PINBUF_CREATE_FROM_FILES, else zero
+ *            PINBUF_CREATE_CHECK_BACKING, else zero
  *
  * Returns a dma-buf's descriptor, opened O_RDWR.  The buffer holds the pages
  * that the ranges mapped during the call; ranges may repeat and overlap.  It
@@ -99,42 +93,54 @@ struct pinbuf_backing {
  * the buffer does not.  A process that forks should give private memory
  * MADV_DONTFORK while a buffer of it lives.
  *
+ * A buffer consists of anonymous memory, shmem (memfd, tmpfs, System V) and
+ * hugetlb.  Each page is faulted in as if the process wrote to it, so a page
+ * that a userfaultfd has to provide is waited for.  The call can be killed
+ * meanwhile.  A thread must not create a buffer of memory whose userfaults it
+ * alone resolves.
+ *
  * The pages are charged to the caller's user under RLIMIT_MEMLOCK, whichever
- * process they are released in.
+ * process they are released in, and shown as VmPin in /proc/PID/status.  In a
+ * user namespace, all buffers that belong to one user of the host count
+ * together; of a container that root made, all that belong to its root user.  A
+ * process with CAP_IPC_LOCK has no limit.
  *
  * All or nothing: after an error no page is pinned or charged and no
  * descriptor is open.
  *
  *   EINVAL     no range or too many; a range that is empty, or whose address or
- *              length is no multiple of the page size
+ *              length is no multiple of the page size; a backing whose offset is
+ *              no multiple of it, or that ends beyond 2^63
  *   EOVERFLOW  the end of a range does not fit into 64 bits, or the sum of the
  *              lengths not into 63
  *   EFAULT     (of a range) not mapped, or beyond what can be mapped, not
- *              writable, of a kind that the kernel does not pin for long (a
- *              file on disk mapped shared, device memory, a driver's own pages,
- *              memfd_secret), or its backing store is exhausted (a hugetlb
- *              pool, a full tmpfs).  Map it, or free some.
- *   ENOMEM     over the memlock limit and over the allowance (PINBUF_QUERY), or
- *              out of memory.  Raise `ulimit -l`.
+ *              writable, of another kind than those above (a file on disk mapped
+ *              shared, memory of a device or of a driver, memfd_secret), broken,
+ *              or its backing store is exhausted (a hugetlb pool, a full tmpfs).
+ *              Map it, or free some.
+ *   ENOMEM     over the memlock limit and over the allowance (PINBUF_QUERY), out
+ *              of memory, larger than the machine's memory, or a page that is
+ *              pinned a million times already.  Raise `ulimit -l`.
  *   EBUSY      pages lie where nothing may stay pinned (ZONE_MOVABLE, CMA) and
- *              could not be moved, also after retries.  Try again later.
+ *              could not be migrated, also after retries.  Try again later.
  *   EINTR      a fatal signal arrived
  *   EAGAIN     PINBUF_CREATE_CHECK_BACKING: a page is not the one named
- *   EBADF      a descriptor in @backing is not open
- *
- * and with PINBUF_CREATE_FROM_FILES
- *
- *   EINVAL     a file is none of memfd, tmpfs and hugetlbfs; a range that ends
- *              beyond the end of its file
- *   EACCES     a descriptor is not open for reading and writing, or its file is
- *              append-only
- *   EPERM      a file is sealed against writing
- *   EFAULT     (of a range) the file's store is exhausted
- *
- * and in any case
- *
+ *   EBADF      PINBUF_CREATE_CHECK_BACKING: a descriptor is not open
  *   EMFILE, ENFILE  no descriptor is free
  *   ENODEV     the module is being unloaded
+ *
+ * Importers of the dma-buf see, besides their own errors:
+ *
+ *   EBUSY      a mapping that its device may write to, and that needs bounce
+ *              buffers, cannot be beside another one that a device may write to
+ *   EHWPOISON  memory of the buffer was found broken
+ *   EINVAL     the device takes no whole page in one piece
+ *
+ * A mapping that needs bounce buffers and that its device only reads shows what
+ * the CPU writes (between DMA_BUF_IOCTL_SYNC calls), and not what other devices
+ * write after it was made.  Beside a mapping that needs bounce buffers and that
+ * its device writes to, what the CPU writes is safe after the call that ends the
+ * access; other accesses, or the end of that mapping, may undo it before.
  */
 struct pinbuf_create {
 	__u32 size;
@@ -149,14 +155,15 @@ struct pinbuf_create {
 #define PINBUF_FEATURE_HUGE_MMAP	(1ULL << 0)
 /* PINBUF_CREATE_CHECK_BACKING is known. */
 #define PINBUF_FEATURE_CHECK_BACKING	(1ULL << 1)
-/* PINBUF_CREATE_FROM_FILES is known. */
-#define PINBUF_FEATURE_FROM_FILES	(1ULL << 2)
+/* Bit 2 was used by a development version and stays unused. */
 
-/* How pages are charged; see struct pinbuf_query and struct pinbuf_info. */
-#define PINBUF_CHARGE_USER	0	/* the user's locked pages, RLIMIT_MEMLOCK */
-#define PINBUF_CHARGE_PROCESS	1	/* the process's pinned pages, RLIMIT_MEMLOCK */
+/*
+ * How pages are charged; see struct pinbuf_query and struct pinbuf_info.  1 was
+ * used by a development version and stays unused.
+ */
+#define PINBUF_CHARGE_USER	0	/* the user's limit, RLIMIT_MEMLOCK */
 #define PINBUF_CHARGE_ALLOWANCE	2	/* the user's allowance beyond the limit */
-#define PINBUF_CHARGE_NONE	3	/* beyond the limit, by CAP_IPC_LOCK */
+#define PINBUF_CHARGE_NONE	3	/* nothing: CAP_IPC_LOCK */
 
 /**
  * struct pinbuf_query - what this kernel's pinbuf can do
@@ -166,8 +173,7 @@ struct pinbuf_create {
  * @create_flags:    the PINBUF_CREATE_* that are known
  * @max_ranges:      the most ranges a call
  * @page_size:       bytes; what addresses and lengths must be multiples of
- * @charge_mode:     PINBUF_CHARGE_USER or PINBUF_CHARGE_PROCESS, for the next
- *                   create
+ * @charge_mode:     PINBUF_CHARGE_USER: how the limit is applied
  * @memlock_bytes:   the caller's RLIMIT_MEMLOCK; all ones: no limit, or the
  *                   caller has CAP_IPC_LOCK
  * @allowance_bytes: what a user may pin beyond it
@@ -198,10 +204,15 @@ struct pinbuf_query {
  * @extents:      runs of physically adjacent pages that it consists of
  * @pins:         page or folio references that it holds
  * @kernel_bytes: kernel memory kept for its extents
- * @charged_pages: pages charged
+ * @charged_pages: pages charged; more than @pages where an allowance is charged
+ *                for the whole of large folios, or for a buffer of few pages
  * @charge:       PINBUF_CHARGE_*: to what
  * @mappings:     devices' mappings that live now
  * @state:        zero; kept for reporting discards
+ * @held_bytes:   memory that the buffer keeps in place: its pages (each as often
+ *                as it is there), and the rest of the large folios that they are
+ *                in.  One page of a transparent huge page keeps all of it.  Of
+ *                hugetlb, the pages alone: its pool is bounded already
  * @reserved:     zero
  *
  *   EBADF   @fd is not open
@@ -219,7 +230,8 @@ struct pinbuf_info {
 	__u32 charge;
 	__u32 mappings;
 	__u64 state;
-	__u64 reserved[3];
+	__u64 held_bytes;
+	__u64 reserved[2];
 };
 
 /* 'u' 50-5F: behind udmabuf's 'u' 40-4F, free in ioctl-number.rst. */

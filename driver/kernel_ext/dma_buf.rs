@@ -19,8 +19,23 @@
 //!
 //! The core calls `map`, `unmap`, `vmap` and `vunmap` with the buffer's `dma_resv` lock held, and
 //! `begin_cpu_access` and `end_cpu_access` without any lock, so these may run while devices map
-//! and unmap. `mappings` is what makes that safe: a scatterlist is put there after it was mapped
-//! and taken out before it is unmapped. Memory is allocated outside it.
+//! and unmap. `mappings` is what makes that safe: it is held from before a scatterlist is mapped until it
+//! is in there, and while it is taken out and unmapped. Mapping fills bounce buffers and unmapping empties
+//! them; an access by the CPU meanwhile would be lost, or see old data, if it was not synchronised.
+//!
+//! # Bounce buffers
+//!
+//! A mapping that bounces (swiotlb) has a copy of the memory, and the DMA API cannot say which parts
+//! of it the device wrote: making the device's writes visible copies all of it back. With a second
+//! mapping that a device writes to, one of the two would lose its data. So a mapping that a device may
+//! write to and that bounces shares the memory with no other mapping that a device may write to
+//! (`EBUSY`). A mapping that bounces and that its device only reads shows what was in the memory when
+//! it was mapped and what the CPU has written since, and not what other devices have.
+//!
+//! The lock covers each call, and not the time between the beginning and the end of an access. What the CPU
+//! has written in an access that is not over is lost if meanwhile the device's mapping is undone, or another
+//! access begins: both copy the bounce buffer back. The core's interface tells nothing of who is
+//! accessing what, so this cannot be prevented here; `system_heap` does the same.
 //!
 //! C header: [`include/linux/dma-buf.h`](srctree/include/linux/dma-buf.h).
 
@@ -46,7 +61,7 @@ use kernel::{
     prelude::*,
     rbtree::{
         RBTree,
-        RBTreeNode, //
+        RBTreeNodeReservation, //
     },
     sync::{
         new_mutex,
@@ -117,10 +132,12 @@ impl<E: Exporter> Operations<E> {
 /// What a dma-buf's private data points to.
 #[pin_data]
 struct Exported<E> {
-    exporter: E,
-    /// The devices' mappings, by the address of their scatterlist.
+    /// The devices' mappings, by the address of their scatterlist. Dropped before the memory that
+    /// they are of. (The core refuses to release a dma-buf that is still attached.)
     #[pin]
     mappings: Mutex<RBTree<usize, KBox<MappedTable>>>,
+    #[pin]
+    exporter: E,
 }
 
 /// A reference to a dma-buf, of whatever exporter.
@@ -132,15 +149,18 @@ pub(crate) struct DmaBuf(NonNull<bindings::dma_buf>);
 
 impl DmaBuf {
     /// Makes `exporter` a dma-buf, which owns it from now on; after an error it has been dropped.
-    pub(crate) fn export<E: Exporter>(module: &'static ThisModule, exporter: E) -> Result<Self> {
-        let size = exporter.size();
+    pub(crate) fn export<E: Exporter>(
+        module: &'static ThisModule,
+        exporter: impl PinInit<E>,
+    ) -> Result<Self> {
         let exported = KBox::pin_init(
             pin_init!(Exported {
-                exporter,
                 mappings <- new_mutex!(RBTree::new(), "dma_buf::mappings"),
+                exporter <- exporter,
             }),
             GFP_KERNEL_ACCOUNT,
         )?;
+        let size = exported.exporter.size();
         // SAFETY: The value is not moved out of: it is turned back into a pinned box.
         let exported = KBox::into_raw(unsafe { Pin::into_inner_unchecked(exported) });
         let info = bindings::dma_buf_export_info {
@@ -241,10 +261,18 @@ unsafe extern "C" fn map<E: Exporter>(
     // SAFETY: The attached device is valid while it is attached.
     let dev = unsafe { Device::from_raw((*attachment).dev) };
     let map = || -> Result<*mut bindings::sg_table> {
+        let reserved = RBTreeNodeReservation::new(GFP_KERNEL_ACCOUNT)?;
+        let mut mappings = exported.mappings.lock();
         let table = exported.exporter.map(dev, direction(raw)?)?;
+        if table.device_writes() {
+            let mut writers = mappings.values().filter(|other| other.device_writes());
+            if writers.any(|other| table.bounces() || other.bounces()) {
+                table.discard();
+                return Err(EBUSY);
+            }
+        }
         let raw = table.as_raw();
-        let node = RBTreeNode::new(raw as usize, table, GFP_KERNEL_ACCOUNT)?;
-        exported.mappings.lock().insert(node);
+        mappings.insert(reserved.into_node(raw as usize, table));
         Ok(raw)
     };
     map().unwrap_or_else(|error| error.to_ptr())
@@ -261,9 +289,9 @@ unsafe extern "C" fn unmap<E: Exporter>(
 ) {
     // SAFETY: By the function's requirements.
     let exported = unsafe { exported::<E>((*attachment).dmabuf) };
-    let node = exported.mappings.lock().remove_node(&(table as usize));
-    // Unmapped here, without the lock.
-    drop(node);
+    let mut mappings = exported.mappings.lock();
+    // Unmapped with the lock held.
+    drop(mappings.remove_node(&(table as usize)));
 }
 
 /// # Safety

@@ -4,14 +4,13 @@
 //!
 //! Each module stands for itself and knows nothing of pinbuf, so that it could become a part of
 //! the `kernel` crate as it is. All differences between kernel versions are in here:
-//! [`misc`] registers its device itself, since `kernel::miscdevice` of 7.2 leaves
+//! [`miscdevice`] registers its device itself, since `kernel::miscdevice` of 7.2 leaves
 //! `file_operations.owner` empty and a module could be unloaded under an open descriptor.
 
 pub(crate) mod dma_buf;
-pub(crate) mod gup;
-pub(crate) mod mapped_file;
-pub(crate) mod misc;
+pub(crate) mod miscdevice;
 pub(crate) mod module;
+pub(crate) mod pages;
 pub(crate) mod pfn_map;
 pub(crate) mod sched;
 pub(crate) mod sg_table;

@@ -9,7 +9,8 @@ use kernel::{
     time::msecs_to_jiffies, //
 };
 
-/// Lets other tasks run, where the kernel does not preempt by itself. Sleeps.
+/// Lets other tasks run, where the kernel does not preempt by itself. Sleeps: called where that is
+/// allowed, which the kernel's debugging options check.
 #[inline]
 pub(crate) fn cond_resched() {
     // SAFETY: All callers of this function may sleep, as its documentation demands; it touches no
@@ -20,8 +21,8 @@ pub(crate) fn cond_resched() {
 /// Whether the current task is about to be killed.
 #[inline]
 pub(crate) fn fatal_signal_pending() -> bool {
-    // SAFETY: Reads the current task's signals; always allowed in process context.
-    unsafe { ffi::pinbuf_fatal_signal_pending() }
+    // SAFETY: Reads the current task's signals.
+    unsafe { ffi::pinbuf_fatal_signal_pending(kernel::current!().as_ptr()) }
 }
 
 /// Fails with `EINTR` if the current task is about to be killed, and lets others run if not.
@@ -42,4 +43,10 @@ pub(crate) fn sleep_killable(ms: u32) -> Result {
         return Err(EINTR);
     }
     Ok(())
+}
+
+/// A number that cannot be foreseen.
+pub(crate) fn random() -> u32 {
+    // SAFETY: Always allowed.
+    unsafe { bindings::get_random_u32() }
 }

@@ -6,13 +6,17 @@
 //!
 //! C header: [`include/linux/scatterlist.h`](srctree/include/linux/scatterlist.h).
 
-use super::sched::cond_resched;
+use super::{
+    pages::PageArray,
+    sched::cond_resched, //
+};
 use crate::ffi;
 use kernel::{
     bindings,
     device::Device,
     dma::DataDirection,
     error::to_result,
+    ffi::c_ulong,
     page::{
         PAGE_SHIFT,
         PAGE_SIZE, //
@@ -27,15 +31,14 @@ use kernel::{
 pub(crate) struct SegmentLimits {
     /// The most pages, one at least.
     pages: usize,
-    /// No entry may cross an address that is a multiple of this many pages (of a power of two);
-    /// 0: any may.
+    /// No entry may cross an address that is a multiple of this many pages, a power of two.
     boundary: usize,
 }
 
 impl SegmentLimits {
     /// The limits of `dev`: what its driver declared, and what a bounce buffer holds if there is
-    /// one.
-    pub(crate) fn of(dev: &Device) -> Self {
+    /// one. `EINVAL` if it takes no whole page: entries consist of whole pages.
+    pub(crate) fn of(dev: &Device) -> Result<Self> {
         // SAFETY: `dev` is a valid device.
         let segment = unsafe { ffi::pinbuf_dma_get_max_seg_size(raw(dev)) } as usize;
         // SAFETY: `dev` is a valid device.
@@ -44,20 +47,19 @@ impl SegmentLimits {
         let mask = unsafe { ffi::pinbuf_dma_get_seg_boundary(raw(dev)) };
         // The length of an entry is a `u32`.
         let bytes = segment.min(mapping).min(u32::MAX as usize);
-        Self {
-            pages: (bytes >> PAGE_SHIFT).max(1),
-            boundary: (mask >> PAGE_SHIFT).wrapping_add(1),
+        if bytes < PAGE_SIZE || mask < PAGE_SIZE - 1 {
+            return Err(EINVAL);
         }
+        Ok(Self {
+            pages: bytes >> PAGE_SHIFT,
+            boundary: (mask >> PAGE_SHIFT) + 1,
+        })
     }
 
     /// How many of `pages` pages from the frame `pfn` on fit into one entry.
     fn fit(self, pfn: usize, pages: usize) -> usize {
-        let pages = pages.min(self.pages);
-        if self.boundary <= 1 {
-            pages
-        } else {
-            pages.min(self.boundary - (pfn & (self.boundary - 1)))
-        }
+        let to_boundary = self.boundary - (pfn & (self.boundary - 1));
+        pages.min(self.pages).min(to_boundary)
     }
 }
 
@@ -70,6 +72,9 @@ pub(crate) struct MappedTable {
     table: Opaque<bindings::sg_table>,
     dev: ARef<Device>,
     direction: DataDirection,
+    bounces: bool,
+    /// Attributes for the unmapping.
+    unmap: c_ulong,
 }
 
 // SAFETY: A scatterlist is plain memory, and any task may unmap it.
@@ -91,7 +96,7 @@ impl MappedTable {
         direction: DataDirection,
         runs: impl Iterator<Item = (usize, usize)> + Clone,
     ) -> Result<KBox<Self>> {
-        let limits = SegmentLimits::of(dev);
+        let limits = SegmentLimits::of(dev)?;
         let count = segments(runs.clone(), limits).count();
         // The DMA API counts entries in an `int`.
         let count = i32::try_from(count).map_err(|_| ENOMEM)? as u32;
@@ -99,6 +104,12 @@ impl MappedTable {
         let mut table = Table::new(count)?;
         table.fill(segments(runs, limits));
 
+        // What the CPU writes has to reach bounce buffers also where only the device is said to write:
+        // all of them is copied back afterwards.
+        let direction = match direction {
+            DataDirection::FromDevice if may_bounce(dev) => DataDirection::Bidirectional,
+            direction => direction,
+        };
         let mapped = KBox::new_uninit(GFP_KERNEL_ACCOUNT)?;
         // SAFETY: `dev` is a valid device, and the list is filled with pages that stay in place, by
         // the function's requirements.
@@ -106,14 +117,57 @@ impl MappedTable {
             bindings::dma_map_sgtable(raw(dev), &mut table.0, direction.into(), 0)
         })?;
         // INVARIANT: Allocated and mapped just now.
-        Ok(KBox::write(
+        let mut mapped = KBox::write(
             mapped,
             Self {
                 table: Opaque::new(table.into_inner()),
                 dev: ARef::from(dev),
                 direction,
+                bounces: false,
+                unmap: 0,
             },
-        ))
+        );
+        mapped.bounces = mapped.find_bounces();
+        Ok(mapped)
+    }
+
+    /// Whether some of the memory is bounced.
+    fn find_bounces(&self) -> bool {
+        if !may_bounce(&self.dev) {
+            return false;
+        }
+        let table = self.table.get();
+        // SAFETY: Allocated and mapped, by the type invariant.
+        let (mut sg, count) = unsafe { ((*table).sgl, (*table).nents) };
+        for index in 0..count {
+            if index % 4096 == 4095 {
+                cond_resched();
+            }
+            // SAFETY: One of the `nents` entries that are mapped.
+            if unsafe { ffi::pinbuf_dma_need_sync(raw(&self.dev), (*sg).dma_address) } {
+                return true;
+            }
+            // SAFETY: As above.
+            sg = unsafe { bindings::sg_next(sg) };
+        }
+        false
+    }
+
+    /// Whether the device may write to the memory.
+    pub(crate) fn device_writes(&self) -> bool {
+        self.direction != DataDirection::ToDevice
+    }
+
+    /// Whether the device may have a copy of some of the memory. (Also where a device that could
+    /// bounce is not coherent.)
+    pub(crate) fn bounces(&self) -> bool {
+        self.bounces
+    }
+
+    /// Undoes a mapping that no device has been given. Bounce buffers are not copied back: that would
+    /// undo what others have written to the memory since.
+    pub(crate) fn discard(mut self: KBox<Self>) {
+        self.unmap = bindings::DMA_ATTR_SKIP_CPU_SYNC as c_ulong;
     }
 
     /// The scatterlist, for C. Stays valid, and at the same address, while the box lives.
@@ -121,32 +175,28 @@ impl MappedTable {
         self.table.get()
     }
 
-    /// Makes what the device wrote visible to the CPU, if the CPU's access in `direction` meets
-    /// what this mapping is for.
-    pub(crate) fn sync_for_cpu(&self, direction: DataDirection) {
-        if meet(self.direction, direction) {
-            // SAFETY: Mapped for this device in this direction, by the type invariant.
-            unsafe {
-                ffi::pinbuf_dma_sync_sgtable_for_cpu(
-                    raw(&self.dev),
-                    self.table.get(),
-                    self.direction.into(),
-                )
-            }
+    /// Makes what the device wrote visible to the CPU, if the CPU's access in the direction `access`
+    /// meets what this mapping is for.
+    pub(crate) fn sync_for_cpu(&self, access: DataDirection) {
+        // The CPU may write to parts only, and the rest goes back to the device with them: so a write
+        // begins as a read.
+        let access = match access {
+            DataDirection::ToDevice => DataDirection::Bidirectional,
+            access => access,
+        };
+        if let Some(direction) = sync_direction(self.direction, access) {
+            let (dev, table) = (raw(&self.dev), self.table.get());
+            // SAFETY: Mapped for this device, by the type invariant, in a direction that allows this.
+            unsafe { ffi::pinbuf_dma_sync_sgtable_for_cpu(dev, table, direction.into()) }
         }
     }
 
     /// Makes what the CPU wrote visible to the device, likewise.
-    pub(crate) fn sync_for_device(&self, direction: DataDirection) {
-        if meet(self.direction, direction) {
-            // SAFETY: Mapped for this device in this direction, by the type invariant.
-            unsafe {
-                ffi::pinbuf_dma_sync_sgtable_for_device(
-                    raw(&self.dev),
-                    self.table.get(),
-                    self.direction.into(),
-                )
-            }
+    pub(crate) fn sync_for_device(&self, access: DataDirection) {
+        if let Some(direction) = sync_direction(self.direction, access) {
+            let (dev, table) = (raw(&self.dev), self.table.get());
+            // SAFETY: Mapped for this device, by the type invariant, in a direction that allows this.
+            unsafe { ffi::pinbuf_dma_sync_sgtable_for_device(dev, table, direction.into()) }
         }
     }
 }
@@ -156,11 +206,33 @@ impl Drop for MappedTable {
         // SAFETY: Mapped for this device in this direction, by the type invariant, and used no
         // more.
         unsafe {
-            ffi::pinbuf_dma_unmap_sgtable(raw(&self.dev), self.table.get(), self.direction.into())
+            bindings::dma_unmap_sgtable(
+                raw(&self.dev),
+                self.table.get(),
+                self.direction.into(),
+                self.unmap,
+            )
         };
         // SAFETY: Allocated, by the type invariant, and used no more.
         unsafe { bindings::sg_free_table(self.table.get()) };
     }
+}
+
+/// Whether memory may be bounced for `dev`.
+///
+/// A device that may bounce declares how much a bounce buffer holds. So does an untrusted one behind an
+/// IOMMU, but that bounces only what does not fill the IOMMU's pages, and entries consist of whole pages.
+fn may_bounce(dev: &Device) -> bool {
+    // SAFETY: A valid device.
+    let (most, mask) = unsafe {
+        (
+            bindings::dma_max_mapping_size(raw(dev)),
+            bindings::dma_get_merge_boundary(raw(dev)),
+        )
+    };
+    // The mask of the IOMMU's page size; 0 without an IOMMU.
+    let fills_pages = mask != 0 && mask < PAGE_SIZE;
+    most != usize::MAX && !fills_pages
 }
 
 /// The C device: `Device::as_raw` is private to the `kernel` crate.
@@ -169,10 +241,20 @@ fn raw(dev: &Device) -> *mut bindings::device {
     core::ptr::from_ref(dev).cast_mut().cast()
 }
 
-/// A mapping is synced with its own direction, or not at all: with another one the DMA API would
-/// complain. A CPU that only reads need not be told of a device that only reads.
-fn meet(a: DataDirection, b: DataDirection) -> bool {
-    a == b || a == DataDirection::Bidirectional || b == DataDirection::Bidirectional
+/// The direction in which a mapping is synced for an access by the CPU; `None` if it need not be.
+///
+/// The DMA API lets a bidirectional mapping be synced in either direction, and it has to be that of
+/// the access: after a read, syncing both ways would copy old content over what the device has
+/// written to its bounce buffer meanwhile. Any other mapping is synced in its own direction, and an
+/// access that goes the other way does not concern its device.
+fn sync_direction(mapping: DataDirection, access: DataDirection) -> Option<DataDirection> {
+    if mapping == DataDirection::Bidirectional {
+        Some(access)
+    } else if access == mapping || access == DataDirection::Bidirectional {
+        Some(mapping)
+    } else {
+        None
+    }
 }
 
 /// Cuts runs into entries.
@@ -213,19 +295,19 @@ impl Table {
     }
 
     fn fill(&mut self, segments: impl Iterator<Item = (usize, usize)>) {
+        let array = PageArray::get();
         let mut sg = self.0.sgl;
         for (index, (pfn, pages)) in segments.enumerate() {
             if index > 0 {
                 // SAFETY: There is one entry for each segment, and this is not the last one.
-                sg = unsafe { ffi::pinbuf_sg_next(sg) };
+                sg = unsafe { bindings::sg_next(sg) };
                 if index % 4096 == 0 {
                     cond_resched();
                 }
             }
-            // SAFETY: The frame has a `struct page`, as `MappedTable::new` demands.
-            let page = unsafe { ffi::pinbuf_pfn_to_page(pfn) };
-            // SAFETY: `sg` is an entry of the list; the length fits, by `SegmentLimits`.
-            unsafe { ffi::pinbuf_sg_set_page(sg, page, (pages * PAGE_SIZE) as u32) };
+            let page = array.page(pfn);
+            // SAFETY: The frame has a `struct page`, as `MappedTable::new` demands. `sg` is an entry of the list; the length fits, by `SegmentLimits`.
+            unsafe { ffi::pinbuf_sg_set_page(sg, page, (pages * PAGE_SIZE) as u32, 0) };
         }
     }
 

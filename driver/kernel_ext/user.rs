@@ -11,12 +11,9 @@ use kernel::{
     bindings,
     mm::Mm,
     page::PAGE_SHIFT,
-    sync::{
-        aref::ARef,
-        atomic::{
-            Atomic,
-            Relaxed, //
-        },
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
     }, //
 };
 
@@ -55,15 +52,6 @@ impl Drop for User {
         // SAFETY: By the type invariant the reference is ours to drop.
         unsafe { bindings::free_uid(self.0.as_ptr()) }
     }
-}
-
-/// The current process's address space. Holds the record, not the mappings in it.
-///
-/// `None` in a kernel thread.
-pub(crate) fn current_mm() -> Option<ARef<Mm>> {
-    let task = kernel::current!();
-    let mm: &Mm = task.mm()?;
-    Some(ARef::from(mm))
 }
 
 /// The pages that the process has pinned, `VmPin` in `/proc/PID/status`.
@@ -110,21 +98,50 @@ impl LockedPages<'_> {
 /// The current process's soft `RLIMIT_MEMLOCK` in bytes; `usize::MAX` for none.
 pub(crate) fn rlimit_memlock() -> usize {
     // SAFETY: Reads a limit of the current process.
-    unsafe { ffi::pinbuf_rlimit_memlock() }
+    unsafe { ffi::pinbuf_rlimit(bindings::RLIMIT_MEMLOCK) }
 }
 
 /// Whether the current task has `CAP_IPC_LOCK` in the initial user namespace, which lifts the
 /// limit. Leaves no trace in an audit log.
 pub(crate) fn may_lock_without_limit() -> bool {
-    // SAFETY: Always allowed in process context.
-    unsafe { ffi::pinbuf_capable_ipc_lock_noaudit() }
+    // SAFETY: Always allowed in process context; that namespace is always there.
+    unsafe {
+        bindings::ns_capable_noaudit(
+            &raw mut bindings::init_user_ns,
+            bindings::CAP_IPC_LOCK as kernel::ffi::c_int,
+        )
+    }
 }
 
-/// The number, in the initial user namespace, of the user that the current task belongs to there:
-/// in a user namespace, the one who made it, whatever users it has been given.
+/// The number, in the initial user namespace, of the user that the current task belongs to there.
+///
+/// Its own, or, in a user namespace, that of the user who made the outermost one. Where that is root, who
+/// made it for others (a container), it is the container's root, as the initial namespace knows it, or
+/// the task's own where the two are the same.
 pub(crate) fn current_host_uid() -> u32 {
-    // SAFETY: Always allowed in process context.
-    unsafe { ffi::pinbuf_current_host_uid() }
+    const ROOT: u32 = 0;
+    const NOBODY: u32 = u32::MAX;
+    let own = kernel::current!().uid().into_raw().val;
+    let init = &raw mut bindings::init_user_ns;
+    // SAFETY: Always allowed in process context. The task's credentials hold the namespace, a
+    // namespace holds its parent, and the initial one ends the chain. None of the fields that are read
+    // changes while a namespace lives.
+    unsafe {
+        let mut ns = ffi::pinbuf_current_user_ns();
+        if ns == init {
+            return own;
+        }
+        while (*ns).parent != init {
+            ns = (*ns).parent;
+        }
+        if (*ns).owner.val != ROOT {
+            return (*ns).owner.val;
+        }
+        match bindings::make_kuid(ns, ROOT).val {
+            ROOT | NOBODY => own,
+            container => container,
+        }
+    }
 }
 
 /// The machine's memory in pages.

@@ -4,7 +4,10 @@
 //!
 //! C header: [`include/linux/vmalloc.h`](srctree/include/linux/vmalloc.h).
 
-use super::sched::cond_resched;
+use super::{
+    pages::PageArray,
+    sched::cond_resched, //
+};
 use crate::ffi;
 use core::{
     ffi::c_void,
@@ -39,13 +42,13 @@ pub(crate) unsafe fn map(
     }
     // Not charged: it is gone before this returns, and the core warns when a memory cgroup is full.
     let mut array = KVVec::with_capacity(pages, GFP_KERNEL | __GFP_NOWARN)?;
+    let pages_array = PageArray::get();
     for (pfn, pages) in runs {
         for n in 0..pages {
             if array.len() % 4096 == 4095 {
                 cond_resched();
             }
-            // SAFETY: The frame has a `struct page`, by the function's requirements.
-            array.push(unsafe { ffi::pinbuf_pfn_to_page(pfn + n) }, GFP_KERNEL)?;
+            array.push(pages_array.page(pfn + n), GFP_KERNEL)?;
         }
     }
     // SAFETY: The array holds so many pointers to pages that stay in place.
@@ -71,7 +74,5 @@ pub(crate) unsafe fn unmap(address: NonNull<c_void>) {
 /// The frame has a `struct page`.
 pub(crate) unsafe fn direct(pfn: usize) -> Option<NonNull<c_void>> {
     // SAFETY: By the function's requirements.
-    let page = unsafe { ffi::pinbuf_pfn_to_page(pfn) };
-    // SAFETY: A valid page.
-    NonNull::new(unsafe { ffi::pinbuf_page_address(page) })
+    NonNull::new(unsafe { ffi::pinbuf_page_address(PageArray::get().page(pfn)) })
 }

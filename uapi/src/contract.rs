@@ -20,13 +20,13 @@ pub const MAX_RANGES: u32 = 65_536;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Range {
-    /// First byte; a multiple of the page size. Zero with [`CREATE_FROM_FILES`].
+    /// First byte; a multiple of the page size.
     pub addr: u64,
     /// Length in bytes; a multiple of the page size, not zero.
     pub len: u64,
 }
 
-/// The part of a file that a range is about: [`CREATE_CHECK_BACKING`], [`CREATE_FROM_FILES`].
+/// The part of a file that a range is expected to map: [`CREATE_CHECK_BACKING`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Backing {
@@ -42,10 +42,9 @@ pub struct Backing {
 pub const CREATE_CLOEXEC: u32 = 1 << 0;
 /// Answer `EAGAIN` unless the pinned pages are those that [`Create::backing`] names.
 pub const CREATE_CHECK_BACKING: u32 = 1 << 1;
-/// The ranges are of the files that [`Create::backing`] names, not of the caller's addresses.
-pub const CREATE_FROM_FILES: u32 = 1 << 3;
-/// All flags of [`CREATE`] that this version knows.
-pub const CREATE_FLAGS: u32 = CREATE_CLOEXEC | CREATE_CHECK_BACKING | CREATE_FROM_FILES;
+/// All flags of [`CREATE`] that this version knows. (Bit 2 is reserved for reporting discards. Bit 3
+/// was used by a development version and stays unused.)
+pub const CREATE_FLAGS: u32 = CREATE_CLOEXEC | CREATE_CHECK_BACKING;
 
 /// The argument of [`CREATE`]: pin ranges and make them one dma-buf.
 #[repr(C)]
@@ -61,8 +60,7 @@ pub struct Create {
     pub count: u32,
     /// Zero.
     pub reserved: u32,
-    /// Address of `count` [`Backing`]s with [`CREATE_CHECK_BACKING`] or [`CREATE_FROM_FILES`], else
-    /// zero.
+    /// Address of `count` [`Backing`]s with [`CREATE_CHECK_BACKING`], else zero.
     pub backing: u64,
 }
 
@@ -70,13 +68,11 @@ pub struct Create {
 pub const FEATURE_HUGE_MMAP: u64 = 1 << 0;
 /// [`CREATE_CHECK_BACKING`] is known.
 pub const FEATURE_CHECK_BACKING: u64 = 1 << 1;
-/// [`CREATE_FROM_FILES`] is known.
-pub const FEATURE_FROM_FILES: u64 = 1 << 2;
+// Feature bit 2 was used by a development version and stays unused.
 
 /// Charged to the user's locked pages, under `RLIMIT_MEMLOCK`.
 pub const CHARGE_USER: u32 = 0;
-/// Charged to the process's pinned pages, under `RLIMIT_MEMLOCK`.
-pub const CHARGE_PROCESS: u32 = 1;
+// 1 was used by a development version and stays unused.
 /// Charged to the user's allowance beyond the limit.
 pub const CHARGE_ALLOWANCE: u32 = 2;
 /// Charged to nothing: beyond the limit, by `CAP_IPC_LOCK`.
@@ -98,7 +94,7 @@ pub struct Query {
     pub max_ranges: u32,
     /// Bytes; what addresses and lengths must be multiples of.
     pub page_size: u32,
-    /// [`CHARGE_USER`] or [`CHARGE_PROCESS`], for the next create.
+    /// [`CHARGE_USER`]: how the limit is applied.
     pub charge_mode: u32,
     /// Zero.
     pub reserved: u32,
@@ -130,7 +126,7 @@ pub struct Info {
     pub pins: u64,
     /// Kernel memory kept for its extents, bytes.
     pub kernel_bytes: u64,
-    /// Pages charged.
+    /// Pages charged. Of an allowance, large folios are charged as a whole.
     pub charged_pages: u64,
     /// `CHARGE_*`: to what they are charged.
     pub charge: u32,
@@ -138,8 +134,11 @@ pub struct Info {
     pub mappings: u32,
     /// Zero; kept for reporting discards.
     pub state: u64,
+    /// Memory that the buffer keeps in place, bytes: its own, and the rest of the large folios that
+    /// its pages are in. Of hugetlb, the pages alone.
+    pub held_bytes: u64,
     /// Zero.
-    pub reserved: [u64; 3],
+    pub reserved: [u64; 2],
 }
 
 /// The type byte of the ioctl numbers, behind udmabuf's `'u' 40-4F`.

@@ -61,6 +61,7 @@ struct Pinned {
     extents: u64,
     pins: u64,
     kernel_bytes: u64,
+    held_bytes: u64,
     charged_pages: u64,
     charged_to: String,
     device_mappings: u32,
@@ -210,10 +211,10 @@ fn describe(device: &Device, pid: u32, number: u32) -> Option<Pinned> {
         extents: info.extents,
         pins: info.pins,
         kernel_bytes: info.kernel_bytes,
+        held_bytes: info.held_bytes,
         charged_pages: info.charged_pages,
         charged_to: match info.charged_to {
             ChargedTo::User => "user".to_owned(),
-            ChargedTo::Process => "process".to_owned(),
             ChargedTo::Allowance => "allowance".to_owned(),
             ChargedTo::Nothing => "nothing".to_owned(),
             other => format!("{other:?}").to_lowercase(),
@@ -266,11 +267,12 @@ fn print(buffers: &[Buffer]) {
         );
         if let Some(pinned) = &buffer.pinned {
             println!(
-                "  {} pages in {} extents, {} pins, {} bytes of kernel memory; {} pages charged \
-                 to: {}; mapped by {} devices",
+                "  {} pages in {} extents, {} pins, keeps {} in place and {} bytes of kernel memory; \
+                 {} pages charged to: {}; mapped by {} devices",
                 pinned.pages,
                 pinned.extents,
                 pinned.pins,
+                size(pinned.held_bytes),
                 pinned.kernel_bytes,
                 pinned.charged_pages,
                 pinned.charged_to,

@@ -25,8 +25,6 @@ nix::ioctl_readwrite_bad!(ioctl_info, uapi::INFO, uapi::Info);
 pub enum ChargedTo {
     /// The user's locked pages, under `RLIMIT_MEMLOCK`.
     User,
-    /// The process's pinned pages, under `RLIMIT_MEMLOCK`.
-    Process,
     /// The user's allowance beyond the limit.
     Allowance,
     /// Nothing that is limited: the process has `CAP_IPC_LOCK`.
@@ -39,7 +37,6 @@ impl From<u32> for ChargedTo {
     fn from(number: u32) -> Self {
         match number {
             uapi::CHARGE_USER => Self::User,
-            uapi::CHARGE_PROCESS => Self::Process,
             uapi::CHARGE_ALLOWANCE => Self::Allowance,
             uapi::CHARGE_NONE => Self::Nothing,
             other => Self::Other(other),
@@ -57,8 +54,6 @@ pub struct Query {
     pub huge_mmap: bool,
     /// [`Device::export_file_ranges`] is possible.
     pub check_backing: bool,
-    /// [`Device::export_files`] is possible.
-    pub from_files: bool,
     /// The most ranges of a buffer.
     pub max_ranges: usize,
     /// What addresses and lengths must be multiples of, bytes.
@@ -84,17 +79,6 @@ pub struct FileRange<'a> {
     pub file: BorrowedFd<'a>,
     /// The byte of the file that the range's first byte maps; a multiple of the page size.
     pub offset: u64,
-}
-
-/// A part of a file.
-#[derive(Clone, Copy, Debug)]
-pub struct FilePart<'a> {
-    /// The file: a memfd, or one on tmpfs or hugetlbfs, open for reading and writing.
-    pub file: BorrowedFd<'a>,
-    /// The part's first byte; a multiple of the page size.
-    pub offset: u64,
-    /// Length in bytes; a multiple of the page size, not zero.
-    pub len: u64,
 }
 
 /// `/dev/pinbuf`, opened.
@@ -179,7 +163,6 @@ impl Device {
             version: query.version,
             huge_mmap: query.features & uapi::FEATURE_HUGE_MMAP != 0,
             check_backing: query.features & uapi::FEATURE_CHECK_BACKING != 0,
-            from_files: query.features & uapi::FEATURE_FROM_FILES != 0,
             max_ranges: query.max_ranges as usize,
             page_size: query.page_size as usize,
             charged_to: query.charge_mode.into(),
@@ -291,78 +274,23 @@ impl Device {
         self.create(&ranges, &backing)
     }
 
-    /// Makes a buffer of parts of files, mapped or not, in the order given. Parts may repeat and
-    /// overlap. What a file has no page for yet gets one, of zeroes.
-    ///
-    /// # Errors
-    ///
-    /// As for [`export_slices`](Self::export_slices); [`Error::Misaligned`], [`Error::TooLarge`],
-    /// [`Error::NotThatPartOfAFile`], [`Error::NotWritable`], and [`Error::NotPinnable`] where the
-    /// file's store is exhausted: a tmpfs, a pool of huge pages.
-    ///
-    /// ```no_run
-    /// use std::os::fd::AsFd;
-    ///
-    /// let device = pinbuf::Device::open()?;
-    /// let file = std::fs::File::options().read(true).write(true).open("/dev/shm/frame").unwrap();
-    /// let part = pinbuf::FilePart { file: file.as_fd(), offset: 0, len: 8 << 20 };
-    /// let buffer = device.export_files(&[part])?;
-    /// # Ok::<(), pinbuf::Error>(())
-    /// ```
-    pub fn export_files(&self, parts: &[FilePart<'_>]) -> Result<DmaBuf> {
-        let ranges: Vec<Range> = parts
-            .iter()
-            .map(|part| Range {
-                addr: 0,
-                len: part.len,
-            })
-            .collect();
-        let backing = parts
-            .iter()
-            .map(|part| backing(part.file, part.offset))
-            .collect::<Result<Vec<_>>>()?;
-        self.create_with(&ranges, &backing, uapi::CREATE_FROM_FILES)
-            .map_err(|error| match error {
-                Error::System {
-                    errno: Errno::EINVAL,
-                    ..
-                } => Error::NotThatPartOfAFile,
-                Error::System {
-                    errno: Errno::EACCES | Errno::EPERM,
-                    ..
-                } => Error::NotWritable,
-                error => error,
-            })
-    }
-
     fn create(&self, ranges: &[Range], backing: &[uapi::Backing]) -> Result<DmaBuf> {
-        let flags = match backing {
-            [] => 0,
-            _ => uapi::CREATE_CHECK_BACKING,
-        };
-        self.create_with(ranges, backing, flags)
-    }
-
-    fn create_with(
-        &self,
-        ranges: &[Range],
-        backing: &[uapi::Backing],
-        flags: u32,
-    ) -> Result<DmaBuf> {
         let bytes = check_ranges(ranges)?;
         let mut create = uapi::Create {
             size: size_of::<uapi::Create>() as u32,
-            flags: uapi::CREATE_CLOEXEC | flags,
+            flags: uapi::CREATE_CLOEXEC,
             ranges: ranges.as_ptr() as u64,
             count: ranges.len() as u32,
             reserved: 0,
             backing: 0,
         };
         if !backing.is_empty() {
+            create.flags |= uapi::CREATE_CHECK_BACKING;
             create.backing = backing.as_ptr() as u64;
         }
         // SAFETY: PINBUF_CREATE reads the struct and the lists that it names; what is pinned is
-        // memory of regions, pages of files, to which Rust knows no references, or what the caller of an unsafe function vouches for.
+        // memory of regions, to which Rust knows no references, or what the caller of an unsafe
+        // function vouches for.
         let fd = unsafe { ioctl_create(self.0.as_raw_fd(), &create) }
             .map_err(|errno| Error::of_create(errno, bytes))?;
         // SAFETY: the kernel has just returned it, so nobody else owns it.

@@ -54,6 +54,9 @@ pub struct Info {
     pub pins: u64,
     /// Kernel memory for remembering the extents, bytes.
     pub kernel_bytes: u64,
+    /// Memory that the buffer keeps in place, bytes: its pages, and the rest of the large folios (transparent
+    /// huge pages, for one) that they are in.
+    pub held_bytes: u64,
     /// Pages that are charged.
     pub charged_pages: u64,
     /// To what they are charged.
@@ -119,6 +122,7 @@ impl DmaBuf {
             extents: info.extents,
             pins: info.pins,
             kernel_bytes: info.kernel_bytes,
+            held_bytes: info.held_bytes,
             charged_pages: info.charged_pages,
             charged_to: info.charge.into(),
             mappings: info.mappings,

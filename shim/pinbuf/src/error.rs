@@ -73,12 +73,6 @@ pub enum Error {
     NotTheBacking,
     /// A descriptor that was named with a range is not open.
     BadDescriptor,
-    /// Of [`export_files`](crate::Device::export_files): a file is of another kind than memfd, tmpfs
-    /// and hugetlbfs, or ends before the part that was named.
-    NotThatPartOfAFile,
-    /// Of [`export_files`](crate::Device::export_files): a file is not open for reading and writing, or is append-only or sealed
-    /// against it.
-    NotWritable,
     /// No descriptor is free (`ulimit -n`), or no file in the system.
     TooManyFiles,
     /// The module is being unloaded.
@@ -141,16 +135,6 @@ impl fmt::Display for Error {
             Self::Interrupted => write!(f, "interrupted by a fatal signal"),
             Self::NotTheBacking => write!(f, "a range does not map the file and offset named"),
             Self::BadDescriptor => write!(f, "a descriptor is not open"),
-            Self::NotThatPartOfAFile => write!(
-                f,
-                "a file is no memfd and not on tmpfs or hugetlbfs, or ends before the part named"
-            ),
-            Self::NotWritable => {
-                write!(
-                    f,
-                    "a file is not open for reading and writing, or is append-only or sealed"
-                )
-            }
             Self::TooManyFiles => write!(f, "no descriptor is free (ulimit -n)"),
             Self::Unloading => write!(f, "the module is being unloaded"),
             Self::NotADmaBuf => write!(f, "the descriptor is no dma-buf of this kind"),

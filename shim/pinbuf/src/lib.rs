@@ -9,7 +9,7 @@ mod image;
 mod memory;
 mod region;
 
-pub use device::{ChargedTo, Device, FilePart, FileRange, Query, Range};
+pub use device::{ChargedTo, Device, FileRange, Query, Range};
 pub use dmabuf::{Access, CpuAccess, DmaBuf, Info, Mapping, SyncGuard};
 pub use drm_fourcc::{DrmFourcc, DrmModifier};
 pub use error::{Error, ImageError, Result};

@@ -70,7 +70,7 @@ fn pinbuf_header() -> Header {
             }),
             describe!(pinbuf::Info as "pinbuf_info" {
                 size, fd, bytes, pages, extents, pins, kernel_bytes, charged_pages, charge,
-                mappings, state, reserved,
+                mappings, state, held_bytes, reserved,
             }),
         ],
         constants: constants! {
@@ -78,13 +78,10 @@ fn pinbuf_header() -> Header {
             "PINBUF_MAX_RANGES" = pinbuf::MAX_RANGES,
             "PINBUF_CREATE_CLOEXEC" = pinbuf::CREATE_CLOEXEC,
             "PINBUF_CREATE_CHECK_BACKING" = pinbuf::CREATE_CHECK_BACKING,
-            "PINBUF_CREATE_FROM_FILES" = pinbuf::CREATE_FROM_FILES,
             "PINBUF_CREATE_FLAGS" = pinbuf::CREATE_FLAGS,
             "PINBUF_FEATURE_HUGE_MMAP" = pinbuf::FEATURE_HUGE_MMAP,
             "PINBUF_FEATURE_CHECK_BACKING" = pinbuf::FEATURE_CHECK_BACKING,
-            "PINBUF_FEATURE_FROM_FILES" = pinbuf::FEATURE_FROM_FILES,
             "PINBUF_CHARGE_USER" = pinbuf::CHARGE_USER,
-            "PINBUF_CHARGE_PROCESS" = pinbuf::CHARGE_PROCESS,
             "PINBUF_CHARGE_ALLOWANCE" = pinbuf::CHARGE_ALLOWANCE,
             "PINBUF_CHARGE_NONE" = pinbuf::CHARGE_NONE,
             "PINBUF_IOC_TYPE" = pinbuf::IOC_TYPE,
@@ -103,7 +100,7 @@ fn importer_header() -> Header {
         prefix: "PTI_",
         structs: vec![
             describe!(importer::Attach as "pti_attach" {
-                fd, mask_bits, max_seg, pci, max_mapping,
+                fd, mask_bits, max_seg, pci, boundary, max_mapping,
             }),
             describe!(importer::Map as "pti_map" { direction, mapping, ns }),
             describe!(importer::Unmap as "pti_unmap" { mapping, reserved, ns }),

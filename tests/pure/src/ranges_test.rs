@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is checked of ranges, against arithmetic that cannot overflow.
+//! What is checked of ranges, against arithmetic that cannot overflow; and how they are joined,
+//! against a list of pages.
 
 use crate::{
-    ranges::{check_backings, total_pages, Element},
+    ranges::{check_backings, joined, total_pages, Element, Part},
     uapi::{Backing, Range},
 };
 use kernel::{
@@ -103,6 +104,78 @@ proptest! {
                 invalid && error == EINVAL || large && error == EOVERFLOW,
                 "{:?}", error
             ),
+        }
+    }
+}
+
+/// Ranges that often follow each other, with their backings: pages of two files.
+fn pieces() -> impl Strategy<Value = Vec<(Range, Backing)>> {
+    // Whether the range and its backing go on where the last ones ended, how long it is, and which
+    // file and places it has otherwise.
+    let piece = (any::<[bool; 2]>(), 1u64..5, 0i32..2, 0u64..6, 0u64..6);
+    proptest::collection::vec(piece, 0..40).prop_map(|steps| {
+        let (mut address, mut file, mut offset) = (0, 0, 0);
+        let piece =
+            |([adjacent, same], pages, other, place, page): ([bool; 2], u64, i32, u64, u64)| {
+                if !adjacent {
+                    address = (100 + place) * PAGE;
+                }
+                if !same {
+                    (file, offset) = (other, page * PAGE);
+                }
+                let len = pages * PAGE;
+                let range = Range { addr: address, len };
+                let backing = Backing {
+                    fd: file,
+                    reserved: 0,
+                    offset,
+                };
+                address += len;
+                offset += len;
+                (range, backing)
+            };
+        steps.into_iter().map(piece).collect()
+    })
+}
+
+/// What a page is expected to be: its address, and the page of which file.
+type Page = (usize, Option<(i32, usize)>);
+
+/// The pages of a part.
+fn pages_of(part: Part) -> impl Iterator<Item = Page> {
+    (0..part.pages).map(move |page| {
+        let backing = part.backing.map(|(fd, first)| (fd, first + page));
+        (part.addr + page * PAGE_SIZE, backing)
+    })
+}
+
+proptest! {
+    #[test]
+    fn joined_parts_are_the_same_pages(pieces in pieces(), named in any::<bool>()) {
+        let (ranges, backings): (Vec<_>, Vec<_>) = pieces.iter().copied().unzip();
+        let (ranges, backings) = (elements(&ranges), elements(&backings));
+        let backings = named.then_some(&backings[..]);
+        let parts: Vec<Part> = joined(&ranges, backings).collect();
+
+        let single = pieces.iter().flat_map(|(range, backing)| {
+            let part = Part {
+                addr: range.addr as usize,
+                pages: range.len as usize / PAGE_SIZE,
+                backing: named.then_some((backing.fd, backing.offset as usize / PAGE_SIZE)),
+            };
+            pages_of(part)
+        });
+        let all = parts.iter().copied().flat_map(pages_of);
+        prop_assert_eq!(all.collect::<Vec<_>>(), single.collect::<Vec<_>>());
+        // As few as there can be, in this order.
+        for pair in parts.windows(2) {
+            let last = pages_of(pair[0]).last();
+            let first = pages_of(pair[1]).next();
+            let follows = last.zip(first).is_some_and(|(last, first)| {
+                let next = last.1.map(|(fd, page)| (fd, page + 1));
+                first == (last.0 + PAGE_SIZE, next)
+            });
+            prop_assert!(!follows, "{:?} could be one part", pair);
         }
     }
 }

@@ -89,17 +89,6 @@ pub mod alloc {
             self.capacity
         }
 
-        /// Makes room for `additional` more values.
-        pub fn reserve(&mut self, additional: usize, _: Flags) -> Result<(), AllocError> {
-            if self.inner.len() + additional > self.capacity {
-                allocate()?;
-                self.capacity = (self.capacity * 2)
-                    .max(self.inner.len() + additional)
-                    .max(4);
-            }
-            Ok(())
-        }
-
         /// Room for more values.
         pub fn spare_capacity_mut(&mut self) -> &mut [MaybeUninit<T>] {
             let room = self.capacity - self.inner.len();
@@ -119,45 +108,33 @@ pub mod alloc {
             unsafe { self.inner.set_len(len) };
         }
 
-        /// Takes the last value off.
-        pub fn pop(&mut self) -> Option<T> {
-            self.inner.pop()
-        }
-
-        /// Appends a value.
-        pub fn push(&mut self, value: T, _: Flags) -> Result<(), AllocError> {
+        /// Appends a value, if there is room for it.
+        pub fn push_within_capacity(&mut self, value: T) -> Result<(), T> {
             if self.inner.len() == self.capacity {
-                allocate()?;
-                self.capacity = (self.capacity * 2).max(4);
+                return Err(value);
             }
             self.inner.push(value);
             Ok(())
         }
 
-        /// Appends a value `n` times.
-        pub fn extend_with(&mut self, n: usize, value: T, flags: Flags) -> Result<(), AllocError>
-        where
-            T: Clone,
-        {
-            self.reserve(n, flags)?;
-            self.inner.resize(self.inner.len() + n, value);
-            Ok(())
-        }
-
-        /// Appends copies of all values of a slice.
-        pub fn extend_from_slice(&mut self, other: &[T], flags: Flags) -> Result<(), AllocError>
-        where
-            T: Clone,
-        {
-            for value in other {
-                self.push(value.clone(), flags)?;
+        /// Makes room for more values, at least twice as many as there was room for.
+        pub fn reserve(&mut self, additional: usize, _: Flags) -> Result<(), AllocError> {
+            let least = self.inner.len() + additional;
+            if least > self.capacity {
+                allocate()?;
+                self.capacity = least.max(2 * self.capacity);
             }
             Ok(())
         }
 
-        /// Drops the values from `len` on.
-        pub fn truncate(&mut self, len: usize) {
-            self.inner.truncate(len);
+        /// Appends the values of a slice.
+        pub fn extend_from_slice(&mut self, other: &[T], flags: Flags) -> Result<(), AllocError>
+        where
+            T: Clone,
+        {
+            self.reserve(other.len(), flags)?;
+            self.inner.extend_from_slice(other);
+            Ok(())
         }
     }
 
@@ -207,7 +184,7 @@ pub mod error {
 
         /// Too long, or not known.
         pub const E2BIG: Error = Error(-7);
-        /// No memory, or no more than so much.
+        /// No memory, or the limit is reached.
         pub const ENOMEM: Error = Error(-12);
         /// A bad address.
         pub const EFAULT: Error = Error(-14);

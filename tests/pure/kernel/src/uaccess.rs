@@ -5,6 +5,7 @@
 use crate::error::{code::EFAULT, Result};
 use crate::transmute::FromBytes;
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
 
 /// All memory of the calling process: some bytes at [`User::BASE`], and nothing around them.
 #[derive(Clone, Debug, Default)]
@@ -133,6 +134,16 @@ impl UserSliceReader {
             }
             Ok(())
         })
+    }
+
+    /// Reads bytes into memory that may hold anything.
+    pub fn read_raw(&mut self, out: &mut [MaybeUninit<u8>]) -> Result {
+        let mut bytes = vec![0; out.len()];
+        self.read_slice(&mut bytes)?;
+        out.iter_mut().zip(bytes).for_each(|(place, byte)| {
+            place.write(byte);
+        });
+        Ok(())
     }
 
     /// Reads a value.

@@ -1,9 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reading and writing the caller's structs, which begin with their own size and may be shorter or
-//! longer than ours.
+//! The caller's structs, which begin with their own size and may be shorter or longer than ours, and
+//! the arrays that they point to. Each byte is read once.
 
 use kernel::{
+    alloc::{
+        flags::{
+            __GFP_NOWARN, //
+            GFP_KERNEL_ACCOUNT,
+        },
+        KVVec, //
+    },
     page::PAGE_SIZE,
     prelude::*,
     transmute::{
@@ -16,7 +23,7 @@ use kernel::{
     },
 };
 
-/// A struct of `pinbuf_uapi` that begins with its size.
+/// A struct of the contract that begins with its size.
 ///
 /// # Safety
 ///
@@ -41,8 +48,8 @@ unsafe impl<T: Extensible> AsBytes for Bytes<T> {}
 ///
 /// Fields that the caller does not know read as zero. `EINVAL` if it is shorter than the first
 /// version, `E2BIG` if there is something in the part that we do not know or it is longer than a
-/// page, `EFAULT` if it cannot be read. Each byte is read once.
-pub(crate) fn read<T: Extensible>(user: UserPtr) -> Result<(T, usize)> {
+/// page, `EFAULT` if it cannot be read.
+pub(crate) fn read_struct<T: Extensible>(user: UserPtr) -> Result<(T, usize)> {
     let claimed = UserSlice::new(user, size_of::<u32>())
         .reader()
         .read::<u32>()? as usize;
@@ -58,7 +65,7 @@ pub(crate) fn read<T: Extensible>(user: UserPtr) -> Result<(T, usize)> {
     let mut reader = UserSlice::new(user, claimed).reader();
     let bytes = value.as_bytes_mut();
     reader.read_slice(&mut bytes[..known])?;
-    // The size may have changed since; what was checked counts.
+    // Another thread may have changed the size since it was checked.
     bytes[..size_of::<u32>()].copy_from_slice(&(claimed as u32).to_ne_bytes());
 
     let mut tail = [0; 64];
@@ -74,7 +81,7 @@ pub(crate) fn read<T: Extensible>(user: UserPtr) -> Result<(T, usize)> {
 
 /// Writes as much of `value` to `user` as a caller with a struct of `claimed` bytes knows, and
 /// zeroes into the rest of that.
-pub(crate) fn write<T: Extensible>(user: UserPtr, value: T, claimed: usize) -> Result {
+pub(crate) fn write_struct<T: Extensible>(user: UserPtr, value: T, claimed: usize) -> Result {
     let known = claimed.min(size_of::<T>());
     let mut writer = UserSlice::new(user, claimed).writer();
     let bytes = Bytes(value);
@@ -84,4 +91,21 @@ pub(crate) fn write<T: Extensible>(user: UserPtr, value: T, claimed: usize) -> R
         writer.write_slice(&[0; 64][..part])?;
     }
     Ok(())
+}
+
+/// Reads `count` elements from the caller's address `address` on. The caller of this function
+/// bounds `count`.
+pub(crate) fn read_array<T: FromBytes>(address: u64, count: usize) -> Result<KVVec<T>> {
+    let address = usize::try_from(address).map_err(|_| EFAULT)?;
+    let bytes = count.checked_mul(size_of::<T>()).ok_or(EOVERFLOW)?;
+    let mut array = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
+    let room = &mut array.spare_capacity_mut()[..count];
+    // SAFETY: These are the bytes of `room`, which may hold anything.
+    let raw = unsafe { core::slice::from_raw_parts_mut(room.as_mut_ptr().cast(), bytes) };
+    UserSlice::new(UserPtr::from_addr(address), bytes)
+        .reader()
+        .read_raw(raw)?;
+    // SAFETY: All bytes were written, and any bytes make a `T`.
+    unsafe { array.inc_len(count) };
+    Ok(array)
 }

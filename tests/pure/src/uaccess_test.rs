@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Structs that grow, against the rule as `uapi/pinbuf.h` puts it.
+//! Structs that grow, against the rule as `uapi/pinbuf.h` puts it, and arrays.
 
-use crate::user_struct::{read, write, Extensible};
+use crate::uaccess::{read_array, read_struct, write_struct, Extensible};
 use kernel::{
+    alloc::fail_after,
     page::PAGE_SIZE,
-    prelude::{E2BIG, EFAULT, EINVAL},
+    prelude::{E2BIG, EFAULT, EINVAL, ENOMEM, EOVERFLOW},
     uaccess::User,
 };
 use proptest::prelude::*;
@@ -83,7 +84,7 @@ proptest! {
         let mut user = User::new(bytes.clone());
         // Another thread is never far.
         user.change = Some(other);
-        let (result, user) = user.call(read::<Thing>);
+        let (result, user) = user.call(read_struct::<Thing>);
 
         let in_tail = bytes.iter().take(claimed).skip(SIZE).position(|byte| *byte != 0);
         if bytes.len() < 4 {
@@ -132,7 +133,7 @@ proptest! {
             user.bytes.truncate(there);
         }
         user.writable = writable;
-        let (result, user) = user.call(|at| write(at, thing, claimed));
+        let (result, user) = user.call(|at| write_struct(at, thing, claimed));
         prop_assert_eq!(result, if writable && missing == 0 { Ok(()) } else { Err(EFAULT) });
         if result.is_ok() {
             let mut expected = bytes_of(thing);
@@ -141,4 +142,41 @@ proptest! {
             prop_assert!(user.bytes[claimed..].iter().all(|byte| *byte == OLD));
         }
     }
+
+    #[test]
+    fn arrays_are_read_once_and_whole(
+        words in proptest::collection::vec(any::<u32>(), 0..300),
+        missing in prop_oneof![3 => Just(0usize), 1 => 1..9usize],
+        before in 0usize..3,
+        allocations in proptest::option::of(0usize..2),
+    ) {
+        let mut bytes = vec![0xa5; before];
+        words.iter().for_each(|word| bytes.extend_from_slice(&word.to_ne_bytes()));
+        let there = bytes.len().saturating_sub(missing);
+        let mut user = User::new(bytes);
+        user.bytes.truncate(there);
+        fail_after(allocations);
+        let (result, user) = user.call(|_| {
+            read_array::<u32>((User::BASE + before) as u64, words.len())
+        });
+        fail_after(None);
+        let error = result.as_ref().err().copied();
+        if allocations == Some(0) && !words.is_empty() {
+            prop_assert_eq!(error, Some(ENOMEM));
+        } else if missing > 0 && !words.is_empty() {
+            prop_assert_eq!(error, Some(EFAULT));
+        } else {
+            prop_assert_eq!(error, None);
+            prop_assert_eq!(&*result.unwrap(), &words[..]);
+            prop_assert!(user.reads.iter().skip(before).all(|reads| *reads == 1));
+        }
+    }
+}
+
+/// A number of elements whose bytes cannot be counted is refused before anything is allocated.
+#[test]
+fn arrays_that_are_too_long() {
+    let (result, _) =
+        User::new(vec![0; 8]).call(|_| read_array::<u32>(User::BASE as u64, usize::MAX / 2));
+    assert_eq!(result.err(), Some(EOVERFLOW));
 }

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The calls of `/dev/pinbuf`: what they read, check and answer. `uapi/pinbuf.h` says what they mean.
+
+use crate::{
+    buffer::Buffer,
+    charge::{
+        self,
+        Charge,
+        To, //
+    },
+    kernel_ext::{
+        dma_buf::DmaBuf,
+        miscdevice,
+        module,
+        pages::CurrentMm,
+        pfn_map,
+        user, //
+    },
+    params,
+    pin,
+    ranges::{
+        check_backings,
+        joined,
+        total_pages,
+        Element, //
+    },
+    uaccess::{
+        self,
+        Extensible, //
+    },
+    uapi, //
+};
+use kernel::{
+    ffi::c_long,
+    page::{
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
+    prelude::*,
+    uaccess::UserPtr, //
+};
+
+// SAFETY: Fixed-width integers without padding, the first of them the size.
+unsafe impl Extensible for uapi::Create {
+    const FIRST_SIZE: usize = 32;
+}
+
+// SAFETY: As above.
+unsafe impl Extensible for uapi::Query {
+    const FIRST_SIZE: usize = 72;
+}
+
+// SAFETY: As above.
+unsafe impl Extensible for uapi::Info {
+    const FIRST_SIZE: usize = 96;
+}
+
+/// The device's calls.
+pub(crate) struct Calls;
+
+impl miscdevice::Calls for Calls {
+    fn ioctl(command: u32, argument: UserPtr) -> Result<c_long> {
+        // The size in the number is that of the caller's struct, which says it itself too.
+        match command & !SIZE_MASK {
+            CREATE => create(argument),
+            QUERY => query(argument),
+            INFO => info(argument),
+            _ => Err(ENOTTY),
+        }
+    }
+}
+
+/// The bits of an ioctl number that hold the argument's size.
+const SIZE_MASK: u32 = 0x3fff << 16;
+const CREATE: u32 = uapi::CREATE & !SIZE_MASK;
+const QUERY: u32 = uapi::QUERY & !SIZE_MASK;
+const INFO: u32 = uapi::INFO & !SIZE_MASK;
+
+fn create(argument: UserPtr) -> Result<c_long> {
+    let (create, _) = uaccess::read_struct::<uapi::Create>(argument)?;
+    if create.flags & !uapi::CREATE_FLAGS != 0 || create.reserved != 0 {
+        return Err(EINVAL);
+    }
+    if create.count == 0 || create.count > uapi::MAX_RANGES {
+        return Err(EINVAL);
+    }
+    let count = create.count as usize;
+    let ranges = uaccess::read_array::<Element<uapi::Range>>(create.ranges, count)?;
+    let pages = total_pages(&ranges)?;
+    let backings = if create.flags & uapi::CREATE_CHECK_BACKING != 0 {
+        let backings = uaccess::read_array::<Element<uapi::Backing>>(create.backing, count)?;
+        check_backings(&ranges, &backings)?;
+        Some(backings)
+    } else if create.backing != 0 {
+        return Err(EINVAL);
+    } else {
+        None
+    };
+    // Only by naming pages again and again can a buffer become larger than memory. The kernel can
+    // neither map such a buffer for itself nor pin one page that often.
+    if pages > user::total_pages() {
+        return Err(ENOMEM);
+    }
+
+    let task = kernel::current!();
+    // A kernel thread has no pages to pin.
+    let mm = CurrentMm::of(task).ok_or(EFAULT)?;
+    let mut charge = Charge::new(&mm, pages)?;
+    let parts = joined(&ranges, backings.as_deref());
+    let (held, rest) = pin::pin(&mm, pages, parts, &mut charge)?;
+    drop((ranges, backings));
+
+    let buffer = Buffer::new(held, rest, charge);
+    let fd = DmaBuf::export(module::this_module()?, buffer)?
+        .into_fd(create.flags & uapi::CREATE_CLOEXEC != 0)?;
+    Ok(fd as c_long)
+}
+
+fn query(argument: UserPtr) -> Result<c_long> {
+    let (query, claimed) = uaccess::read_struct::<uapi::Query>(argument)?;
+    if query.reserved != 0 {
+        return Err(EINVAL);
+    }
+    let answer = uapi::Query {
+        size: size_of::<uapi::Query>() as u32,
+        version: uapi::VERSION,
+        features: uapi::FEATURE_CHECK_BACKING
+            | if pfn_map::huge_entries_allowed() {
+                uapi::FEATURE_HUGE_MMAP
+            } else {
+                0
+            },
+        create_flags: uapi::CREATE_FLAGS.into(),
+        max_ranges: uapi::MAX_RANGES,
+        page_size: PAGE_SIZE as u32,
+        charge_mode: uapi::CHARGE_USER,
+        reserved: 0,
+        memlock_bytes: charge::limit_bytes(),
+        allowance_bytes: bytes(params::allowance_pages()),
+        allowance_used: bytes(charge::allowance_used()),
+        allowance_system: bytes(params::allowance_system_pages()),
+    };
+    uaccess::write_struct(argument, answer, claimed)?;
+    Ok(0)
+}
+
+fn info(argument: UserPtr) -> Result<c_long> {
+    let (info, claimed) = uaccess::read_struct::<uapi::Info>(argument)?;
+    if info.reserved != [0; 2] {
+        return Err(EINVAL);
+    }
+    let dma_buf = DmaBuf::from_fd(info.fd)?;
+    let (buffer, mappings) = dma_buf.inspect::<Buffer>().ok_or(EINVAL)?;
+    let (held, charge) = (buffer.held(), buffer.charge());
+    let extents = held.extents();
+    let answer = uapi::Info {
+        size: size_of::<uapi::Info>() as u32,
+        fd: info.fd,
+        bytes: bytes(extents.pages()),
+        pages: extents.pages() as u64,
+        extents: extents.count() as u64,
+        pins: held.count() as u64,
+        kernel_bytes: extents.bytes() as u64,
+        charged_pages: charge.pages() as u64,
+        charge: match charge.to() {
+            To::Limit(_) => uapi::CHARGE_USER,
+            To::Allowance => uapi::CHARGE_ALLOWANCE,
+            To::Nothing => uapi::CHARGE_NONE,
+        },
+        mappings: mappings as u32,
+        state: 0,
+        held_bytes: bytes(extents.pages() + buffer.rest()),
+        reserved: [0; 2],
+    };
+    uaccess::write_struct(argument, answer, claimed)?;
+    Ok(0)
+}
+
+fn bytes(pages: usize) -> u64 {
+    (pages as u64) << PAGE_SHIFT
+}

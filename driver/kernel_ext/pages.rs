@@ -1,0 +1,415 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pinned pages of user memory, and the folios that they lie in.
+//!
+//! A [`PagePin`] owns one pin of one page, a [`FolioPin`] one pin that is known to stand for a whole
+//! hugetlb folio. Both unpin when they are dropped; whoever keeps many gives the pins up as page
+//! frame numbers ([`PagePin::give_up`]) and drops them in bulk ([`unpin_pages`]).
+//!
+//! While a folio is pinned it is neither split nor freed, so its size and kind do not change, with
+//! one exception: truncation takes a folio out of its file, after which `mapping` is null.
+//!
+//! C headers: [`include/linux/mm.h`](srctree/include/linux/mm.h),
+//! [`include/linux/page-flags.h`](srctree/include/linux/page-flags.h).
+
+use super::sched::cond_resched;
+use crate::ffi;
+use core::{
+    marker::PhantomData,
+    ptr::NonNull, //
+};
+use kernel::{
+    bindings,
+    error::to_result,
+    ffi::{
+        c_int,
+        c_uint, //
+    },
+    fs::file::LocalFile,
+    mm::MmWithUser,
+    page::PAGE_SHIFT,
+    prelude::*,
+    task::CurrentTask,
+    types::NotThreadSafe, //
+};
+
+/// The number of a page frame.
+pub(crate) type Pfn = usize;
+
+/// The array that all `struct page`s are in, by their frames (`CONFIG_SPARSEMEM_VMEMMAP`).
+#[derive(Clone, Copy)]
+pub(crate) struct PageArray(*mut bindings::page);
+
+impl PageArray {
+    /// The array.
+    pub(crate) fn get() -> Self {
+        // SAFETY: Computes an address; nothing is read.
+        Self(unsafe { ffi::pinbuf_pfn_to_page(0) })
+    }
+
+    /// The page of a frame.
+    #[inline]
+    pub(crate) fn page(self, pfn: Pfn) -> *mut bindings::page {
+        self.0.wrapping_add(pfn)
+    }
+
+    /// The frame of a page.
+    #[inline]
+    fn pfn(self, page: NonNull<bindings::page>) -> Pfn {
+        // All pages are in the array: this does not wrap.
+        (page.as_ptr() as usize).wrapping_sub(self.0 as usize) / size_of::<bindings::page>()
+    }
+}
+
+/// The address space of the current task. A value shows that the task has one, which a kernel
+/// thread has not, and stays with the task.
+pub(crate) struct CurrentMm<'t>(&'t MmWithUser, NotThreadSafe);
+
+impl<'t> CurrentMm<'t> {
+    /// The address space of `task`; `None` for a kernel thread.
+    pub(crate) fn of(task: &'t CurrentTask) -> Option<Self> {
+        Some(Self(task.mm()?, NotThreadSafe))
+    }
+
+    /// The address space.
+    pub(crate) fn mm(&self) -> &MmWithUser {
+        self.0
+    }
+}
+
+/// How pages are pinned.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum How {
+    /// For as long as user space wants: pages are first migrated to where they may stay. Pages that
+    /// are not there are faulted in.
+    Long,
+    /// The same, as far as pages are there: `EFAULT` if the first is not.
+    LongIfPresent,
+    /// For a moment: pages are pinned where they are.
+    Short,
+}
+
+/// Pins up to `max` pages of the current process from the address `addr` on, for writing, and puts
+/// the pins into `out`, which must be empty and have room for them. At least one page, or an error.
+///
+/// May sleep, and where pages are faulted in for as long as its owner wants: until memory was written
+/// back, until a userfault was resolved, or until the task is killed. So no lock may be held that others
+/// wait for.
+///
+/// Errors are GUP's own; `EAGAIN` stands for its result 0.
+pub(crate) fn pin_user_pages(
+    _: &CurrentMm<'_>,
+    addr: usize,
+    max: usize,
+    how: How,
+    out: &mut KVec<PagePin>,
+) -> Result {
+    out.clear();
+    let long = bindings::FOLL_WRITE | bindings::FOLL_LONGTERM;
+    let flags = match how {
+        How::Long => long,
+        How::LongIfPresent => long | bindings::FOLL_NOFAULT,
+        How::Short => bindings::FOLL_WRITE,
+    };
+    let room = out.spare_capacity_mut();
+    let max = max.min(room.len()).min(c_int::MAX as usize);
+    // `PagePin` is transparent over a pointer to a page.
+    let slots = room.as_mut_ptr().cast();
+    // SAFETY: There is room for `max` pointers, and the current task has an address space.
+    let pinned =
+        unsafe { bindings::pin_user_pages_fast(addr, max as c_int, flags as c_uint, slots) };
+    to_result(pinned)?;
+    if pinned == 0 {
+        return Err(EAGAIN);
+    }
+    // SAFETY: GUP wrote `pinned` pointers to pages, each of which it pinned once for us.
+    unsafe { out.inc_len(pinned as usize) };
+    Ok(())
+}
+
+/// One pin of one page of user memory.
+///
+/// # Invariants
+///
+/// The pointer is to a valid page, of which this value owns one pin.
+#[repr(transparent)]
+pub(crate) struct PagePin(NonNull<bindings::page>);
+
+impl PagePin {
+    /// The page's frame.
+    #[inline]
+    pub(crate) fn pfn(&self, array: PageArray) -> Pfn {
+        array.pfn(self.0)
+    }
+
+    /// The folio that the page is in.
+    #[inline]
+    pub(crate) fn folio(&self) -> Folio<'_> {
+        // SAFETY: A valid page, by the type invariant.
+        let folio = unsafe { ffi::pinbuf_page_folio(self.0.as_ptr()) };
+        // SAFETY: Every page is in a folio. INVARIANT: The pin keeps it while `self` is borrowed.
+        Folio(unsafe { NonNull::new_unchecked(folio) }, PhantomData)
+    }
+
+    /// Makes the pin of a page that was pinned at the address `addr` the pin of its whole folio, if
+    /// that is sound; gives the pin back otherwise.
+    ///
+    /// It is sound for hugetlb alone. A hugetlb folio is mapped whole and aligned, or not at all,
+    /// and belongs to one owner as a whole. So if this page is hugetlb's, and its place in the folio
+    /// is its address's place in the huge page, then the folio's other pages were mapped at the
+    /// neighbouring addresses when this one was pinned. Transparent huge pages are mapped, and
+    /// owned, page by page.
+    pub(crate) fn into_folio_pin(self, addr: usize) -> Result<FolioPin, Self> {
+        let folio = self.folio();
+        if !folio.is_hugetlb() {
+            return Err(self);
+        }
+        let pages = folio.pages();
+        let index = folio.place_of(&self);
+        if (addr >> PAGE_SHIFT) & (pages - 1) != index {
+            return Err(self);
+        }
+        // INVARIANT: As just checked.
+        Ok(FolioPin {
+            first: self,
+            index,
+            pages,
+        })
+    }
+
+    /// Gives the pin up: the caller owes an [`unpin_pages`] of the frame.
+    #[inline]
+    pub(crate) fn give_up(self) {
+        core::mem::forget(self);
+    }
+}
+
+impl Drop for PagePin {
+    fn drop(&mut self) {
+        // SAFETY: The pin is ours, by the type invariant. Nothing was written through it.
+        unsafe { bindings::unpin_user_page(self.0.as_ptr()) };
+    }
+}
+
+/// One pin that stands for all pages of a hugetlb folio.
+///
+/// # Invariants
+///
+/// `first` is the page `index` of a hugetlb folio of `pages` pages, which the process had mapped
+/// whole, around the address of `first`, when it was pinned.
+pub(crate) struct FolioPin {
+    first: PagePin,
+    index: usize,
+    pages: usize,
+}
+
+impl FolioPin {
+    /// The pages of the folio from the pinned one on, at least one.
+    pub(crate) fn pages_left(&self) -> usize {
+        self.pages - self.index
+    }
+
+    /// The frame of the pinned page.
+    pub(crate) fn pfn(&self, array: PageArray) -> Pfn {
+        self.first.pfn(array)
+    }
+
+    /// Whether the pinned page is the first of its folio.
+    pub(crate) fn starts_folio(&self) -> bool {
+        self.index == 0
+    }
+
+    /// Gives the pin up: the caller owes an [`unpin_hugetlb`] of the frame.
+    pub(crate) fn give_up(self) {
+        self.first.give_up();
+    }
+}
+
+/// A folio that stays pinned for `'a`.
+///
+/// # Invariants
+///
+/// The pointer is to a valid folio, one of whose pages is pinned for `'a`.
+#[derive(Clone, Copy)]
+pub(crate) struct Folio<'a>(NonNull<bindings::folio>, PhantomData<&'a PagePin>);
+
+impl Folio<'_> {
+    /// A number that tells it from all other folios that are pinned at the same time.
+    pub(crate) fn id(self) -> usize {
+        self.0.as_ptr() as usize
+    }
+
+    /// Its flags. They are read here, and not by the kernel's inline functions, as a call for each flag
+    /// of each page costs as much as all else that the driver does with the page.
+    #[inline]
+    pub(crate) fn flags(self) -> FolioFlags {
+        // SAFETY: A valid folio, by the type invariant; the flags are at the same place in its first
+        // page. Other flags change meanwhile, which a volatile read copes with.
+        FolioFlags(unsafe {
+            (&raw const (*self.0.as_ptr().cast::<bindings::page>()).flags.f).read_volatile()
+        })
+    }
+
+    /// Its number of pages, a power of two.
+    pub(crate) fn pages(self) -> usize {
+        // SAFETY: A valid folio, by the type invariant.
+        unsafe { ffi::pinbuf_folio_nr_pages(self.0.as_ptr()) }
+    }
+
+    /// Whether it is hugetlb's.
+    pub(crate) fn is_hugetlb(self) -> bool {
+        // SAFETY: A valid folio, by the type invariant.
+        unsafe { ffi::pinbuf_folio_test_hugetlb(self.0.as_ptr()) }
+    }
+
+    /// Whether it is anonymous memory.
+    pub(crate) fn is_anon(self) -> bool {
+        // SAFETY: A valid folio, by the type invariant.
+        unsafe { ffi::pinbuf_folio_test_anon(self.0.as_ptr()) }
+    }
+
+    /// Its reference count, of which each pin of a small folio takes 1,024.
+    #[inline]
+    pub(crate) fn references(self) -> i32 {
+        // SAFETY: A valid folio, by the type invariant; the counter is at the same place in its first
+        // page. It changes meanwhile, which a volatile read copes with.
+        unsafe {
+            (&raw const (*self.0.as_ptr().cast::<bindings::page>())
+                ._refcount
+                .counter)
+                .read_volatile()
+        }
+    }
+
+    /// The place of a page in the folio that it is in.
+    pub(crate) fn place_of(self, pin: &PagePin) -> usize {
+        // SAFETY: Both are valid, by their type invariants; only an address is computed.
+        unsafe { ffi::pinbuf_folio_page_idx(self.0.as_ptr(), pin.0.as_ptr()) }
+    }
+
+    /// Whether the folio's page `place` is the page `index` of a file. As of now; a truncation may
+    /// follow.
+    #[inline]
+    pub(crate) fn is_of(self, file: FileMapping<'_>, index: usize, place: usize) -> bool {
+        // SAFETY: A valid folio, by the type invariant. Both fields change when the folio is
+        // truncated, which volatile reads cope with.
+        let (mapping, first) = unsafe {
+            let fields = &raw const (*self.0.as_ptr()).__bindgen_anon_1.__bindgen_anon_1;
+            (
+                (&raw const (*fields).mapping).read_volatile(),
+                (&raw const (*fields).__bindgen_anon_2.index).read_volatile(),
+            )
+        };
+        mapping == file.0 && first.wrapping_add(place) == index
+    }
+}
+
+/// What tells the folios of an open file from those of others.
+#[derive(Clone, Copy)]
+pub(crate) struct FileMapping<'f>(*mut bindings::address_space, PhantomData<&'f LocalFile>);
+
+impl<'f> FileMapping<'f> {
+    pub(crate) fn of(file: &'f LocalFile) -> Self {
+        // SAFETY: A valid file; the pointer does not change while it is open.
+        Self(unsafe { (*file.as_ptr()).f_mapping }, PhantomData)
+    }
+}
+
+/// Flags of a folio that do not change while it is pinned.
+#[derive(Clone, Copy)]
+pub(crate) struct FolioFlags(usize);
+
+impl FolioFlags {
+    /// Whether the folio has more than one page: `folio_test_large()`.
+    #[inline]
+    pub(crate) fn is_large(self) -> bool {
+        self.0 & (1 << bindings::pageflags_PG_head) != 0
+    }
+
+    /// Whether swap backs the folio, as it does shmem, also after it was truncated, and all anonymous
+    /// memory but what its owner gave up (`MADV_FREE`, `MAP_DROPPABLE`):
+    /// `folio_test_swapbacked()`.
+    #[inline]
+    pub(crate) fn is_swapbacked(self) -> bool {
+        self.0 & (1 << bindings::pageflags_PG_swapbacked) != 0
+    }
+}
+
+/// Pages whose pins are dropped between two chances for other tasks to run.
+const STRIDE: usize = 512;
+
+/// Drops one pin of each of the `pages` pages from the frame `pfn` on, and marks their folios dirty:
+/// a device may have written to them, which shows in no page table. Sleeps.
+///
+/// # Safety
+///
+/// The caller owns a pin of each of these pages, and gives it up.
+pub(crate) unsafe fn unpin_pages(array: PageArray, pfn: Pfn, pages: usize) {
+    let mut done = 0;
+    while done < pages {
+        let count = (pages - done).min(STRIDE);
+        // SAFETY: By the function's requirements.
+        unsafe { bindings::unpin_user_page_range_dirty_lock(array.page(pfn + done), count, true) };
+        done += count;
+        if done < pages {
+            cond_resched();
+        }
+    }
+}
+
+/// Drops one pin of each hugetlb folio that the `pages` adjacent pages from the frame `pfn` on lie
+/// in, and marks them dirty. Sleeps.
+///
+/// # Safety
+///
+/// The caller owns one pin of each of these folios, and gives it up.
+pub(crate) unsafe fn unpin_hugetlb(array: PageArray, pfn: Pfn, pages: usize) {
+    let mut done = 0;
+    while done < pages {
+        let page = array.page(pfn + done);
+        // SAFETY: By the function's requirements.
+        let left = unsafe { left_in_folio(page) };
+        // SAFETY: By the function's requirements; a pin of a page is one of its folio.
+        unsafe { bindings::unpin_user_page_range_dirty_lock(page, 1, true) };
+        done += left;
+        cond_resched();
+    }
+}
+
+/// The pages of a folio from `page` on.
+///
+/// # Safety
+///
+/// The page is pinned.
+unsafe fn left_in_folio(page: *mut bindings::page) -> usize {
+    // SAFETY: By the function's requirements.
+    unsafe {
+        let folio = ffi::pinbuf_page_folio(page);
+        ffi::pinbuf_folio_nr_pages(folio) - ffi::pinbuf_folio_page_idx(folio, page)
+    }
+}
+
+/// Whether one of the `pages` adjacent pages from the frame `pfn` on, at least one, has been found
+/// broken. Of `hugetlb`, which is broken as a whole, each folio is asked once.
+///
+/// # Safety
+///
+/// The frames are of pages that are pinned, and all are hugetlb's if `hugetlb` says so.
+#[inline]
+pub(crate) unsafe fn any_poisoned(array: PageArray, pfn: Pfn, pages: usize, hugetlb: bool) -> bool {
+    let mut done = 0;
+    while done < pages {
+        let page = array.page(pfn + done);
+        // SAFETY: By the function's requirements.
+        if unsafe { ffi::pinbuf_is_page_hwpoison(page) } {
+            return true;
+        }
+        done += if hugetlb {
+            // SAFETY: By the function's requirements.
+            unsafe { left_in_folio(page) }
+        } else {
+            1
+        };
+    }
+    false
+}

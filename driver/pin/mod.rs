@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pinning the ranges of a call.
+//!
+//! Every page comes from GUP at an address of the caller's: what the mm core decides about a mapping
+//! (faults, userfaultfd, guard pages, poison, protection keys, seals, security modules) it decides
+//! here too. GUP runs without any lock of ours, and other threads of the caller may map and unmap as
+//! they like meanwhile. The buffer consists of what was pinned: each page was mapped, writable, at
+//! its address at the moment of its pin. Nothing is concluded from a VMA.
+//!
+//! Of what GUP pins, the driver takes anonymous memory, shmem and hugetlb.
+//!
+//! * [`retry`]: when GUP is asked again, and what its errors become; [`turn`]: by whom first;
+//! * [`held`]: the pins that a buffer holds, and dropping them;
+//! * [`rest`]: the memory that is kept in place besides the buffer's pages.
+
+pub(crate) mod held;
+mod rest;
+mod retry;
+mod turn;
+
+use crate::{
+    charge::Charge,
+    kernel_ext::{
+        pages::{
+            CurrentMm,
+            FileMapping,
+            PageArray,
+            PagePin, //
+        },
+        sched, //
+    },
+    ranges::Part, //
+};
+use held::Held;
+use kernel::{
+    fs::file::LocalFile,
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::aref::ARef, //
+};
+use rest::Rest;
+use retry::Patience;
+
+/// The most pages of one call of GUP: pointers for one page of memory, and 2 MiB of address space,
+/// which GUP's fast path walks with interrupts disabled.
+const BATCH: usize = 512;
+
+/// A pin of a small folio takes 1,024 of its references, of which there are 2^31: GUP warns in the
+/// log when they run out. Half of them are left to others.
+const MOST_REFERENCES: i32 = 1 << 30;
+
+/// Pins `pages` pages, which are those of `parts`, and holds the memory that this keeps in place
+/// against `charge`. Returns the pins, and how many pages are kept in place besides.
+pub(crate) fn pin(
+    mm: &CurrentMm<'_>,
+    pages: usize,
+    parts: impl Iterator<Item = Part>,
+    charge: &mut Charge,
+) -> Result<(Held, usize)> {
+    let mut pinner = Pinner {
+        mm,
+        held: Held::new(pages)?,
+        rest: Rest::new(),
+        charge,
+        patience: Patience::new(),
+        batch: KVec::with_capacity(pages.min(BATCH), GFP_KERNEL)?,
+        hugetlb: true,
+    };
+    let mut files = Files(None);
+    for part in parts {
+        let backing = match part.backing {
+            Some((fd, page)) => Some((FileMapping::of(files.get(fd)?), page)),
+            None => None,
+        };
+        pinner.pin_part(part.addr, part.pages, backing)?;
+    }
+    let rest = pinner.rest.finish(pinner.charge)?;
+    pinner.held.finish()?;
+    Ok((pinner.held, rest))
+}
+
+/// Pins part after part.
+struct Pinner<'a> {
+    mm: &'a CurrentMm<'a>,
+    held: Held,
+    rest: Rest,
+    charge: &'a mut Charge,
+    patience: Patience,
+    /// What the last call of GUP pinned.
+    batch: KVec<PagePin>,
+    /// Whether hugetlb is expected next, which is pinned with one page a folio: the last page was
+    /// hugetlb's, or there was none yet.
+    hugetlb: bool,
+}
+
+/// The file that is expected to be mapped, and the page of it.
+type Backing<'a> = Option<(FileMapping<'a>, usize)>;
+
+impl Pinner<'_> {
+    fn pin_part(&mut self, mut addr: usize, mut pages: usize, mut backing: Backing<'_>) -> Result {
+        while pages > 0 {
+            sched::breathe()?;
+            let max = if self.hugetlb { 1 } else { pages.min(BATCH) };
+            self.patience.pin(self.mm, addr, max, &mut self.batch)?;
+            let done = self.take_batch(addr, pages, backing)?;
+            addr += done << PAGE_SHIFT;
+            pages -= done;
+            backing = backing.map(|(file, page)| (file, page + done));
+        }
+        Ok(())
+    }
+
+    /// Takes over the pages of the batch, which begins at `addr`, up to the first that has to be
+    /// pinned in another way; drops the others. Returns how many of the part's `left` pages they
+    /// are, at least one.
+    fn take_batch(&mut self, addr: usize, left: usize, backing: Backing<'_>) -> Result<usize> {
+        let array = PageArray::get();
+        let mut done = 0;
+        self.hugetlb = false;
+        for mut pin in self.batch.drain_all() {
+            let folio = pin.folio();
+            let flags = folio.flags();
+            let large = flags.is_large();
+            if folio.references() > MOST_REFERENCES {
+                return Err(ENOMEM);
+            }
+            if let Some((file, page)) = backing {
+                let place = if large { folio.place_of(&pin) } else { 0 };
+                if !folio.is_of(file, page + done, place) {
+                    return Err(EAGAIN);
+                }
+            }
+            if large {
+                if done == 0 {
+                    pin = match pin.into_folio_pin(addr) {
+                        Ok(pin) => {
+                            self.hugetlb = true;
+                            done = left.min(pin.pages_left());
+                            self.held.push_folio(pin, done, array)?;
+                            break;
+                        }
+                        Err(pin) => pin,
+                    };
+                } else if folio.is_hugetlb() {
+                    // A pin for each page of it is too many: it begins the next batch.
+                    self.hugetlb = true;
+                    break;
+                }
+                self.rest.count(pin.folio(), self.charge)?;
+            }
+            // Neither anonymous nor shmem: the page cache of a file system, memory of a device, or
+            // pages that a driver allocated and mapped.
+            if !flags.is_swapbacked() && !pin.folio().is_anon() {
+                return Err(EFAULT);
+            }
+            self.held.push_page(pin, array)?;
+            done += 1;
+        }
+        // Before the next call of GUP, which may wait for as long as the caller wants.
+        self.rest.catch_up(self.charge)?;
+        Ok(done)
+    }
+}
+
+/// The file of the last descriptor that was asked for: callers mostly name one for all ranges.
+struct Files(Option<(i32, ARef<LocalFile>)>);
+
+impl Files {
+    fn get(&mut self, fd: i32) -> Result<&LocalFile> {
+        if self.0.as_ref().is_none_or(|(last, _)| *last != fd) {
+            let number = u32::try_from(fd).map_err(|_| EBADF)?;
+            self.0 = Some((fd, LocalFile::fget(number)?));
+        }
+        self.0.as_ref().map(|(_, file)| &**file).ok_or(EBADF)
+    }
+}
