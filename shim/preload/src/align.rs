@@ -2,38 +2,64 @@
 
 //! Mapping dma-bufs where huge page-table entries fit.
 //!
-//! The kernel places a dma-buf's mapping at any page. pinbuf enters a buffer with 2 MiB entries, but
-//! only at addresses that are as aligned. So a program that lets the kernel choose gets an address
-//! that is.
+//! The kernel places a dma-buf's mapping at any page. pinbuf enters a buffer with entries of 2 MiB (with
+//! pages of 4 KiB), but only at addresses that are as aligned. So a program that lets the kernel choose gets
+//! an address that is.
+//!
+//! A dma-buf is known by the device number of its files, which all dma-bufs share and nothing else has. It is
+//! learned from the first buffer that the shim makes: before that, `mmap` costs a program a few comparisons and
+//! no system call.
 
 use core::ffi::c_int;
+use core::sync::atomic::{AtomicU64, Ordering};
 
-use crate::sys::{self, DMA_BUF_MAGIC};
+use crate::sys;
 
-const MIB2: usize = 2 << 20;
 /// x86's; no flag elsewhere.
 const MAP_32BIT: c_int = 0x40;
+
+/// The `st_dev` of dma-bufs, or 0.
+static DMABUFS: AtomicU64 = AtomicU64::new(0);
+
+/// Learns what a dma-buf is from one.
+pub fn made(dmabuf: c_int) {
+    if DMABUFS.load(Ordering::Relaxed) == 0 {
+        if let Ok(stat) = sys::fstat(dmabuf) {
+            DMABUFS.store(stat.st_dev, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What an entry one level above pages maps: a table has as many entries of eight bytes as fit into a page.
+fn huge_entry() -> usize {
+    let page = sys::page_size() as usize;
+    page * (page / 8)
+}
 
 /// Is this a call that alignment may help? It costs a few comparisons.
 #[inline]
 pub fn may_help(address: usize, len: usize, flags: c_int, fd: c_int) -> bool {
+    DMABUFS.load(Ordering::Relaxed) != 0 && fits(address, len, flags, fd)
+}
+
+fn fits(address: usize, len: usize, flags: c_int, fd: c_int) -> bool {
     fd >= 0
         && address == 0
-        && len >= MIB2
         && matches!(
             flags & libc::MAP_TYPE,
             libc::MAP_SHARED | libc::MAP_SHARED_VALIDATE
         )
         && flags & (libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE | MAP_32BIT) == 0
+        && len >= huge_entry()
 }
 
 /// Maps a dma-buf, aligned; `None` when it is none or that fails, and the program's call should
 /// be made as it is.
 pub fn map(len: usize, prot: c_int, flags: c_int, fd: c_int, offset: u64) -> Option<usize> {
-    if sys::fstatfs(fd).ok()?.f_type != DMA_BUF_MAGIC {
+    if sys::fstat(fd).ok()?.st_dev != DMABUFS.load(Ordering::Relaxed) {
         return None;
     }
-    map_aligned(MIB2, len, prot, flags, fd, offset)
+    map_aligned(huge_entry(), len, prot, flags, fd, offset)
 }
 
 fn map_aligned(
@@ -44,30 +70,19 @@ fn map_aligned(
     fd: c_int,
     offset: u64,
 ) -> Option<usize> {
-    let len = len.checked_next_multiple_of(4096)?;
+    let len = len.checked_next_multiple_of(sys::page_size() as usize)?;
     let reserved = len.checked_add(align)?;
     let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: without an address nothing that exists is replaced.
-    let start = unsafe { sys::mmap(None, reserved, libc::PROT_NONE, anonymous, -1, 0) }.ok()?;
-    let end = start + reserved;
+    let start = sys::mmap(None, reserved, libc::PROT_NONE, anonymous, -1, 0).ok()?;
     let phase = offset % align as u64;
     let address = align_to(start as u64, align as u64, phase) as usize;
-    // SAFETY: it lies in what was just reserved: at most `align - 1` behind its start.
-    let mapped = unsafe { sys::mmap(Some(address), len, prot, flags, fd, offset) };
-    if mapped.is_err() {
-        // SAFETY: just reserved, and unused.
-        unsafe { sys::munmap(start, reserved) };
-        return None;
-    }
-    if start < address {
-        // SAFETY: the part in front, unused.
-        unsafe { sys::munmap(start, address - start) };
-    }
-    if address + len < end {
-        // SAFETY: the part behind, unused.
-        unsafe { sys::munmap(address + len, end - (address + len)) };
-    }
-    Some(address)
+    // The reservation only finds free addresses. It is given back as a whole before the file is mapped: where
+    // MAP_FIXED fails in the file's own `mmap`, the kernel leaves a hole in what it was to replace, another
+    // thread's mapping may get that, and unmapping the reservation would unmap the other one.
+    // SAFETY: just reserved, and unused.
+    unsafe { sys::munmap(start, reserved) }.ok()?;
+    // Another thread's mapping may get these addresses meanwhile: then the kernel chooses others.
+    sys::mmap(Some(address), len, prot, flags, fd, offset).ok()
 }
 
 /// The first number from `least` on that leaves `phase` when divided by `align`.
@@ -81,35 +96,72 @@ mod tests {
 
     #[test]
     fn few_calls_are_touched() {
-        let shared = libc::MAP_SHARED;
-        assert!(may_help(0, MIB2, shared, 3));
-        assert!(may_help(0, MIB2, shared | libc::MAP_POPULATE, 3));
-        assert!(may_help(0, MIB2, libc::MAP_SHARED_VALIDATE, 3));
-        assert!(!may_help(4096, MIB2, shared, 3));
-        assert!(!may_help(0, MIB2 - 1, shared, 3));
-        assert!(!may_help(0, MIB2, shared, -1));
-        assert!(!may_help(0, MIB2, libc::MAP_PRIVATE, 3));
-        assert!(!may_help(0, MIB2, shared | libc::MAP_FIXED, 3));
+        let (shared, huge) = (libc::MAP_SHARED, huge_entry());
+        assert!(fits(0, huge, shared, 3));
+        assert!(fits(0, huge, shared | libc::MAP_POPULATE, 3));
+        assert!(fits(0, huge, libc::MAP_SHARED_VALIDATE, 3));
+        assert!(!fits(4096, huge, shared, 3));
+        assert!(!fits(0, huge - 1, shared, 3));
+        assert!(!fits(0, huge, shared, -1));
+        assert!(!fits(0, huge, libc::MAP_PRIVATE, 3));
+        assert!(!fits(0, huge, shared | libc::MAP_FIXED, 3));
+        // None at all before there was a dma-buf.
+        assert!(!may_help(0, huge, shared, 3));
     }
 
     #[test]
     fn addresses_are_aligned_with_the_offset() {
+        let (huge, page) = (huge_entry(), sys::page_size());
         // SAFETY: a terminated name.
         let fd = unsafe { libc::memfd_create(c"test".as_ptr(), 0) };
         // SAFETY: no memory is involved.
-        assert_eq!(unsafe { libc::ftruncate(fd, 16 << 20) }, 0);
+        assert_eq!(unsafe { libc::ftruncate(fd, 8 * huge as i64) }, 0);
         let prot = libc::PROT_READ;
-        for offset in [0, 4096, 2 << 20, (2 << 20) + 8192] {
-            let len = (5 << 20) + 100;
-            let at = map_aligned(MIB2, len, prot, libc::MAP_SHARED, fd, offset).unwrap();
-            assert_eq!(at as u64 % MIB2 as u64, offset % MIB2 as u64);
+        for offset in [0, page, huge as u64, huge as u64 + 2 * page] {
+            let len = 2 * huge + huge / 2 + 100;
+            let at = map_aligned(huge, len, prot, libc::MAP_SHARED, fd, offset).unwrap();
+            assert_eq!(at as u64 % huge as u64, offset % huge as u64);
             // SAFETY: the mapping of above.
-            unsafe { sys::munmap(at, len) };
+            unsafe { sys::munmap(at, len) }.unwrap();
         }
         // What fails leaves nothing behind.
-        assert_eq!(map_aligned(MIB2, MIB2, prot, libc::MAP_SHARED, fd, 1), None);
+        assert_eq!(map_aligned(huge, huge, prot, libc::MAP_SHARED, fd, 1), None);
         // A memfd is no dma-buf.
-        assert_eq!(map(MIB2, prot, libc::MAP_SHARED, fd, 0), None);
+        assert_eq!(map(huge, prot, libc::MAP_SHARED, fd, 0), None);
+        sys::close(fd);
+    }
+
+    #[test]
+    fn a_mapping_that_fails_leaves_those_of_others_alone() {
+        let huge = huge_entry();
+        // Its own `mmap` refuses, which is late: after the kernel has made room.
+        // SAFETY: no memory is involved.
+        let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0) };
+        assert!(fd >= 0);
+        let stop = core::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let (prot, flags) = (libc::PROT_READ, libc::MAP_SHARED);
+                    let result = map_aligned(huge, 4 * huge, prot, flags, fd, 0);
+                    assert_eq!(result, None);
+                }
+            });
+            let end = std::time::Instant::now() + std::time::Duration::from_millis(1000);
+            let mut lost = 0;
+            while std::time::Instant::now() < end {
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+                let at = sys::mmap(None, 4 * huge, libc::PROT_NONE, flags, -1, 0).unwrap();
+                std::thread::yield_now();
+                // SAFETY: the mapping of above, if it is still there. That changes nothing.
+                let kept = unsafe { libc::mprotect(at as *mut _, 4 * huge, libc::PROT_NONE) };
+                lost += u32::from(kept != 0);
+                // SAFETY: as above; there is no other thread that maps something and keeps it.
+                unsafe { sys::munmap(at, 4 * huge) }.unwrap();
+            }
+            stop.store(true, Ordering::Relaxed);
+            assert_eq!(lost, 0, "mappings of another thread are gone");
+        });
         sys::close(fd);
     }
 }

@@ -33,43 +33,74 @@ impl<T: Plain, const N: usize> Buffer<T, N> {
         }
     }
 
-    /// An empty list with room for `capacity` elements.
-    pub fn with_capacity(capacity: usize) -> Result<Self> {
-        let mut buffer = Self::new();
-        if capacity > N {
-            buffer.grow(capacity)?;
+    /// Makes room for `capacity` elements. Lists are filled where they are: moving one copies all of it.
+    pub fn reserve(&mut self, capacity: usize) -> Result<()> {
+        if capacity > self.capacity {
+            self.grow(capacity)?;
         }
-        Ok(buffer)
+        Ok(())
     }
 
-    /// A list of `len` zeroes.
-    pub fn zeroed(len: usize) -> Result<Self> {
-        let mut buffer = Self::with_capacity(len)?;
-        if buffer.mapped == 0 {
-            buffer.inline[..len].fill(MaybeUninit::new(T::default()));
-        }
-        // INVARIANT: filled in. A new mapping is zero, as is `Plain`'s default.
-        buffer.len = len;
-        Ok(buffer)
+    /// Appends `len` elements that the program has at the address `from`, which may be anything.
+    pub fn read_from_program(&mut self, len: usize, from: usize) -> Result<()> {
+        let all = self.len.checked_add(len).ok_or(Errno(libc::ENOMEM))?;
+        self.reserve(all)?;
+        let place = self.place().wrapping_add(self.len);
+        // SAFETY: there is room for so many more.
+        unsafe { sys::copy_from_program(place, len, from)? };
+        // INVARIANT: just filled in.
+        self.len = all;
+        Ok(())
     }
 
     /// Appends an element; there is more room then, if need be.
-    #[inline]
+    #[inline(always)]
     pub fn push(&mut self, element: T) -> Result<()> {
         if self.len == self.capacity {
             self.grow(2 * self.capacity.max(32))?;
         }
-        // INVARIANT: filled in at once.
+        let last = self.place().wrapping_add(self.len);
+        // SAFETY: there is room for one more.
+        unsafe { last.write(element) };
+        // INVARIANT: just filled in.
         self.len += 1;
-        let last = self.len - 1;
-        if self.mapped == 0 {
-            self.inline[last].write(element);
-        } else {
-            let place = (self.mapped as *mut T).wrapping_add(last);
-            // SAFETY: by the invariants there is room.
-            unsafe { place.write(element) };
-        }
         Ok(())
+    }
+
+    /// Forgets the elements from `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        // INVARIANT: fewer elements than are filled in.
+        self.len = self.len.min(len);
+    }
+
+    /// Sorts the list, by a heap in its place: the standard library's functions take kilobytes of stack.
+    pub fn sort_by_key<K: Ord>(&mut self, key: impl Fn(&T) -> K) {
+        let list: &mut [T] = self;
+        if list.is_sorted_by_key(&key) {
+            return;
+        }
+        // The parent of `i` is `(i - 1) / 2`, and no less than it.
+        let sink = |heap: &mut [T], mut parent: usize| loop {
+            let mut child = 2 * parent + 1;
+            if child >= heap.len() {
+                return;
+            }
+            if child + 1 < heap.len() && key(&heap[child]) < key(&heap[child + 1]) {
+                child += 1;
+            }
+            if key(&heap[child]) <= key(&heap[parent]) {
+                return;
+            }
+            heap.swap(parent, child);
+            parent = child;
+        };
+        for parent in (0..list.len() / 2).rev() {
+            sink(list, parent);
+        }
+        for end in (1..list.len()).rev() {
+            list.swap(0, end);
+            sink(&mut list[..end], 0);
+        }
     }
 
     /// Moves the list to a mapping of `capacity` elements, more than it has room for now.
@@ -78,10 +109,9 @@ impl<T: Plain, const N: usize> Buffer<T, N> {
         let bytes = capacity
             .checked_mul(size_of::<T>())
             .ok_or(Errno(libc::ENOMEM))?;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
         let access = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: without an address nothing that exists is replaced.
-        let mapped = unsafe { sys::mmap(None, bytes, access, flags, -1, 0)? };
+        let mapped = sys::mmap(None, bytes, access, flags, -1, 0)?;
         // SAFETY: the mapping is new, and has room for more than these.
         unsafe { (mapped as *mut T).copy_from_nonoverlapping(self.start(), self.len) };
         self.unmap();
@@ -99,10 +129,18 @@ impl<T: Plain, const N: usize> Buffer<T, N> {
         }
     }
 
+    fn place(&mut self) -> *mut T {
+        if self.mapped == 0 {
+            self.inline.as_mut_ptr().cast()
+        } else {
+            self.mapped as *mut T
+        }
+    }
+
     fn unmap(&mut self) {
         if self.mapped != 0 {
             // SAFETY: by the invariants it is ours, and the callers use it no more.
-            unsafe { sys::munmap(self.mapped, self.capacity * size_of::<T>()) };
+            let _ = unsafe { sys::munmap(self.mapped, self.capacity * size_of::<T>()) };
         }
     }
 }
@@ -118,13 +156,8 @@ impl<T: Plain, const N: usize> Deref for Buffer<T, N> {
 
 impl<T: Plain, const N: usize> DerefMut for Buffer<T, N> {
     fn deref_mut(&mut self) -> &mut [T] {
-        let first = if self.mapped == 0 {
-            self.inline.as_mut_ptr().cast()
-        } else {
-            self.mapped as *mut T
-        };
         // SAFETY: as for `deref`; `self` is borrowed alone.
-        unsafe { slice::from_raw_parts_mut(first, self.len) }
+        unsafe { slice::from_raw_parts_mut(self.place(), self.len) }
     }
 }
 
@@ -140,9 +173,27 @@ mod tests {
     use pinbuf_uapi::Range;
 
     #[test]
+    fn sorted_as_the_standard_library_does() {
+        let mut seed = 1u64;
+        for n in (0..70).chain([1000, 5000]) {
+            let mut list = Buffer::<Range, 4>::new();
+            for _ in 0..n {
+                seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1);
+                let (addr, len) = ((seed >> 33) % (n + 3), seed >> 60);
+                list.push(Range { addr, len }).unwrap();
+            }
+            let mut sorted = list.to_vec();
+            sorted.sort_by_key(|range| (range.addr, range.len));
+            list.sort_by_key(|range| (range.addr, range.len));
+            assert_eq!(*list, *sorted);
+        }
+    }
+
+    #[test]
     fn short_and_long() {
         for n in [0u64, 1, 3, 4, 5, 100_000] {
-            let mut list = Buffer::<Range, 4>::with_capacity(n as usize).unwrap();
+            let mut list = Buffer::<Range, 4>::new();
+            list.reserve(n as usize).unwrap();
             for i in 0..n {
                 list.push(Range {
                     addr: i,
@@ -162,8 +213,16 @@ mod tests {
             assert!(list.iter().zip(0..).all(|(r, i)| r.addr == i));
             list[0].len = 7;
             assert_eq!(list[0].len, 7);
-            let zeroes = Buffer::<Range, 4>::zeroed(n as usize).unwrap();
-            assert!(zeroes.iter().all(|r| *r == Range::default()));
+            list.truncate(1);
+            assert_eq!(list.len(), 1.min(2 * n as usize + 10));
+            let more = vec![Range { addr: 5, len: 6 }; n as usize];
+            list.read_from_program(more.len(), more.as_ptr() as usize)
+                .unwrap();
+            assert_eq!(list.len() as u64, n + 1);
+            assert_eq!(list[1..], more);
+            let efault = Err(Errno(libc::EFAULT));
+            assert_eq!(list.read_from_program(1, 8), efault);
+            assert_eq!(list.len() as u64, n + 1);
         }
     }
 }

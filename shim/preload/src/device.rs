@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use pinbuf_uapi as uapi;
 
-use crate::sys;
+use crate::sys::{self, Errno};
 
 /// `MISC_MAJOR`: pinbuf is one of the miscellaneous devices.
 const MISC_MAJOR: u32 = 10;
@@ -16,20 +16,26 @@ const MISC_MAJOR: u32 = 10;
 /// asked, and a device that does not know pinbuf's calls makes us forget it.
 static NUMBER: AtomicU64 = AtomicU64::new(0);
 
+/// Notes the number of a descriptor that was opened by pinbuf's name.
+pub fn opened(fd: c_int) {
+    let stat = sys::fstat(fd);
+    if let Some(stat) = stat.ok().filter(is_misc) {
+        NUMBER.store(stat.st_rdev, Ordering::Relaxed);
+    }
+}
+
+fn is_misc(stat: &libc::stat) -> bool {
+    stat.st_mode & libc::S_IFMT == libc::S_IFCHR && libc::major(stat.st_rdev) == MISC_MAJOR
+}
+
 /// Is this a descriptor of pinbuf's device? The number changes when the module is loaded again,
 /// and there may be no path to the device where we are, so the descriptor itself is asked.
 pub fn is_pinbuf(fd: c_int) -> bool {
-    let Ok(stat) = sys::fstat(fd) else {
+    let Some(stat) = sys::fstat(fd).ok().filter(is_misc) else {
         return false;
     };
-    if stat.st_mode & libc::S_IFMT != libc::S_IFCHR {
-        return false;
-    }
     if stat.st_rdev == NUMBER.load(Ordering::Relaxed) {
         return true;
-    }
-    if libc::major(stat.st_rdev) != MISC_MAJOR {
-        return false;
     }
     let mut query = uapi::Query {
         size: size_of::<uapi::Query>() as u32,
@@ -42,6 +48,14 @@ pub fn is_pinbuf(fd: c_int) -> bool {
         NUMBER.store(stat.st_rdev, Ordering::Relaxed);
     }
     known
+}
+
+/// Is the device's descriptor one that cannot be used for calls (`O_PATH`)? `fstat` does not show that.
+pub fn is_path_only(fd: c_int) -> bool {
+    let mut query = uapi::Query::default();
+    // SAFETY: PINBUF_QUERY reads this struct, and refuses its size.
+    let answer = unsafe { sys::ioctl(fd, uapi::QUERY, &mut query) };
+    answer == Err(Errno(libc::EBADF))
 }
 
 /// Forgets the number: something else has it now.

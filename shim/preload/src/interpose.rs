@@ -5,28 +5,41 @@
 //! A path is compared only after the kernel has read it: until then it may be a pointer to
 //! nowhere, for which the kernel says `EFAULT` and we would crash. So each call is made as the
 //! program asked for it, and made once more for `/dev/pinbuf` if the path turns out to be
-//! `/dev/udmabuf`. Nothing is created by that, since a device exists or not: without `O_CREAT`
-//! the first call has no effect but a descriptor, which is closed.
+//! `/dev/udmabuf`. The first call has no effect but a descriptor, which is closed once `/dev/pinbuf` is open.
+//! Where that cannot be had, the first call's result stands. With `O_CREAT`, where there is no
+//! `/dev/udmabuf` and the program may write to `/dev`, the first call does create a regular file, as it does
+//! without the shim. It stays: whether the file was there before cannot be found out afterwards.
 
 use core::ffi::{c_char, c_int, c_void};
 
 use libc::mode_t;
 
 use crate::log::log;
+use crate::maps::MAPS;
 use crate::sys::{errno, set_errno, Errno};
 use crate::{align, create, device, next, request, sys};
 
 const UDMABUF: &[u8] = b"/dev/udmabuf\0";
 const PINBUF: *const c_char = c"/dev/pinbuf".as_ptr();
 
+/// Does a call fail with this error also before the kernel has read the path, or because it could not? Flags are
+/// checked before, a sandbox or an old kernel has no such call at all, and a descriptor is allocated before the
+/// path's own error is looked at. For pinbuf's device, each of these would fail in the same way.
+fn may_be_unread(error: c_int) -> bool {
+    matches!(
+        error,
+        libc::EFAULT | libc::EINVAL | libc::ENOSYS | libc::EMFILE | libc::ENOMEM
+    )
+}
+
 /// Is this the path of udmabuf's device? `result` is that of a call which was given the path.
 ///
 /// # Safety
 ///
-/// If the kernel did not find `path` unreadable, it must be null or a terminated string.
+/// If the kernel has read `path`, it must be null or a terminated string.
 #[inline]
 unsafe fn is_udmabuf(path: *const c_char, result: c_int) -> bool {
-    if path.is_null() || (result == -1 && errno() == libc::EFAULT) {
+    if path.is_null() || (result == -1 && may_be_unread(errno())) {
         return false;
     }
     for (i, &byte) in UDMABUF.iter().enumerate() {
@@ -39,23 +52,68 @@ unsafe fn is_udmabuf(path: *const c_char, result: c_int) -> bool {
     true
 }
 
-/// Opens pinbuf's device in the place of udmabuf's.
-fn open_pinbuf(instead: c_int, flags: c_int) -> c_int {
-    if instead >= 0 {
-        sys::close(instead);
+/// Which of two errors the program gets: of its own call, and of the same for pinbuf's device. The latter
+/// says why pinbuf cannot be used, unless there is no such device.
+fn error_of(own: c_int, pinbufs: c_int) -> c_int {
+    if pinbufs == libc::ENOENT {
+        own
+    } else {
+        pinbufs
+    }
+}
+
+/// Opens pinbuf's device in the place of udmabuf's, for which the program's own call gave `own`.
+#[cold]
+#[inline(never)]
+fn open_pinbuf(mut own: c_int, flags: c_int) -> c_int {
+    let before = errno();
+    let exclusive = libc::O_CREAT | libc::O_EXCL;
+    if flags & exclusive == exclusive {
+        // There is such a file, whether the kernel has it or not.
+        if own >= 0 {
+            sys::close(own);
+        }
+        set_errno(libc::EEXIST);
+        return -1;
     }
     let flags = flags & !(libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC);
     // SAFETY: a terminated string; without O_CREAT the mode is not looked at.
-    let fd = unsafe { next::openat(libc::AT_FDCWD, PINBUF, flags, 0) };
-    if fd >= 0 {
-        log!("/dev/udmabuf opened as /dev/pinbuf: fd {fd}");
-    } else {
-        log!(
-            "/dev/udmabuf cannot be opened as /dev/pinbuf: errno {}",
-            errno()
-        );
+    let open = || unsafe { next::openat(libc::AT_FDCWD, PINBUF, flags, 0) };
+    let mut fd = open();
+    if own >= 0 && (fd >= 0 || matches!(errno(), libc::EMFILE | libc::ENFILE)) {
+        // The program gets the lower number, which its own call had; there may be no other.
+        sys::close(own);
+        let higher = fd;
+        fd = open();
+        if fd >= 0 {
+            if higher >= 0 {
+                sys::close(higher);
+            }
+        } else if higher >= 0 {
+            fd = higher;
+        } else {
+            let error = errno();
+            // SAFETY: as above.
+            own = unsafe { next::openat(libc::AT_FDCWD, UDMABUF.as_ptr().cast(), flags, 0) };
+            set_errno(error);
+        }
     }
-    fd
+    if fd >= 0 {
+        device::opened(fd);
+        MAPS.open();
+        log!("/dev/udmabuf opened as /dev/pinbuf: fd {fd}");
+        set_errno(before);
+        return fd;
+    }
+    let error = errno();
+    if own >= 0 {
+        log!("/dev/pinbuf cannot be opened: errno {error}; fd {own} is the kernel's udmabuf");
+        set_errno(before);
+    } else {
+        log!("/dev/udmabuf cannot be opened as /dev/pinbuf: errno {error}");
+        set_errno(error_of(before, error));
+    }
+    own
 }
 
 /// Functions that open: all arguments are passed on.
@@ -115,12 +173,17 @@ macro_rules! interpose_path {
             // SAFETY: the program's own call.
             let result = unsafe { next::$name($($before,)* path $(, $after)*) };
             // SAFETY: the kernel was given the path.
-            if unsafe { is_udmabuf(path, result) } {
-                // SAFETY: the program's own call, with another terminated string.
-                unsafe { next::$name($($before,)* PINBUF $(, $after)*) }
-            } else {
-                result
+            if !unsafe { is_udmabuf(path, result) } {
+                return result;
             }
+            let own = errno();
+            // SAFETY: the program's own call, with another terminated string.
+            if unsafe { next::$name($($before,)* PINBUF $(, $after)*) } == 0 {
+                return 0;
+            }
+            // What does not succeed writes nothing, so the own result is whole.
+            set_errno(if result == 0 { own } else { error_of(own, errno()) });
+            result
         }
     )*};
 }

@@ -10,20 +10,28 @@
 //!
 //! No table of descriptors. `open("/dev/udmabuf")` returns a descriptor of `/dev/pinbuf`, which is
 //! told apart later by its device number; so copies of it, passed by `fork`, `dup`, `exec` or a
-//! socket, work without the shim's knowing. What is kept is written once and only saves time: the
-//! next library's functions, the device number, and where to log.
+//! socket, work without the shim's knowing. What is kept only saves time, and is proved wherever it is
+//! used: the next library's functions, two device numbers, where to log, a descriptor of
+//! `/proc/self/maps` ([`maps`]), and where files were mapped ([`hints`]).
 //!
 //! # How a buffer is made
 //!
-//! udmabuf takes (memfd, offset, size), and so does pinbuf with `PINBUF_CREATE_FROM_FILES`. The shim
-//! makes the checks that udmabuf makes and the driver has no need of (`F_SEAL_SHRINK`), in
-//! udmabuf's order, and joins items that are neighbours. The program needs no mapping of the file,
-//! and the shim makes none.
+//! udmabuf takes (memfd, offset, size), pinbuf takes addresses. The shim makes the checks that udmabuf makes,
+//! in udmabuf's order ([`plan`]), finds the addresses at which the program has the files mapped
+//! ([`maps`], [`hints`], [`spans`]), and maps for itself what the program has not ([`window`]). The driver
+//! compares each page with the file, so wrong addresses cost time and nothing else ([`create`]).
+//!
+//! # Which system calls it makes
+//!
+//! Programs lock themselves in and die of a call that is not on their list. A create makes `ioctl`, `fstat`,
+//! `fcntl(F_GET_SEALS)`, `rt_sigprocmask`, `mmap` and `munmap`, and `openat` and `close` for a file that was
+//! opened read-only and is not mapped. What else is needed happens when the device is opened. A program that
+//! never opens it makes the calls that it makes without the shim.
 //!
 //! # Signals, threads, allocation
 //!
 //! Nothing here allocates with malloc or takes a lock. Memory for long lists comes from `mmap`.
-//! The program's pointers are read by the kernel on our behalf, so that bad ones give `EFAULT`.
+//! The program's pointers are tried by the kernel on our behalf, so that bad ones give `EFAULT`.
 
 #![cfg_attr(test, allow(dead_code))] // The interposed functions are not in tests.
 
@@ -31,11 +39,15 @@ mod align;
 mod buffer;
 mod create;
 mod device;
+mod hints;
 #[cfg(not(test))]
 mod interpose;
 mod log;
+mod maps;
 #[cfg(not(test))]
 mod next;
 mod plan;
 mod request;
+mod spans;
 mod sys;
+mod window;

@@ -5,13 +5,10 @@
 
 use core::ffi::c_int;
 
-use pinbuf_uapi::{Backing, Range};
-
 use crate::buffer::Buffer;
-use crate::request::{Item, INLINE_ITEMS};
+use crate::request::{Item, Items};
+use crate::spans::FileId;
 use crate::sys::{self, Errno, Plain, Result};
-
-pub const PAGE: u64 = 4096;
 
 const EINVAL: Errno = Errno(libc::EINVAL);
 const EBADFD: Errno = Errno(libc::EBADFD);
@@ -25,16 +22,22 @@ pub struct File {
     /// The program's descriptor of it.
     pub fd: c_int,
     pub size: u64,
+    pub id: FileId,
+    /// The size of its pages: hugetlb's files say that as the size of a block.
+    pub block: u64,
+    /// How many bytes of it have memory.
+    pub stored: u64,
 }
 
-// SAFETY: integers.
+// SAFETY: integers, of which every pattern is valid; zeroes are the default.
 unsafe impl Plain for File {}
 
 /// The files of a call.
 ///
 /// The checks are made on the program's descriptors; another thread may put another file in the
-/// place of one meanwhile. The driver checks for itself what its own safety needs.
-pub struct Files(Buffer<File, 2>);
+/// place of one meanwhile. So they are made again once there is a buffer. What is put there and taken away
+/// again between the two is not found; the driver checks for itself what its own safety needs.
+pub struct Files(Buffer<File, 4>);
 
 impl core::ops::Deref for Files {
     type Target = [File];
@@ -45,100 +48,37 @@ impl core::ops::Deref for Files {
 }
 
 impl Files {
-    /// Finds the file whose descriptor is `fd`, or adds it.
-    fn index(&mut self, fd: u32) -> Result<usize> {
-        let fd = fd as c_int;
-        let from = self.0.len().saturating_sub(LOOK_BACK);
-        if let Some(found) = self.0[from..].iter().rposition(|file| file.fd == fd) {
-            return Ok(from + found);
+    /// Finds the file whose descriptor is `fd`, or adds it. Returns its place and its size.
+    #[inline]
+    fn find(&mut self, fd: u32) -> Result<(u32, u64)> {
+        let files: &[File] = &self.0;
+        let known = files.iter().enumerate().rev().take(LOOK_BACK);
+        for (place, file) in known {
+            if file.fd == fd as c_int {
+                return Ok((place as u32, file.size));
+            }
         }
+        self.add(fd as c_int)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn add(&mut self, fd: c_int) -> Result<(u32, u64)> {
         check_seals(fd)?;
         let stat = sys::fstat(fd).map_err(|_| EBADFD)?;
         let size = stat.st_size as u64;
-        let file = File { fd, size };
-        self.0.push(file)?;
-        Ok(self.0.len() - 1)
+        self.0.push(File {
+            fd,
+            size,
+            id: FileId {
+                dev: stat.st_dev,
+                ino: stat.st_ino,
+            },
+            block: stat.st_blksize as u64,
+            stored: 512 * stat.st_blocks as u64,
+        })?;
+        Ok((self.0.len() as u32 - 1, size))
     }
-}
-
-/// Descriptors of a call's files that are open for writing: the program's own, or, for files that
-/// it opened read-only, which udmabuf takes as well, new ones, made through /proc.
-pub struct Writable {
-    fds: Buffer<c_int, 2>,
-    own: Buffer<c_int, 2>,
-    /// A copy of the device's descriptor. It holds the lowest free number, which the buffer gets in
-    /// the end, as with udmabuf, while the new descriptors get others.
-    held: Option<c_int>,
-}
-
-impl Writable {
-    pub fn new(files: &[File], device: c_int) -> Result<Self> {
-        let mut writable = Self {
-            fds: Buffer::with_capacity(files.len())?,
-            own: Buffer::with_capacity(files.len())?,
-            held: None,
-        };
-        for file in files {
-            let mode = sys::fcntl(file.fd, libc::F_GETFL, 0).map_err(|_| EBADFD)?;
-            let mut fd = file.fd;
-            if mode & libc::O_ACCMODE != libc::O_RDWR {
-                if writable.held.is_none() {
-                    writable.held = sys::fcntl(device, libc::F_DUPFD_CLOEXEC, 0).ok();
-                }
-                fd = reopen(file.fd)?;
-                // There is room for one a file.
-                let _ = writable.own.push(fd);
-            }
-            let _ = writable.fds.push(fd);
-        }
-        Ok(writable)
-    }
-
-    /// The descriptor of the file of that index.
-    pub fn fd(&self, index: usize) -> c_int {
-        self.fds[index]
-    }
-
-    /// Gives back the number that is held for the buffer.
-    pub fn release_number(&self) {
-        if let Some(fd) = self.held {
-            sys::close(fd);
-        }
-    }
-}
-
-impl Drop for Writable {
-    fn drop(&mut self) {
-        for fd in self.own.iter() {
-            sys::close(*fd);
-        }
-    }
-}
-
-/// Opens the file behind a descriptor once more, for reading and writing.
-fn reopen(fd: c_int) -> Result<c_int> {
-    const PREFIX: &[u8] = b"/proc/thread-self/fd/";
-    let mut path = [0u8; PREFIX.len() + 12];
-    path[..PREFIX.len()].copy_from_slice(PREFIX);
-    let mut digits = [0u8; 10];
-    let mut n = 0;
-    let mut rest = fd.unsigned_abs();
-    loop {
-        digits[n] = b'0' + (rest % 10) as u8;
-        n += 1;
-        rest /= 10;
-        if rest == 0 {
-            break;
-        }
-    }
-    for (place, digit) in path[PREFIX.len()..]
-        .iter_mut()
-        .zip(digits[..n].iter().rev())
-    {
-        *place = *digit;
-    }
-    let path = core::ffi::CStr::from_bytes_until_nul(&path).map_err(|_| Errno(libc::EINVAL))?;
-    sys::open(path, libc::O_RDWR | libc::O_CLOEXEC | libc::O_NOCTTY)
 }
 
 /// `check_memfd_seals()` of udmabuf.
@@ -157,58 +97,100 @@ fn seals_fit(seals: c_int) -> Result<()> {
     }
 }
 
+/// A part of a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Piece {
+    /// The file's place in the list of files.
+    pub file: usize,
+    pub offset: u64,
+    pub len: u64,
+}
+
 /// What a call asks for, checked.
 pub struct Plan {
     pub files: Files,
-    /// The pieces of files that make the buffer, as the driver wants them, but that `fd` is the
-    /// file's index: neighbours in the list that are neighbours in the file are one.
-    pub ranges: Buffer<Range, INLINE_ITEMS>,
-    pub backing: Buffer<Backing, INLINE_ITEMS>,
+    /// The items, with a file's place in the list for its descriptor, and in the place where they were read
+    /// to: neighbours in the list that are neighbours in the file are one.
+    items: Items,
+    /// How many items there were.
+    pub asked: usize,
     pub bytes: u64,
 }
 
 impl Plan {
-    pub fn new(items: &[Item]) -> Result<Self> {
-        // All alignment is checked before any descriptor.
-        let bytes = total(items)?;
-        let mut plan = Self {
+    pub const fn new() -> Self {
+        Self {
             files: Files(Buffer::new()),
-            ranges: Buffer::with_capacity(items.len())?,
-            backing: Buffer::with_capacity(items.len())?,
-            bytes,
-        };
-        // Where the last piece ends, by its file and offset.
-        let mut end = None;
-        for item in items {
-            let index = plan.files.index(item.memfd)?;
-            let next = check_extent(item, plan.files[index].size)?;
-            let place = (index, item.offset);
-            match plan.ranges.last_mut() {
-                Some(last) if end == Some(place) => last.len += item.size,
-                _ => {
-                    plan.ranges.push(Range {
-                        addr: 0,
-                        len: item.size,
-                    })?;
-                    plan.backing.push(Backing {
-                        fd: index as c_int,
-                        reserved: 0,
-                        offset: item.offset,
-                    })?;
+            items: Buffer::new(),
+            asked: 0,
+            bytes: 0,
+        }
+    }
+
+    /// Where items are read to.
+    pub fn items(&mut self) -> &mut Items {
+        &mut self.items
+    }
+
+    /// Checks the items that were read.
+    pub fn check(&mut self) -> Result<()> {
+        self.asked = self.items.len();
+        // All alignment is checked before any descriptor.
+        self.bytes = total(&self.items, sys::page_size())?;
+        let items: &mut [Item] = &mut self.items;
+        let mut kept = 0;
+        for i in 0..items.len() {
+            let mut item = items[i];
+            let (place, size) = self.files.find(item.memfd)?;
+            check_extent(&item, size)?;
+            item.memfd = place;
+            if kept > 0 {
+                let last = &mut items[kept - 1];
+                if (last.memfd, last.offset + last.size) == (place, item.offset) {
+                    last.size += item.size;
+                    continue;
                 }
             }
-            end = Some((index, next));
+            items[kept] = item;
+            kept += 1;
         }
-        Ok(plan)
+        self.items.truncate(kept);
+        Ok(())
+    }
+
+    /// Are the files' descriptors still those of the files that were checked, and may those still be used?
+    /// Another thread may have put another file at a number after it was checked: an error says so.
+    pub fn check_again(&self) -> Result<()> {
+        for file in self.files.iter() {
+            check_seals(file.fd)?;
+            let stat = sys::fstat(file.fd).map_err(|_| EBADFD)?;
+            let id = FileId {
+                dev: stat.st_dev,
+                ino: stat.st_ino,
+            };
+            if id != file.id {
+                return Err(EBADFD);
+            }
+        }
+        Ok(())
+    }
+
+    /// The pieces of files that make the buffer, in its order.
+    pub fn pieces(&self) -> impl ExactSizeIterator<Item = Piece> + '_ {
+        self.items.iter().map(|item| Piece {
+            file: item.memfd as usize,
+            offset: item.offset,
+            len: item.size,
+        })
     }
 }
 
 /// The first loop of `udmabuf_create()`. Where that compares with its limit, this does with what
 /// a file can hold.
-fn total(items: &[Item]) -> Result<u64> {
+fn total(items: &[Item], page: u64) -> Result<u64> {
     let mut bytes = 0u64;
     for item in items {
-        if item.offset % PAGE != 0 || item.size % PAGE != 0 {
+        if (item.offset | item.size) & (page - 1) != 0 {
             return Err(EINVAL);
         }
         bytes = bytes
@@ -222,10 +204,10 @@ fn total(items: &[Item]) -> Result<u64> {
     Ok(bytes)
 }
 
-/// What `memfd_pin_folios()` demands of a piece. Returns where it ends.
-fn check_extent(item: &Item, file_size: u64) -> Result<u64> {
+/// What `memfd_pin_folios()` demands of a piece.
+fn check_extent(item: &Item, file_size: u64) -> Result<()> {
     match item.offset.checked_add(item.size) {
-        Some(end) if item.size > 0 && end <= file_size => Ok(end),
+        Some(end) if item.size > 0 && end <= file_size => Ok(()),
         _ => Err(EINVAL),
     }
 }
@@ -245,24 +227,29 @@ mod tests {
 
     #[test]
     fn alignment_and_sums() {
-        assert_eq!(total(&[item(0, 4096), item(8192, 8192)]), Ok(12288));
-        assert_eq!(total(&[item(0, 4096), item(0, 0)]), Ok(4096));
-        for bad in [
-            &[][..],
-            &[item(0, 0)],
-            &[item(1, 4096)],
-            &[item(0, 4095)],
-            &[item(0, 4096), item(2048, 4096)],
-            &[item(0, 1 << 63)],
-            &[item(0, !4095), item(0, 8192)],
-        ] {
-            assert_eq!(total(bad), Err(EINVAL), "{bad:?}");
+        for page in [4096, 16384, 65536] {
+            let total = |items: &[Item]| total(items, page);
+            let list = [item(0, page), item(2 * page, 2 * page)];
+            assert_eq!(total(&list), Ok(3 * page));
+            assert_eq!(total(&[item(0, page), item(0, 0)]), Ok(page));
+            for bad in [
+                &[][..],
+                &[item(0, 0)],
+                &[item(1, page)],
+                &[item(0, page - 1)],
+                &[item(0, page / 2)],
+                &[item(0, page), item(page / 2, page)],
+                &[item(0, 1 << 63)],
+                &[item(0, !(page - 1)), item(0, 2 * page)],
+            ] {
+                assert_eq!(total(bad), Err(EINVAL), "{bad:?}");
+            }
         }
     }
 
     #[test]
     fn extents() {
-        assert_eq!(check_extent(&item(4096, 4096), 8192), Ok(8192));
+        assert_eq!(check_extent(&item(4096, 4096), 8192), Ok(()));
         assert_eq!(check_extent(&item(4096, 8192), 8192), Err(EINVAL));
         assert_eq!(check_extent(&item(0, 0), 8192), Err(EINVAL));
         assert_eq!(check_extent(&item(!4095, 8192), 8192), Err(EINVAL));
@@ -279,69 +266,74 @@ mod tests {
         assert_eq!(seals_fit(F_SEAL_SHRINK | F_SEAL_FUTURE_WRITE), Err(EINVAL));
     }
 
+    fn planned(items: &[Item]) -> Result<Plan> {
+        let mut plan = Plan::new();
+        for item in items {
+            plan.items().push(*item)?;
+        }
+        plan.check()?;
+        Ok(plan)
+    }
+
     #[test]
     fn descriptors_come_after_alignment() {
-        assert_eq!(Plan::new(&[item(0, 4096)]).err(), Some(EBADFD));
-        assert_eq!(
-            Plan::new(&[item(0, 4096), item(1, 4096)]).err(),
-            Some(EINVAL)
-        );
+        let page = sys::page_size();
+        assert_eq!(planned(&[item(0, page)]).err(), Some(EBADFD));
+        let list = [item(0, page), item(1, page)];
+        assert_eq!(planned(&list).err(), Some(EINVAL));
     }
 
     #[test]
     fn neighbours_become_one_piece() {
+        let page = sys::page_size();
         // SAFETY: a terminated name.
         let fd = unsafe { libc::memfd_create(c"plan".as_ptr(), libc::MFD_ALLOW_SEALING) };
         // SAFETY: no memory is involved.
-        assert_eq!(unsafe { libc::ftruncate(fd, 1 << 20) }, 0);
+        assert_eq!(unsafe { libc::ftruncate(fd, 256 * page as i64) }, 0);
         sys::fcntl(fd, libc::F_ADD_SEALS, libc::F_SEAL_SHRINK).unwrap();
-        let item = |offset, size| Item {
+        let item = |page_offset, pages| Item {
             memfd: fd as u32,
             pad: 0,
-            offset,
-            size,
+            offset: page_offset * page,
+            size: pages * page,
         };
-        let list = [
-            item(0, 4096),
-            item(4096, 8192),
-            item(4096, 4096),
-            item(0, 4096),
-        ];
-        let plan = Plan::new(&list).unwrap();
-        assert_eq!(plan.bytes, 20480);
-        let parts: Vec<_> = plan
-            .backing
-            .iter()
-            .zip(plan.ranges.iter())
-            .map(|(backing, range)| (backing.fd, backing.offset, range.len))
-            .collect();
-        assert_eq!(parts, [(0, 0, 12288), (0, 4096, 4096), (0, 0, 4096)]);
+        let plan = planned(&[item(0, 1), item(1, 2), item(1, 1), item(0, 1)]).unwrap();
+        assert_eq!(plan.bytes, 5 * page);
+        let piece = |offset, len| Piece {
+            file: 0,
+            offset: offset * page,
+            len: len * page,
+        };
+        let pieces: Vec<_> = plan.pieces().collect();
+        assert_eq!(pieces, [piece(0, 3), piece(1, 1), piece(0, 1)]);
         assert_eq!(plan.files.len(), 1);
-        let beyond = [item(0, 4096), item((1 << 20) - 4096, 8192)];
-        assert_eq!(Plan::new(&beyond).err(), Some(EINVAL));
-        sys::close(fd);
-    }
+        let stat = sys::fstat(fd).unwrap();
+        let id = FileId {
+            dev: stat.st_dev,
+            ino: stat.st_ino,
+        };
+        assert_eq!((plan.files[0].id, plan.files[0].fd), (id, fd));
+        assert_eq!(planned(&[item(0, 1), item(255, 2)]).err(), Some(EINVAL));
 
-    #[test]
-    fn a_file_opened_read_only_is_opened_again() {
+        // The same file, another one of the same kind, one that may not be used any more, and none.
+        assert_eq!(plan.check_again(), Ok(()));
+        let planned = planned(&[item(0, 1)]).unwrap();
+        assert_eq!(planned.check_again(), Ok(()));
         // SAFETY: a terminated name.
-        let fd = unsafe { libc::memfd_create(c"plan".as_ptr(), 0) };
-        let path = format!("/proc/self/fd/{fd}\0");
-        let path = core::ffi::CStr::from_bytes_with_nul(path.as_bytes()).unwrap();
-        let readonly = sys::open(path, libc::O_RDONLY).unwrap();
-        let files = [fd, readonly].map(|fd| File { fd, size: 0 });
-        let writable = Writable::new(&files, fd).unwrap();
-        assert_eq!(writable.fd(0), fd);
-        let new = writable.fd(1);
-        assert!(new != readonly && new != fd);
-        let mode = sys::fcntl(new, libc::F_GETFL, 0).unwrap() & libc::O_ACCMODE;
-        assert_eq!(mode, libc::O_RDWR);
-        let inode = |fd| sys::fstat(fd).unwrap().st_ino;
-        assert_eq!(inode(new), inode(fd));
-        writable.release_number();
-        drop(writable);
-        assert_ne!(sys::fstat(new).map(|stat| stat.st_ino), Ok(inode(fd)));
-        sys::close(readonly);
+        let other = unsafe { libc::memfd_create(c"other".as_ptr(), libc::MFD_ALLOW_SEALING) };
+        sys::fcntl(other, libc::F_ADD_SEALS, libc::F_SEAL_SHRINK).unwrap();
+        let kept = sys::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0).unwrap();
+        // SAFETY: no memory is involved.
+        assert_eq!(unsafe { libc::dup2(other, fd) }, fd);
+        assert_eq!(planned.check_again(), Err(EBADFD));
+        // SAFETY: no memory is involved.
+        assert_eq!(unsafe { libc::dup2(kept, fd) }, fd);
+        assert_eq!(planned.check_again(), Ok(()));
+        sys::fcntl(fd, libc::F_ADD_SEALS, libc::F_SEAL_FUTURE_WRITE).unwrap();
+        assert_eq!(planned.check_again(), Err(EINVAL));
         sys::close(fd);
+        assert_eq!(planned.check_again(), Err(EBADFD));
+        sys::close(other);
+        sys::close(kept);
     }
 }

@@ -5,7 +5,7 @@
 use core::mem::size_of;
 
 use crate::buffer::Buffer;
-use crate::sys::{copy_from_program, Errno, Plain, Result};
+use crate::sys::{Errno, Plain, Result};
 
 /// `UDMABUF_CREATE`.
 pub const CREATE: u32 = ioc_write(0x42, size_of::<Create>());
@@ -19,8 +19,9 @@ pub const FLAGS_CLOEXEC: u32 = 1;
 pub const MAX_ITEMS: u32 = 1 << 20;
 
 /// Items that are read without memory from `mmap`, which costs more than all else that is done with
-/// so many: three lists of them take 9 KiB of stack. QEMU's framebuffers have 4 to 138 as a rule.
-pub const INLINE_ITEMS: usize = 160;
+/// so few: three lists of them take 3.5 KiB of stack, of which a signal handler may have 8 KiB in all. QEMU's
+/// framebuffers have 4 to 138 as a rule.
+pub const INLINE_ITEMS: usize = 64;
 
 const fn ioc_write(nr: u32, size: usize) -> u32 {
     1 << 30 | (size as u32) << 16 | (b'u' as u32) << 8 | nr
@@ -52,6 +53,9 @@ pub struct Item {
     pub size: u64,
 }
 
+/// The items of a request.
+pub type Items = Buffer<Item, INLINE_ITEMS>;
+
 // SAFETY: integers without padding.
 unsafe impl Plain for Create {}
 // SAFETY: integers without padding.
@@ -59,47 +63,31 @@ unsafe impl Plain for ListHead {}
 // SAFETY: integers without padding.
 unsafe impl Plain for Item {}
 
-/// What a program asks for.
-pub struct Request {
-    pub flags: u32,
-    pub items: Buffer<Item, INLINE_ITEMS>,
+/// Reads the argument of `UDMABUF_CREATE`, and returns the flags.
+pub fn read_single(items: &mut Items, arg: usize) -> Result<u32> {
+    let mut create = Buffer::<Create, 1>::new();
+    create.read_from_program(1, arg)?;
+    let create = create[0];
+    items.push(Item {
+        memfd: create.memfd,
+        pad: 0,
+        offset: create.offset,
+        size: create.size,
+    })?;
+    Ok(create.flags)
 }
 
-impl Request {
-    /// Reads the argument of `UDMABUF_CREATE`.
-    pub fn read_single(arg: usize) -> Result<Self> {
-        let mut create = [Create::default()];
-        copy_from_program(&mut create, arg)?;
-        let [create] = create;
-        let mut items = Buffer::zeroed(1)?;
-        items[0] = Item {
-            memfd: create.memfd,
-            pad: 0,
-            offset: create.offset,
-            size: create.size,
-        };
-        Ok(Self {
-            flags: create.flags,
-            items,
-        })
+/// Reads the argument of `UDMABUF_CREATE_LIST`, and returns the flags: as udmabuf does, the count is looked
+/// at before the items are read.
+pub fn read_list(items: &mut Items, arg: usize) -> Result<u32> {
+    let mut head = Buffer::<ListHead, 1>::new();
+    head.read_from_program(1, arg)?;
+    let head = head[0];
+    if head.count > MAX_ITEMS {
+        return Err(Errno(libc::EINVAL));
     }
-
-    /// Reads the argument of `UDMABUF_CREATE_LIST`: as udmabuf does, the count is looked at before
-    /// the items are read.
-    pub fn read_list(arg: usize) -> Result<Self> {
-        let mut head = [ListHead::default()];
-        copy_from_program(&mut head, arg)?;
-        let [head] = head;
-        if head.count > MAX_ITEMS {
-            return Err(Errno(libc::EINVAL));
-        }
-        let mut items = Buffer::zeroed(head.count as usize)?;
-        copy_from_program(&mut items, arg.wrapping_add(size_of::<ListHead>()))?;
-        Ok(Self {
-            flags: head.flags,
-            items,
-        })
-    }
+    items.read_from_program(head.count as usize, arg.wrapping_add(size_of::<ListHead>()))?;
+    Ok(head.flags)
 }
 
 #[cfg(test)]
@@ -121,36 +109,35 @@ mod tests {
             offset: 4096,
             size: 8192,
         };
-        let request = Request::read_single(&raw const create as usize).unwrap();
-        assert_eq!(request.flags, 1);
-        assert_eq!(
-            *request.items,
-            [Item {
-                memfd: 3,
-                pad: 0,
-                offset: 4096,
-                size: 8192
-            }]
-        );
+        let mut items = Items::new();
+        assert_eq!(read_single(&mut items, &raw const create as usize), Ok(1));
+        let item = Item {
+            memfd: 3,
+            pad: 0,
+            offset: 4096,
+            size: 8192,
+        };
+        assert_eq!(*items, [item]);
 
-        let mut list = vec![0u8; 8 + 24 * 100];
-        list[0] = 1;
-        list[4] = 100;
-        for i in 0..100 {
-            list[8 + 24 * i] = i as u8;
+        for count in [0, 100, 1000] {
+            let mut list = vec![3 | (count as u64) << 32];
+            for i in 0..count as u64 {
+                list.extend([i, 2 * i, 3 * i]);
+            }
+            let mut items = Items::new();
+            assert_eq!(read_list(&mut items, list.as_ptr() as usize), Ok(3));
+            assert_eq!(items.len(), count);
+            assert!(items.iter().zip(0u64..).all(|(item, i)| {
+                (u64::from(item.memfd), item.offset, item.size) == (i, 2 * i, 3 * i)
+            }));
         }
-        let request = Request::read_list(list.as_ptr() as usize).unwrap();
-        assert_eq!(request.items.len(), 100);
-        assert!(request
-            .items
-            .iter()
-            .zip(0..)
-            .all(|(item, i)| item.memfd == i));
 
-        assert_eq!(Request::read_single(0).err(), Some(Errno(libc::EFAULT)));
-        assert_eq!(Request::read_list(8).err(), Some(Errno(libc::EFAULT)));
+        let efault = Err(Errno(libc::EFAULT));
+        let mut items = Items::new();
+        assert_eq!(read_single(&mut items, 0), efault);
+        assert_eq!(read_list(&mut items, 8), efault);
         let endless = [1u32, u32::MAX];
-        let result = Request::read_list(endless.as_ptr() as usize);
-        assert_eq!(result.err(), Some(Errno(libc::EINVAL)));
+        let result = read_list(&mut items, endless.as_ptr() as usize);
+        assert_eq!(result, Err(Errno(libc::EINVAL)));
     }
 }

@@ -4,11 +4,9 @@
 //! functions lie between.
 
 use core::ffi::{c_int, c_long, c_void, CStr};
-use core::mem::{size_of_val, MaybeUninit};
+use core::mem::{size_of, MaybeUninit};
 use core::ptr;
-
-/// The `f_type` of a dma-buf's file.
-pub const DMA_BUF_MAGIC: i64 = 0x444d_4142;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 /// An error number, as in `errno`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +44,11 @@ pub fn fcntl(fd: c_int, command: c_int, arg: c_int) -> Result<c_int> {
     check(unsafe { libc::syscall(libc::SYS_fcntl, fd, command, arg) }).map(|ret| ret as c_int)
 }
 
+pub fn getpid() -> c_int {
+    // SAFETY: a call without conditions.
+    unsafe { libc::syscall(libc::SYS_getpid) as c_int }
+}
+
 pub fn close(fd: c_int) {
     // SAFETY: the callers own the descriptor.
     let _ = unsafe { libc::syscall(libc::SYS_close, fd) };
@@ -61,14 +64,6 @@ pub fn fstat(fd: c_int) -> Result<libc::stat> {
     let mut stat = MaybeUninit::<libc::stat>::uninit();
     // SAFETY: the kernel writes at most one struct stat to the memory given.
     check(unsafe { libc::syscall(libc::SYS_fstat, fd, stat.as_mut_ptr()) })?;
-    // SAFETY: the call succeeded, so the struct is filled.
-    Ok(unsafe { stat.assume_init() })
-}
-
-pub fn fstatfs(fd: c_int) -> Result<libc::statfs> {
-    let mut stat = MaybeUninit::<libc::statfs>::uninit();
-    // SAFETY: the kernel writes at most one struct statfs to the memory given.
-    check(unsafe { libc::syscall(libc::SYS_fstatfs, fd, stat.as_mut_ptr()) })?;
     // SAFETY: the call succeeded, so the struct is filled.
     Ok(unsafe { stat.assume_init() })
 }
@@ -92,12 +87,9 @@ pub unsafe fn ioctl<T>(fd: c_int, request: u32, arg: &mut T) -> Result<c_int> {
     check(ret).map(|ret| ret as c_int)
 }
 
-/// Maps memory; with `at`, at exactly that address.
-///
-/// # Safety
-///
-/// With `at`, what is mapped in `at..at + len` must be the caller's own, and unused.
-pub unsafe fn mmap(
+/// Maps memory; with `at`, preferably at that address. Nothing that is mapped is replaced: `MAP_FIXED` is not
+/// passed on.
+pub fn mmap(
     at: Option<usize>,
     len: usize,
     prot: c_int,
@@ -105,20 +97,14 @@ pub unsafe fn mmap(
     fd: c_int,
     offset: u64,
 ) -> Result<usize> {
-    let flags = if at.is_some() {
-        flags | libc::MAP_FIXED
-    } else {
-        flags
-    };
-    // SAFETY: without MAP_FIXED the kernel picks addresses that are free; with it, by the contract
-    // of this function.
+    // SAFETY: without MAP_FIXED the kernel picks addresses that are free.
     let ret = unsafe {
         libc::syscall(
             libc::SYS_mmap,
             at.unwrap_or(0),
             len,
             prot,
-            flags,
+            flags & !libc::MAP_FIXED,
             fd,
             offset as c_long,
         )
@@ -131,9 +117,9 @@ pub unsafe fn mmap(
 /// # Safety
 ///
 /// The range must be the caller's own, and unused.
-pub unsafe fn munmap(address: usize, len: usize) {
+pub unsafe fn munmap(address: usize, len: usize) -> Result<()> {
     // SAFETY: by the contract of this function.
-    let _ = unsafe { libc::syscall(libc::SYS_munmap, address, len) };
+    check(unsafe { libc::syscall(libc::SYS_munmap, address, len) }).map(|_| ())
 }
 
 /// Writes all of `bytes`, as far as possible.
@@ -142,78 +128,76 @@ pub fn write(fd: c_int, bytes: &[u8]) {
     let _ = unsafe { libc::syscall(libc::SYS_write, fd, bytes.as_ptr(), bytes.len()) };
 }
 
-/// Copies from an address that the program gave, which may be anything: `EFAULT` if any of it
-/// cannot be read.
-pub fn copy_from_program<T: Plain>(to: &mut [T], from: usize) -> Result<()> {
-    let len = size_of_val(to);
-    if len == 0 {
-        return Ok(());
-    }
-    let local = libc::iovec {
-        iov_base: to.as_mut_ptr().cast(),
-        iov_len: len,
-    };
-    let remote = libc::iovec {
-        iov_base: from as *mut c_void,
-        iov_len: len,
-    };
-    // SAFETY: getpid reads no memory.
-    let pid = unsafe { libc::syscall(libc::SYS_getpid) };
-    // SAFETY: the kernel writes `len` bytes at most to `to`, for which every pattern of bytes is
-    // valid (`Plain`), and checks `remote` itself.
-    let ret = unsafe {
-        libc::syscall(
-            libc::SYS_process_vm_readv,
-            pid,
-            ptr::from_ref(&local),
-            1usize,
-            ptr::from_ref(&remote),
-            1usize,
-            0usize,
-        )
-    };
-    match check(ret) {
-        Ok(read) if read as usize == len => Ok(()),
-        Ok(_) | Err(Errno(libc::EFAULT)) => Err(Errno(libc::EFAULT)),
-        // A seccomp filter, or a kernel without the call: a pipe makes the same checks.
-        Err(_) => copy_through_pipe(to.as_mut_ptr().cast(), from, len),
-    }
+/// Can the program's memory be read at this address, for eight bytes?
+///
+/// `rt_sigprocmask` is a call that sandboxes allow, since every program makes it: it reads a set of signals
+/// before it looks at what to do with it, and refuses that.
+pub fn can_read(address: usize) -> bool {
+    const NOTHING: c_int = -1;
+    let none = ptr::null_mut::<c_void>();
+    // SAFETY: the kernel reads eight bytes, if it can, and writes nothing.
+    let ret = unsafe { libc::syscall(libc::SYS_rt_sigprocmask, NOTHING, address, none, 8usize) };
+    // A null pointer stands for no set at all.
+    address != 0 && check(ret) != Err(Errno(libc::EFAULT))
 }
 
-/// Copies `len` bytes from `from`, which may be anything, to `to`, which can take them.
-fn copy_through_pipe(to: *mut u8, from: usize, len: usize) -> Result<()> {
-    const STEP: usize = 4096;
-    let mut ends = [0 as c_int; 2];
-    // SAFETY: the kernel writes two descriptors to `ends`.
-    check(unsafe { libc::syscall(libc::SYS_pipe2, ends.as_mut_ptr(), libc::O_CLOEXEC) })?;
-    let mut done = 0;
-    let mut result = Ok(());
-    while done < len {
-        let step = STEP.min(len - done);
-        let from = from.wrapping_add(done);
-        // SAFETY: the kernel checks `from` itself.
-        let written = check(unsafe { libc::syscall(libc::SYS_write, ends[1], from, step) });
-        let written = match written {
-            Ok(written) => written as usize,
-            Err(error) => {
-                result = Err(error);
-                break;
-            }
-        };
-        // SAFETY: `done + written` is at most `len`, which `to` can take.
-        let to = unsafe { to.add(done) };
-        // SAFETY: as above; the kernel writes `written` bytes at most.
-        match check(unsafe { libc::syscall(libc::SYS_read, ends[0], to, written) }) {
-            Ok(read) if read as usize == written && written > 0 => done += written,
-            _ => {
-                result = Err(Errno(libc::EFAULT));
-                break;
-            }
+/// Can the program's memory be read from `from` on, for `len` bytes, at least eight? A program that unmaps it
+/// after this crashes, as it would by reading it.
+fn can_read_all(from: usize, len: usize) -> bool {
+    let Some(end) = from.checked_add(len) else {
+        return false;
+    };
+    let page = page_size() as usize;
+    // The first eight bytes, which may lie in two pages, and the beginning of every further page.
+    let mut address = from;
+    while address < end {
+        if !can_read(address) {
+            return false;
         }
+        address = (address / page + 1).saturating_mul(page);
     }
-    close(ends[0]);
-    close(ends[1]);
-    result
+    true
+}
+
+/// Eight bytes at any address.
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+struct Word(u64);
+
+/// Copies from an address that the program gave, which may be anything, to `len` elements at `to`: `EFAULT`
+/// if any of it cannot be read.
+///
+/// # Safety
+///
+/// There must be room for them. `T` must consist of whole words.
+pub unsafe fn copy_from_program<T: Plain>(to: *mut T, len: usize, from: usize) -> Result<()> {
+    const { assert!(size_of::<T>() % 8 == 0) };
+    let bytes = len.checked_mul(size_of::<T>()).ok_or(Errno(libc::EFAULT))?;
+    if bytes > 0 && !can_read_all(from, bytes) {
+        return Err(Errno(libc::EFAULT));
+    }
+    let (to, from) = (to.cast::<Word>(), from as *const Word);
+    for i in 0..bytes / 8 {
+        // SAFETY: the kernel has just read from every page of it. Volatile, since other threads of the program
+        // may write there.
+        let word = unsafe { from.wrapping_add(i).read_volatile() };
+        // SAFETY: by the contract of this function; every pattern is valid (`Plain`).
+        unsafe { to.wrapping_add(i).write(word) };
+    }
+    Ok(())
+}
+
+/// The size of a page.
+pub fn page_size() -> u64 {
+    static PAGE: AtomicU64 = AtomicU64::new(0);
+    let known = PAGE.load(Ordering::Relaxed);
+    if known != 0 {
+        return known;
+    }
+    // SAFETY: a call without conditions.
+    let page = unsafe { libc::getauxval(libc::AT_PAGESZ) };
+    PAGE.store(page, Ordering::Relaxed);
+    page
 }
 
 /// Plain numbers: every pattern of bytes is a value, and zeroes are [`Default`]'s.
@@ -237,49 +221,47 @@ mod tests {
     // SAFETY: a number.
     unsafe impl Plain for u64 {}
 
+    fn copy(to: &mut [u64], from: usize) -> Result<()> {
+        // SAFETY: room for the words of a slice.
+        unsafe { copy_from_program(to.as_mut_ptr(), to.len(), from) }
+    }
+
     #[test]
     fn what_can_be_read_is_copied() {
         let from: Vec<u64> = (0..5000).collect();
         let mut to = vec![0u64; 5000];
-        copy_from_program(&mut to, from.as_ptr() as usize).unwrap();
+        copy(&mut to, from.as_ptr() as usize).unwrap();
         assert_eq!(from, to);
-        to.fill(0);
-        copy_through_pipe(to.as_mut_ptr().cast(), from.as_ptr() as usize, 40_000).unwrap();
-        assert_eq!(from, to);
+        copy(&mut to[..2], from.as_ptr() as usize + 3).unwrap();
+        assert_eq!(to[..2], [1 << 40, 2 << 40]);
+        copy(&mut [], 0).unwrap();
     }
 
     #[test]
     fn what_cannot_be_read_is_efault() {
         let mut to = [0u64; 2];
-        for bad in [0, 1, usize::MAX, 0xdead_0000_0000_0000] {
-            assert_eq!(copy_from_program(&mut to, bad), Err(Errno(libc::EFAULT)));
-            let to = to.as_mut_ptr().cast();
-            assert_eq!(copy_through_pipe(to, bad, 16), Err(Errno(libc::EFAULT)));
+        for bad in [0, 1, usize::MAX, usize::MAX - 15, 0xdead_0000_0000_0000] {
+            assert_eq!(copy(&mut to, bad), Err(Errno(libc::EFAULT)));
         }
     }
 
     #[test]
     fn the_end_of_a_mapping_is_respected() {
-        // SAFETY: a new mapping.
-        let at = unsafe {
-            mmap(
-                None,
-                8192,
-                libc::PROT_READ,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        let at = at.unwrap();
-        // SAFETY: the second page of that mapping, which nothing uses.
-        unsafe { munmap(at + 4096, 4096) };
-        let mut to = [1u64; 2];
-        assert_eq!(
-            copy_from_program(&mut to, at + 4096 - 8),
-            Err(Errno(libc::EFAULT))
-        );
-        assert_eq!(copy_from_program(&mut to, at + 4096 - 16), Ok(()));
-        assert_eq!(to, [0, 0]);
+        let page = page_size() as usize;
+        let (prot, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let at = mmap(None, 4 * page, prot, flags, -1, 0).unwrap();
+        // SAFETY: the last page of that mapping, which nothing uses.
+        unsafe { munmap(at + 3 * page, page) }.unwrap();
+        let end = at + 3 * page;
+        for len in [2, page / 4] {
+            let mut to = vec![1u64; len];
+            for beyond in [1, 4, 8, 12, 8 * len] {
+                let from = end - 8 * len + beyond;
+                assert_eq!(copy(&mut to, from), Err(Errno(libc::EFAULT)));
+            }
+            assert!(to.iter().all(|word| *word == 1));
+            assert_eq!(copy(&mut to, end - 8 * len), Ok(()));
+            assert!(to.iter().all(|word| *word == 0));
+        }
     }
 }

@@ -19,6 +19,7 @@ tests!("run":
     passes_arguments_and_status_on,
     tells_missing_from_not_executable,
     keeps_what_is_preloaded_already,
+    logs_what_is_made_and_what_is_refused,
     says_that_the_device_is_missing,
     says_that_the_module_is_not_loaded,
     says_that_root_alone_may,
@@ -108,6 +109,34 @@ fn keeps_what_is_preloaded_already() -> Result<()> {
         end.out == "/usr/lib/pinbuf/libudmabuf_shim.so:libm.so.6\n",
         "{end:?}"
     );
+    Ok(())
+}
+
+/// By the program that asks for everything that udmabuf refuses.
+fn logs_what_is_made_and_what_is_refused() -> Result<()> {
+    for (case, line) in [
+        ("extent/one-page", "created fd"),
+        ("extent/size-1", "failed with errno 22: "),
+        ("extent/end-beyond", "failed with errno 22: "),
+        ("kind/closed", "failed with errno 77: "),
+        ("pointer/single-null", "failed with errno 14: "),
+    ] {
+        let words = [
+            "pinbuf",
+            "run",
+            "--log",
+            "--",
+            "udmabuf-conformance",
+            "--only",
+            case,
+        ];
+        let end = Start::program(&words).by_kvm_user().end()?;
+        ensure!(end.status == Some(0), "{case}: {end:?}");
+        ensure!(
+            end.err.contains("/dev/udmabuf opened as /dev/pinbuf") && end.err.contains(line),
+            "{case}: {end:?}"
+        );
+    }
     Ok(())
 }
 

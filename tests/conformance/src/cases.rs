@@ -13,9 +13,10 @@ use crate::run::{errno_name, Expect, Outcome};
 use crate::udmabuf::{
     self as u, check, close, create, create_list, end, fcntl, ioctl, open, Item, Map, PAGE,
 };
+use crate::{mappings, sandbox};
 
-const MIB: u64 = 1 << 20;
-const HUGE: u64 = 2 * MIB;
+pub(crate) const MIB: u64 = 1 << 20;
+pub(crate) const HUGE: u64 = 2 * MIB;
 
 /// A case: what is done and what must come of it.
 pub struct Case {
@@ -26,7 +27,7 @@ pub struct Case {
 
 /// What is behind a descriptor.
 #[derive(Clone, Copy)]
-enum Kind {
+pub(crate) enum Kind {
     /// A memfd that can be sealed.
     Memfd,
     /// A memfd that cannot be sealed (`F_SEAL_SEAL` from the start).
@@ -55,7 +56,7 @@ enum Kind {
 
 /// What the program has mapped of it.
 #[derive(Clone, Copy, PartialEq)]
-enum Mapped {
+pub(crate) enum Mapped {
     Never,
     Shared,
     ReadOnly,
@@ -65,17 +66,17 @@ enum Mapped {
 }
 
 #[derive(Clone, Copy)]
-struct Spec {
-    kind: Kind,
-    bytes: u64,
-    seals: c_int,
-    mode: c_int,
-    mapped: Mapped,
+pub(crate) struct Spec {
+    pub(crate) kind: Kind,
+    pub(crate) bytes: u64,
+    pub(crate) seals: c_int,
+    pub(crate) mode: c_int,
+    pub(crate) mapped: Mapped,
     /// Pages get a number each, so that their order can be told.
-    filled: bool,
+    pub(crate) filled: bool,
 }
 
-const PLAIN: Spec = Spec {
+pub(crate) const PLAIN: Spec = Spec {
     kind: Kind::Memfd,
     bytes: 16 * PAGE,
     seals: libc::F_SEAL_SHRINK,
@@ -84,22 +85,22 @@ const PLAIN: Spec = Spec {
     filled: true,
 };
 
-const HUGETLB: Spec = Spec {
+pub(crate) const HUGETLB: Spec = Spec {
     kind: Kind::Hugetlb,
     bytes: 4 * HUGE,
     ..PLAIN
 };
 
 /// A file that a case uses.
-struct File {
-    fd: c_int,
+pub(crate) struct File {
+    pub(crate) fd: c_int,
     spec: Spec,
     /// Kept mapped as long as the case runs.
     _map: Option<Map>,
 }
 
 /// The number that a page gets.
-fn mark(file: usize, page: u64) -> u64 {
+pub(crate) fn mark(file: usize, page: u64) -> u64 {
     (file as u64 + 1) << 32 | page
 }
 
@@ -115,7 +116,7 @@ impl std::fmt::Display for Unavailable {
 
 impl std::error::Error for Unavailable {}
 
-fn unavailable<T>(why: impl ToString) -> Result<T> {
+pub(crate) fn unavailable<T>(why: impl ToString) -> Result<T> {
     Err(Unavailable(why.to_string()).into())
 }
 
@@ -125,7 +126,7 @@ pub fn prepare() {
     let _ = std::fs::write("/proc/sys/vm/nr_hugepages", "32");
 }
 
-fn free_hugepages() -> u64 {
+pub(crate) fn free_hugepages() -> u64 {
     let text = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
     text.ok()
         .and_then(|text| text.trim().parse().ok())
@@ -133,7 +134,7 @@ fn free_hugepages() -> u64 {
 }
 
 impl File {
-    fn new(index: usize, spec: Spec) -> Result<Self> {
+    pub(crate) fn new(index: usize, spec: Spec) -> Result<Self> {
         let fd = match spec.kind {
             Kind::Memfd => u::memfd(libc::MFD_ALLOW_SEALING, spec.bytes)?,
             Kind::MemfdUnsealable => u::memfd(0, spec.bytes)?,
@@ -217,7 +218,7 @@ impl File {
         })
     }
 
-    fn item(&self, offset: u64, size: u64) -> Item {
+    pub(crate) fn item(&self, offset: u64, size: u64) -> Item {
         Item {
             memfd: self.fd as u32,
             pad: 0,
@@ -227,8 +228,27 @@ impl File {
     }
 }
 
-fn device() -> Result<c_int> {
+pub(crate) fn device() -> Result<c_int> {
     open(u::DEVICE, libc::O_RDWR).context("opening /dev/udmabuf")
+}
+
+/// What `fstat` says of a descriptor.
+fn status(fd: c_int) -> Result<libc::stat> {
+    let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
+    // SAFETY: room for the result.
+    check(i64::from(unsafe { libc::fstat(fd, stat.as_mut_ptr()) }))?;
+    // SAFETY: filled in by the kernel.
+    Ok(unsafe { stat.assume_init() })
+}
+
+/// What `stat` says of the device.
+fn named() -> Result<libc::stat> {
+    let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
+    // SAFETY: a terminated string, and room for the result.
+    let ret = unsafe { libc::stat(u::DEVICE.as_ptr(), stat.as_mut_ptr()) };
+    check(i64::from(ret))?;
+    // SAFETY: filled in by the kernel.
+    Ok(unsafe { stat.assume_init() })
 }
 
 /// What a call must not leave behind: mappings and descriptors.
@@ -242,11 +262,11 @@ fn traces() -> Result<(usize, usize)> {
 }
 
 /// A part of the buffer: the file's index in the case's list, offset, size.
-type Part = (usize, u64, u64);
+pub(crate) type Part = (usize, u64, u64);
 
 /// How a buffer is asked for.
 #[derive(Clone)]
-struct Ask {
+pub(crate) struct Ask {
     files: Vec<Spec>,
     parts: Vec<Part>,
     flags: u32,
@@ -385,10 +405,10 @@ impl Ask {
 }
 
 /// Collects the cases.
-struct Table(Vec<Case>);
+pub(crate) struct Table(Vec<Case>);
 
 impl Table {
-    fn custom(
+    pub(crate) fn custom(
         &mut self,
         name: impl ToString,
         expect: Expect,
@@ -419,7 +439,7 @@ impl Table {
         self.ask(name, expect, Ask::single(file, offset, size));
     }
 
-    fn list(&mut self, name: &str, expect: Expect, files: &[Spec], parts: Vec<Part>) {
+    pub(crate) fn list(&mut self, name: &str, expect: Expect, files: &[Spec], parts: Vec<Part>) {
         self.ask(name, expect, Ask::list(files, parts));
     }
 }
@@ -438,13 +458,15 @@ pub fn all() -> Vec<Case> {
     buffers(&mut table);
     surroundings(&mut table);
     limits(&mut table);
+    mappings::cases(&mut table);
+    sandbox::cases(&mut table);
     table.0
 }
 
 const EINVAL: Expect = Expect::Error("EINVAL");
 const EBADFD: Expect = Expect::Error("EBADFD");
 const EFAULT: Expect = Expect::Error("EFAULT");
-const OK: Expect = Expect::Success;
+pub(crate) const OK: Expect = Expect::Success;
 
 fn extents(t: &mut Table) {
     t.single("extent/whole", OK, PLAIN, 0, 16 * PAGE);
@@ -743,6 +765,22 @@ fn lists(t: &mut Table) {
             (0, PAGE, 8 * PAGE),
         ],
     );
+    for (name, mapped) in [("", Mapped::Never), ("-mapped", Mapped::Shared)] {
+        let (small, huge) = (Spec { mapped, ..PLAIN }, Spec { mapped, ..HUGETLB });
+        t.list(
+            &format!("list/overlap-of-two{name}"),
+            OK,
+            &[small, huge],
+            vec![
+                (1, HUGE - PAGE, 3 * PAGE),
+                (0, 2 * PAGE, 4 * PAGE),
+                (1, HUGE, HUGE),
+                (0, 3 * PAGE, 8 * PAGE),
+                (1, HUGE - PAGE, 3 * PAGE),
+                (0, 2 * PAGE, PAGE),
+            ],
+        );
+    }
     t.list(
         "list/two-files",
         OK,
@@ -1135,6 +1173,55 @@ fn devices(t: &mut Table) {
             libc::O_RDONLY | libc::O_DIRECTORY,
         )))
     });
+    t.custom("device/open-exclusive", Expect::Error("EEXIST"), || {
+        let flags = libc::O_RDWR | libc::O_CREAT | libc::O_EXCL;
+        Ok(Outcome::of(&open(u::DEVICE, flags)))
+    });
+    t.custom("device/path-only", Expect::Error("EBADF"), || {
+        let path = open(u::DEVICE, libc::O_PATH)?;
+        let file = File::new(0, PLAIN)?;
+        Ok(Outcome::of(&create(path, file.fd, 0, PAGE, 0)))
+    });
+    t.custom("device/path-only-and-wrong", Expect::Error("EBADF"), || {
+        let path = open(u::DEVICE, libc::O_PATH)?;
+        let mut outcome = Outcome::of(&create(path, -1, 0, PAGE, 0));
+        let bad = ioctl(path, u::CREATE_LIST, 8).err();
+        outcome.fact(
+            "with a bad pointer",
+            bad.as_ref().map_or(String::new(), errno_name),
+        );
+        Ok(outcome)
+    });
+    t.custom("device/descriptor-numbers", OK, || {
+        let lowest = fcntl(0, libc::F_DUPFD, 0)?;
+        close(lowest)?;
+        let first = device()?;
+        let mut outcome = Outcome::of(&Ok(first));
+        outcome.fact("the lowest that is free", first == lowest);
+        let next = device()?;
+        outcome.fact("then the next", next == lowest + 1);
+        outcome.fact("and the one after", device()? == lowest + 2);
+        close(first)?;
+        outcome.fact("and the first again", device()? == lowest);
+        Ok(outcome)
+    });
+    t.custom(
+        "device/opened-with-one-descriptor-free",
+        Expect::Error("EMFILE"),
+        || {
+            let file = File::new(0, PLAIN)?;
+            let next = fcntl(0, libc::F_DUPFD, 0)?;
+            close(next)?;
+            set_limit(libc::RLIMIT_NOFILE, next as u64 + 1)?;
+            let device = device()?;
+            let mut outcome = Outcome::of(&create(device, file.fd, 0, PAGE, 0));
+            outcome.fact("number", device == next);
+            let same = status(device)?.st_rdev == named()?.st_rdev;
+            outcome.fact("the device of that name", same);
+            set_limit(libc::RLIMIT_NOFILE, next as u64)?;
+            Ok(outcome)
+        },
+    );
     t.custom("device/openat", OK, || {
         let root = open(c"/", libc::O_RDONLY)?;
         // SAFETY: a terminated string.
@@ -1283,7 +1370,7 @@ pub fn create_with(device: c_int) -> u8 {
 }
 
 /// Runs something in a child, and tells whether it said true.
-fn in_child(run: impl FnOnce() -> bool) -> Result<bool> {
+pub(crate) fn in_child(run: impl FnOnce() -> bool) -> Result<bool> {
     // SAFETY: this process has one thread, so the child may go on as any program.
     let child = unsafe { libc::fork() };
     if child == 0 {
@@ -1463,7 +1550,7 @@ fn again(error: &std::io::Error) -> std::io::Error {
     std::io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(0))
 }
 
-fn set_limit(resource: libc::__rlimit_resource_t, value: u64) -> Result<()> {
+pub(crate) fn set_limit(resource: libc::__rlimit_resource_t, value: u64) -> Result<()> {
     let limit = libc::rlimit {
         rlim_cur: value,
         rlim_max: value,
@@ -1494,6 +1581,23 @@ fn surroundings(t: &mut Table) {
         set_limit(libc::RLIMIT_NOFILE, next as u64 + 1)?;
         Ok(Outcome::of(&create(device, file.fd, 0, PAGE, 0)))
     });
+    for (name, free, expect) in [("one", 1, OK), ("no", 0, Expect::Error("EMFILE"))] {
+        for (sort, spec) in [("", PLAIN), ("-hugetlb", HUGETLB)] {
+            let rdonly = Spec {
+                mode: libc::O_RDONLY,
+                ..spec
+            };
+            let name = format!("process/{name}-descriptor-free-rdonly{sort}");
+            t.custom(name, expect, move || {
+                let file = File::new(0, rdonly)?;
+                let device = device()?;
+                let next = fcntl(0, libc::F_DUPFD, 0)?;
+                close(next)?;
+                set_limit(libc::RLIMIT_NOFILE, next as u64 + free)?;
+                Ok(Outcome::of(&create(device, file.fd, 0, PAGE, 0)))
+            });
+        }
+    }
     t.custom("process/few-addresses", OK, || {
         let bytes = 8 * MIB;
         let file = File::new(0, Spec { bytes, ..PLAIN })?;

@@ -16,6 +16,11 @@ pub const INTENDED: &[(&str, Difference, &str)] = &[
         Difference::OnlyFirstRefuses,
         "udmabuf demands a START before the first END; pinbuf, as dma-heaps, does not",
     ),
+    (
+        "late/*",
+        Difference::OnlySecondWaits,
+        "udmabuf fills pages that userfaultfd has yet to deliver with zeroes; pinbuf waits for them",
+    ),
 ];
 
 /// In which way two runs may differ.
@@ -23,6 +28,8 @@ pub const INTENDED: &[(&str, Difference, &str)] = &[
 pub enum Difference {
     /// udmabuf says EINVAL, the shim succeeds and all that was seen is as it should be.
     OnlyFirstRefuses,
+    /// Both succeed; on udmabuf something that was seen is wrong, under the shim all is right.
+    OnlySecondWaits,
 }
 
 fn intended(name: &str) -> Option<&'static (&'static str, Difference, &'static str)> {
@@ -34,17 +41,23 @@ fn intended(name: &str) -> Option<&'static (&'static str, Difference, &'static s
         })
 }
 
+/// What is no better than udmabuf has failed.
+fn must_differ(name: &str) -> bool {
+    intended(name).is_some_and(|(_, difference, _)| *difference == Difference::OnlySecondWaits)
+}
+
 fn is_intended(first: &Outcome, second: &Outcome) -> Option<&'static str> {
     let (_, difference, why) = intended(&first.name)?;
-    match difference {
-        Difference::OnlyFirstRefuses => {
-            let refused = first.ret == "-1" && first.errno == "EINVAL";
-            let fine = second.ret != "-1"
-                && second.ret != "crash"
-                && second.facts.values().all(|value| value != "false");
-            (refused && fine).then_some(*why)
-        }
-    }
+    let fine = |outcome: &Outcome| {
+        outcome.ret != "-1"
+            && outcome.ret != "crash"
+            && outcome.facts.values().all(|value| value != "false")
+    };
+    let expected = match difference {
+        Difference::OnlyFirstRefuses => first.ret == "-1" && first.errno == "EINVAL",
+        Difference::OnlySecondWaits => first.ret == second.ret && !fine(first),
+    };
+    (expected && fine(second)).then_some(*why)
 }
 
 /// Compares, prints the differences in KTAP's words, and tells whether all are intended.
@@ -62,7 +75,7 @@ pub fn compare(first: &[Outcome], second: &[Outcome]) -> bool {
         if let Some(why) = one.skipped.as_ref().or(other.skipped.as_ref()) {
             println!("# {}: skipped: {why}", one.name);
             skipped += 1;
-        } else if one == other {
+        } else if one == other && !must_differ(&one.name) {
             same += 1;
         } else if let Some(why) = is_intended(one, other) {
             println!(
@@ -139,6 +152,14 @@ mod tests {
             &[equal.clone(), einval.clone()],
             &[equal.clone(), enomem]
         ));
+        let mut late = outcome("late/x", "fd", "");
+        late.fact("contents", true);
+        let mut zeroes = outcome("late/x", "fd", "");
+        zeroes.fact("contents", false);
+        let (late, zeroes) = ([equal.clone(), late], [equal.clone(), zeroes]);
+        assert!(compare(&zeroes, &late));
+        assert!(!compare(&late, &zeroes));
+        assert!(!compare(&zeroes, &zeroes));
         let other = [outcome("b", "-1", "EINVAL"), equal.clone()];
         assert!(!compare(&other, &[outcome("b", "fd", ""), equal]));
     }

@@ -10,7 +10,9 @@
 
 mod cases;
 mod compare;
+mod mappings;
 mod run;
+mod sandbox;
 mod udmabuf;
 
 use std::fs;

@@ -76,6 +76,7 @@ pub fn errno_name(error: &std::io::Error) -> String {
         (libc::EINVAL, "EINVAL"),
         (libc::EMFILE, "EMFILE"),
         (libc::ENOTTY, "ENOTTY"),
+        (libc::EEXIST, "EEXIST"),
         (libc::ENOSPC, "ENOSPC"),
         (libc::EOVERFLOW, "EOVERFLOW"),
         (libc::EBADFD, "EBADFD"),
@@ -133,6 +134,9 @@ impl Expect {
     }
 }
 
+/// The descriptor to which a case's result is written; where it disturbs no count of descriptors.
+pub const RESULT: i32 = 900;
+
 /// Runs a case in a child.
 pub fn isolated(case: &Case) -> Result<Outcome> {
     let mut ends = [0; 2];
@@ -146,9 +150,8 @@ pub fn isolated(case: &Case) -> Result<Outcome> {
         bail!("fork: {}", std::io::Error::last_os_error());
     }
     if child == 0 {
-        // The result's descriptor is put where it disturbs no count of descriptors.
         // SAFETY: no memory is involved.
-        let far = unsafe { libc::fcntl(ends[1], libc::F_DUPFD_CLOEXEC, 900) };
+        let far = unsafe { libc::fcntl(ends[1], libc::F_DUPFD_CLOEXEC, RESULT) };
         for fd in ends {
             // SAFETY: these ends are not used any more.
             unsafe { libc::close(fd) };
