@@ -178,6 +178,8 @@ static int pti_make_device(struct pti *pti, const struct pti_attach *arg)
 	dev->dma_parms = &pti->parms;
 	if (arg->max_seg)
 		dma_set_max_seg_size(dev, arg->max_seg);
+	if (arg->boundary)
+		dma_set_seg_boundary(dev, arg->boundary);
 	ret = dma_coerce_mask_and_coherent(dev, DMA_BIT_MASK(arg->mask_bits));
 	if (ret)
 		pti_drop_device(pti);
@@ -193,7 +195,8 @@ static int pti_attach(struct pti *pti, struct pti_attach __user *user)
 
 	if (copy_from_user(&arg, user, sizeof(arg)))
 		return -EFAULT;
-	if (arg.pci > 0xffff || arg.mask_bits < 24 || arg.mask_bits > 64)
+	if (arg.pci > 0xffff || arg.mask_bits < 24 || arg.mask_bits > 64 ||
+	    (arg.pci && arg.boundary))
 		return -EINVAL;
 	if (pti->attach)
 		return -EBUSY;

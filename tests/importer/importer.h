@@ -31,6 +31,8 @@
  *            address of a PCI device of domain 0, bus << 8 | devfn, in whose
  *            name the buffer is mapped; @mask_bits is then that device's, and
  *            PTI_RW as the device does not work
+ * @boundary: no segment may cross an address that is a multiple of @boundary
+ *            plus one; 0: it does not say (4 GiB).  Only for a device of its own
  * @max_mapping: out: the longest segment that the DMA layer can map, bytes
  */
 struct pti_attach {
@@ -38,6 +40,7 @@ struct pti_attach {
 	__u32 mask_bits;
 	__u32 max_seg;
 	__u32 pci;
+	__u64 boundary;
 	__u64 max_mapping;
 };
 

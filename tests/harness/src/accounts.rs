@@ -22,7 +22,7 @@ pub struct Charges {
     pub locked: bool,
     /// Bytes of the allowance.
     pub allowance: u64,
-    /// Whether one more page fits under the system-wide allowance.
+    /// Whether one more buffer fits under the system-wide allowance.
     pub room: bool,
 }
 

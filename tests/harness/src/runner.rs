@@ -83,6 +83,10 @@ pub fn report(tests: &[&Test], check_leaks: bool) -> Result<ExitCode> {
                 }
                 println!("not ok {number} {}", test.name);
                 code = ExitCode::FAILURE;
+                if runner.lost {
+                    println!("Bail out! {} hangs in the kernel", test.name);
+                    break;
+                }
             }
         }
     }
@@ -212,6 +216,11 @@ impl Log {
         "refcount_t:",
         "Bad page",
         "bad page",
+        // A page table's entry that the core cannot make sense of, and has dropped.
+        "bad pgd",
+        "bad p4d",
+        "bad pud",
+        "bad pmd",
         "Call Trace",
         "possible recursive locking",
         "unable to handle",
@@ -270,6 +279,8 @@ pub struct Runner {
     /// What there was after the last one, if that was what there was before it: asking takes long on a
     /// kernel with checkers. What comes late is then seen by the next one.
     clean: Option<State>,
+    /// A test cannot be killed: nothing more can be learnt, and most questions would hang too.
+    lost: bool,
 }
 
 impl Runner {
@@ -284,6 +295,7 @@ impl Runner {
             check_leaks,
             accounts: Accounts::default(),
             clean: None,
+            lost: false,
         })
     }
 
@@ -299,7 +311,10 @@ impl Runner {
             (true, Some(state)) => Some(state),
             (true, None) => Some(State::now(&mut self.accounts).context("before")?),
         };
-        let mut outcome = Self::run_alone(test)?;
+        let mut outcome = self.run_alone(test)?;
+        if self.lost {
+            return Ok(outcome);
+        }
         let mut faults = Vec::new();
         if let Some(before) = before {
             let left = self.left_behind(&before)?;
@@ -323,7 +338,7 @@ impl Runner {
     }
 
     /// Runs it in a process group of its own, which does not outlive it.
-    fn run_alone(test: &Test) -> Result<Outcome> {
+    fn run_alone(&mut self, test: &Test) -> Result<Outcome> {
         let child = Child::run(|| {
             setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
             let before = own_state()?;
@@ -348,6 +363,8 @@ impl Runner {
         let ended = child.end(test.timeout);
         // A child that is still there is dropped, hence killed, by now.
         let _ = killpg(group, Signal::SIGKILL);
+        self.lost = ended.is_err()
+            && waitpid(group, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive);
         while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive)
         {
         }

@@ -240,11 +240,25 @@ impl Importer {
     /// # Errors
     /// If the module is not loaded, or as `dma_buf_attach` gives them.
     pub fn attach(buffer: BorrowedFd<'_>, limits: Limits) -> io::Result<Self> {
+        Self::attach_bounded(buffer, limits, 0)
+    }
+
+    /// The same for a device whose segments may not cross an address that is a multiple of
+    /// `boundary` plus one; zero: it does not say, which means 4 GiB.
+    ///
+    /// # Errors
+    /// As for [`attach`](Self::attach).
+    pub fn attach_bounded(
+        buffer: BorrowedFd<'_>,
+        limits: Limits,
+        boundary: u64,
+    ) -> io::Result<Self> {
         let file = open()?;
         let mut argument = uapi::Attach {
             fd: buffer.as_raw_fd(),
             mask_bits: limits.mask_bits,
             max_seg: limits.max_segment,
+            boundary,
             ..Default::default()
         };
         call(file.as_raw_fd(), uapi::ATTACH, &mut argument)?;

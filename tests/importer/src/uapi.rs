@@ -26,6 +26,8 @@ pub struct Attach {
     pub max_seg: u32,
     /// Zero, or the address of a PCI device.
     pub pci: u32,
+    /// No segment may cross a multiple of this plus one; zero: not said.
+    pub boundary: u64,
     /// Out: the longest segment that the DMA layer can map, bytes.
     pub max_mapping: u64,
 }

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -16,6 +17,7 @@ use pinbuf_uapi::{Backing, Create, Info, Query, Range};
 
 use crate::create::bytes_of;
 use pinbuf_test_harness::support::device::{create, ioctl};
+use pinbuf_test_harness::support::frames;
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
 use pinbuf_test_harness::support::memory::{self, file_in, huge_memfd, memfd, HUGE, PAGE};
 use pinbuf_test_harness::support::process::{become_user, in_child, USER};
@@ -35,6 +37,7 @@ tests! { "errors":
     overflow,
     hole,
     never_mapped,
+    larger_than_memory,
     not_writable,
     not_accessible,
     beyond_end_of_file,
@@ -49,6 +52,7 @@ tests! { "errors":
     unknown_commands,
     checked_backing,
     checked_backing_of_huge_pages,
+    checked_backing_of_large_folios,
     wrong_backing,
     bad_backing,
 }
@@ -745,6 +749,30 @@ fn checked_backing_of_huge_pages() -> Result<()> {
     let device = Device::open()?;
     let file = huge_memfd(2 * HUGE)?;
     let memory = Memory::shared(&file, 2 * HUGE)?;
+    is_checked(&device, &file, &memory)
+}
+
+/// Shmem in huge pages, each of which is one folio with one index.
+fn checked_backing_of_large_folios() -> Result<()> {
+    kernel::needs_transparent_huge_pages()?;
+    let _huge = Setting::choice(
+        "/sys/kernel/mm/transparent_hugepage/shmem_enabled",
+        "advise",
+    )?;
+    let device = Device::open()?;
+    let file = memfd(2 * HUGE, 0)?;
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+    let memory = Memory::map_aligned(2 * HUGE, HUGE, prot, flags, Some(file.as_fd()), 0)?;
+    memory.advise(0, 2 * HUGE, libc::MADV_HUGEPAGE)?;
+    memory.touch();
+    let pfns = frames::all_frames(&memory)?;
+    let huge = frames::with_flag(&pfns, frames::THP)?;
+    check_eq!(huge, pfns.len(), "pages in transparent huge ones");
+    is_checked(&device, &file, &memory)
+}
+
+/// Parts of two huge pages of a file are what they are, and nothing else.
+fn is_checked(device: &Device, file: &OwnedFd, memory: &Memory) -> Result<()> {
     for (offset, len) in [
         (0, 2 * HUGE),
         (5 * PAGE, HUGE),
@@ -758,7 +786,7 @@ fn checked_backing_of_huge_pages() -> Result<()> {
         for wrong in [offset ^ HUGE, offset ^ PAGE] {
             let what = format!("{offset:#x} called {wrong:#x}");
             let name = backing(file.as_fd(), wrong);
-            refuses(&device, &what, Errno::EAGAIN, |device| {
+            refuses(device, &what, Errno::EAGAIN, |device| {
                 device.create_checked(&[range], &[name])
             })?;
         }
@@ -859,5 +887,24 @@ fn bad_backing() -> Result<()> {
         };
         refuses_argument(&format!("backing at {address:#x}"), Errno::EFAULT, argument)?;
     }
+    Ok(())
+}
+
+/// The same pages again and again: the kernel could not even map such a buffer, and it is refused
+/// before anything is pinned.
+fn larger_than_memory() -> Result<()> {
+    const COUNT: usize = pinbuf_uapi::MAX_RANGES as usize;
+    let device = Device::open()?;
+    let memory = Memory::small_pages(4 << 20)?;
+    memory.touch();
+    let ranges = vec![memory.range(); COUNT];
+    let start = Instant::now();
+    let error = device.create(&ranges).err();
+    let took = start.elapsed();
+    check_eq!(error, Some(Errno::ENOMEM), "256 GiB");
+    check!(took < Duration::from_secs(5), "it took {took:?}");
+    let total = kernel::field("/proc/meminfo", "MemTotal")? as usize >> 10;
+    let error = device.create(&ranges[..total / 4 + 2]).err();
+    check_eq!(error, Some(Errno::ENOMEM), "a little more than {total} MiB");
     Ok(())
 }

@@ -303,6 +303,7 @@ fn transparent_memory(pages: usize) -> Result<Memory> {
 }
 
 fn transparent() -> Result<()> {
+    kernel::needs_transparent_huge_pages()?;
     let memory = transparent_memory(2)?;
     let info = views_agree(&memory, &[(0, 2 * HUGE)])?;
     check!(
@@ -320,6 +321,7 @@ fn transparent() -> Result<()> {
 
 /// A huge page that falls apart afterwards stays whole for the buffer.
 fn transparent_then_split() -> Result<()> {
+    kernel::needs_transparent_huge_pages()?;
     let memory = transparent_memory(1)?;
     let device = Device::open()?;
     memory.write(0, &pattern(2, 0, HUGE));
@@ -344,6 +346,7 @@ fn transparent_then_split() -> Result<()> {
 
 /// Part of a huge page is charged as what it is.
 fn transparent_in_part() -> Result<()> {
+    kernel::needs_transparent_huge_pages()?;
     let memory = transparent_memory(2)?;
     let info = views_agree(&memory, &[(500 * PAGE, 24 * PAGE), (3 * PAGE, PAGE)])?;
     check_eq!(info.pages, 25, "pages");

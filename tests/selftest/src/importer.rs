@@ -6,16 +6,19 @@
 //! synchronization brings up to date.
 
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 use pinbuf_test_importer::{pin_cost, Direction, Importer, Limits, Mapping};
 use pinbuf_uapi::Range;
 
 use pinbuf_test_harness::support::device::sync_raw;
+use pinbuf_test_harness::support::frames;
 use pinbuf_test_harness::support::kernel::HugePool;
-use pinbuf_test_harness::support::memory::{pattern, HUGE, PAGE, RW};
-use pinbuf_test_harness::support::process::{Child, Link};
+use pinbuf_test_harness::support::memory::{pattern, stamp, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::process::{Child, Link, PATIENCE};
 use pinbuf_test_harness::support::view::{
     agree, agree_sampled, holds, same, DeviceView, KernelView, Mapped, Source, View,
 };
@@ -29,10 +32,21 @@ tests! { "importer":
     entries_are_extents,
     segment_limits,
     segment_limits_scattered,
+    boundaries,
+    too_small,
     narrow_addresses,
     two_at_once,
     two_mappings_of_one,
     two_writers_in_turn,
+    a_second_writer,
+    a_second_writer_of_memory_beyond,
+    a_refused_writer_changes_nothing,
+    cpu_writes_while_a_device_maps within 120,
+    cpu_writes_while_a_device_unmaps within 120,
+    cpu_reads_while_a_device_unmaps within 120,
+    cpu_writes_beside_a_device_that_writes,
+    a_refused_writer_loses_nothing_of_anothers,
+    a_read_keeps_what_a_device_writes,
     many_at_once,
     concurrent_maps within 120,
     map_while_mapped_by_cpu,
@@ -285,6 +299,107 @@ fn segment_limits_scattered() -> Result<()> {
     Ok(())
 }
 
+/// No entry crosses a boundary, which may be as near as the next page.
+fn boundaries() -> Result<()> {
+    let _pool = HugePool::with_free(1)?;
+    let device = Device::open()?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
+    let memory = Memory::map(HUGE, RW, flags, None, 0)?;
+    let (first, len) = (3 * PAGE, 100 * PAGE);
+    let buffer = device.create(&[memory.part(first, len)])?;
+    check_eq!(device.describe(&buffer)?.extents, 1, "extents");
+    let source = Source {
+        buffer: &buffer,
+        pieces: vec![(&memory, first, len)],
+    };
+    for (mask, max_segment) in [
+        (0xfff, u32::MAX),
+        (0xfff, 0),
+        (0x1fff, u32::MAX),
+        (0xffff, u32::MAX),
+        (0xffff, 3 * 4096),
+        (0xf_ffff, u32::MAX),
+        (u64::from(u32::MAX), u32::MAX),
+    ] {
+        let what = format!("a boundary mask of {mask:#x}, segments up to {max_segment}");
+        let limits = Limits {
+            mask_bits: 64,
+            max_segment,
+        };
+        let importer = Importer::attach_bounded(buffer.as_fd(), limits, mask)?;
+        let mapping = importer
+            .map(Direction::Bidirectional)
+            .context(what.clone())?
+            .0;
+        let entries = importer.entries(mapping)?;
+        let sum: u64 = entries.iter().map(|entry| entry.len).sum();
+        check_eq!(sum, len as u64, "bytes with {what}");
+        let longest = longest(&importer, max_segment);
+        for (index, entry) in entries.iter().enumerate() {
+            check!(
+                entry.len > 0 && entry.len <= longest && (entry.addr | entry.len) % 4096 == 0,
+                "{entry:x?} with {what}"
+            );
+            check_eq!(
+                entry.addr & !mask,
+                (entry.addr + entry.len - 1) & !mask,
+                "on which side entry {index} ends with {what}"
+            );
+        }
+        if mask == 0xfff {
+            check_eq!(entries.len(), len / PAGE, "entries with {what}");
+        }
+        if !kernel::bounces_always()? {
+            // No more than it takes.
+            for pair in entries.windows(2) {
+                let [one, next] = pair else { continue };
+                let joined = one.len + next.len;
+                let crosses = (one.addr ^ (next.addr + next.len - 1)) & !mask != 0;
+                check!(
+                    joined > longest || crosses || one.len == longest,
+                    "{one:x?} and {next:x?} could be one with {what}"
+                );
+            }
+        }
+        let view = DeviceView {
+            importer: &importer,
+            mapping,
+        };
+        agree_sampled(&[&source, &view], len, 41).context(what)?;
+    }
+    Ok(())
+}
+
+/// A device that takes no whole page in one piece is refused: entries are whole pages.
+fn too_small() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(4 * PAGE)?;
+    let buffer = device.create(&[memory.range()])?;
+    for (mask, max_segment) in [
+        (0, 512),
+        (0, 4095),
+        (0x7ff, u32::MAX),
+        (0x1ff, 0),
+        (0x7ff, 2048),
+    ] {
+        let limits = Limits {
+            mask_bits: 64,
+            max_segment,
+        };
+        let importer = Importer::attach_bounded(buffer.as_fd(), limits, mask)?;
+        for direction in DIRECTIONS {
+            let error = importer.map(direction).err();
+            check_eq!(
+                error.and_then(|error| error.raw_os_error()),
+                Some(libc::EINVAL),
+                "a boundary mask of {mask:#x}, segments up to {max_segment}"
+            );
+        }
+        check_eq!(device.describe(&buffer)?.mappings, 0, "mappings");
+    }
+    Ok(())
+}
+
 /// A device that reaches the first 4 GiB only: what lies beyond is bounced.
 fn narrow_addresses() -> Result<()> {
     let device = Device::open()?;
@@ -422,6 +537,513 @@ fn two_writers_in_turn() -> Result<()> {
     Ok(())
 }
 
+/// Whether another device is in the way.
+fn is_busy(error: &std::io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EBUSY)
+}
+
+/// Expects that a device may not map the buffer for now, and that nothing is left of it.
+fn is_refused(buffer: &Buffer, limits: Limits, direction: Direction) -> Result<()> {
+    let device = Device::open()?;
+    let (mappings, slots) = (device.describe(buffer)?.mappings, kernel::bounce_slots()?);
+    let importer = Importer::attach(buffer.as_fd(), limits)?;
+    match importer.map(direction) {
+        Ok(_) => check!(false, "{limits:?} may write in the direction {direction:?}"),
+        Err(error) => check!(is_busy(&error), "{direction:?}: {error}"),
+    }
+    check_eq!(device.describe(buffer)?.mappings, mappings, "mappings");
+    check_eq!(kernel::bounce_slots()?, slots, "bounce buffers in use");
+    Ok(())
+}
+
+const WRITES: [Direction; 2] = [Direction::FromDevice, Direction::Bidirectional];
+
+/// Where devices see copies, one of those that write would lose what it wrote: there is only one.
+fn a_second_writer() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(8 * PAGE)?;
+    memory.write(0, &pattern(70, 0, 8 * PAGE));
+    let buffer = device.create(&[memory.range()])?;
+    for first in WRITES {
+        let (writer, written) = mapped(&buffer, Limits::NONE, first)?;
+        if !kernel::bounces_always()? {
+            for second in WRITES {
+                drop(mapped(&buffer, Limits::NONE, second)?);
+                // Also the same device again.
+                let again = writer.map(second)?.0;
+                writer.unmap(again)?;
+            }
+            continue;
+        }
+        for second in WRITES {
+            is_refused(&buffer, Limits::NONE, second).with_context(|| format!("{first:?}"))?;
+            let again = writer.map(second).map(drop);
+            check!(
+                again.as_ref().is_err_and(is_busy),
+                "the same device, {second:?}: {again:?}"
+            );
+        }
+        // Those that read are fine, and see what it writes.
+        let (reader, read) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
+        writer.write(written, 0, &pattern(71, 0, 8 * PAGE))?;
+        buffer.synced(Sync::ReadWrite, || ())?;
+        let view = DeviceView {
+            importer: &reader,
+            mapping: read,
+        };
+        holds(&view, 71, 0, 8 * PAGE)?;
+        // When it has gone, it is another's turn.
+        writer.unmap(written)?;
+        for second in WRITES {
+            let (next, mapping) = mapped(&buffer, Limits::NONE, second)?;
+            next.write(mapping, 0, &pattern(72, 0, 8 * PAGE))?;
+            holds(&Source::whole(&buffer, &memory), 72, 0, 8 * PAGE)?;
+        }
+        drop(reader);
+    }
+    Ok(())
+}
+
+/// Some memory beyond the first 4 GiB, if the machine has any.
+fn memory_beyond(pages: usize) -> Result<Option<(Memory, Vec<Range>)>> {
+    let memory = Memory::small_pages(512 << 20)?;
+    let mut ranges = Vec::new();
+    for page in 0..memory.len() / PAGE {
+        memory.set(page * PAGE, 1);
+        if frames::frames(&memory, page * PAGE, PAGE)?[0] >= 1 << 20 {
+            ranges.push(memory.part(page * PAGE, PAGE));
+            if ranges.len() == pages {
+                return Ok(Some((memory, ranges)));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// One device has copies because it does not reach the memory, the other one has the memory: it is
+/// the same, whichever comes first.
+fn a_second_writer_of_memory_beyond() -> Result<()> {
+    if kernel::bounces_always()? {
+        // Both have.
+        return Ok(());
+    }
+    let Some((_memory, ranges)) = memory_beyond(8)? else {
+        bail!("no memory beyond 4 GiB: boot with 5G");
+    };
+    let device = Device::open()?;
+    let buffer = device.create(&ranges)?;
+    let narrow = Limits {
+        mask_bits: 32,
+        max_segment: 0,
+    };
+    for (first, second) in [(narrow, Limits::NONE), (Limits::NONE, narrow)] {
+        for direction in WRITES {
+            let (writer, written) = mapped(&buffer, first, direction)?;
+            for other in WRITES {
+                is_refused(&buffer, second, other)?;
+            }
+            let (reader, read) = mapped(&buffer, second, Direction::ToDevice)?;
+            writer.write(written, 0, &pattern(73, 0, 8 * PAGE))?;
+            buffer.synced(Sync::ReadWrite, || ())?;
+            let view = DeviceView {
+                importer: &reader,
+                mapping: read,
+            };
+            holds(&view, 73, 0, 8 * PAGE)?;
+        }
+    }
+    Ok(())
+}
+
+/// A map that is refused is as if it had never been: while it is tried, what the CPU (or a device
+/// that has the memory itself) writes must not be written over with a copy of what was there before.
+fn a_refused_writer_changes_nothing() -> Result<()> {
+    if !kernel::bounces_always()? {
+        return Ok(());
+    }
+    const LEN: usize = 1 << 20;
+    let device = Device::open()?;
+    let memory = Memory::small_pages(LEN)?;
+    let buffer = device.create(&[memory.range()])?;
+    let (_writer, _written) = mapped(&buffer, Limits::NONE, Direction::FromDevice)?;
+    let over = AtomicBool::new(false);
+    let lost = std::thread::scope(|scope| -> Result<u64> {
+        let cpu = scope.spawn(|| {
+            let (mut value, mut lost) = (0, 0);
+            while !over.load(Ordering::Relaxed) {
+                value += 1;
+                for offset in (0..LEN).step_by(PAGE) {
+                    memory.set(offset, value);
+                }
+                std::thread::yield_now();
+                for offset in (0..LEN).step_by(PAGE) {
+                    lost += u64::from(memory.get(offset) != value);
+                }
+            }
+            lost
+        });
+        let refused =
+            (0..300).try_for_each(|round| is_refused(&buffer, Limits::NONE, WRITES[round % 2]));
+        over.store(true, Ordering::Relaxed);
+        let lost = cpu.join().expect("the thread panicked");
+        refused.map(|()| lost)
+    })?;
+    check_eq!(lost, 0, "words that were written and lost");
+    Ok(())
+}
+
+/// A device that has the memory itself writes to it, and goes on while another one, which would have
+/// a copy, tries to map it: no copy of what was there before is written over that.
+fn a_refused_writer_loses_nothing_of_anothers() -> Result<()> {
+    const PAGES: usize = 2048;
+    if kernel::bounces_always()? {
+        // Both would have copies.
+        return Ok(());
+    }
+    let Some((memory, ranges)) = memory_beyond(PAGES)? else {
+        bail!("no memory beyond 4 GiB: boot with 5G");
+    };
+    let device = Device::open()?;
+    let buffer = device.create(&ranges)?;
+    let last = (ranges[PAGES - 1].addr - memory.addr()) as usize;
+    let narrow = Limits {
+        mask_bits: 32,
+        max_segment: 0,
+    };
+    let (writer, written) = mapped(&buffer, Limits::NONE, Direction::FromDevice)?;
+    let other = Importer::attach(buffer.as_fd(), narrow)?;
+    let start = Instant::now();
+    is_refused(&buffer, narrow, Direction::Bidirectional)?;
+    let time = start.elapsed();
+    let write = |number: u64| {
+        let place = ((PAGES - 1) * PAGE) as u64;
+        Ok(writer.write(written, place, &number.to_ne_bytes())?)
+    };
+    with_cpu(at_once, write, |thread| {
+        for round in 0..3 * ACCESSES {
+            let delay = time * (round % ACCESSES) / ACCESSES;
+            let refused = thread.meanwhile(delay, || other.map(WRITES[round as usize % 2]));
+            check!(
+                refused.as_ref().is_err_and(is_busy),
+                "the other device: {refused:?}"
+            );
+            check_eq!(
+                memory.get(last),
+                u64::from(round) + 1,
+                "what the device wrote while another one was refused, of {time:?}"
+            );
+        }
+        Ok(())
+    })
+}
+
+/// A thread that makes one access each time it is asked to, while the one that asks does something
+/// else.
+struct Cpu {
+    /// How many accesses were asked for, and how many were made.
+    asked: AtomicU64,
+    done: AtomicU64,
+    /// How long it waits before an access, in nanoseconds.
+    delay: AtomicU64,
+    over: AtomicBool,
+}
+
+impl Cpu {
+    fn serve(
+        &self,
+        ready: impl Fn() -> Result<()>,
+        access: impl Fn(u64) -> Result<()>,
+    ) -> Result<()> {
+        let mut first_error = Ok(());
+        for number in 1.. {
+            while self.asked.load(Ordering::Acquire) < number {
+                if self.over.load(Ordering::Relaxed) {
+                    break;
+                }
+                std::thread::yield_now();
+            }
+            if self.over.load(Ordering::Relaxed) {
+                break;
+            }
+            let result = ready().and_then(|()| {
+                let start = Instant::now();
+                let delay = Duration::from_nanos(self.delay.load(Ordering::Relaxed));
+                while start.elapsed() < delay {
+                    std::hint::spin_loop();
+                }
+                access(number)
+            });
+            self.done.store(number, Ordering::Release);
+            first_error = first_error.and(result);
+        }
+        first_error
+    }
+
+    /// Asks for the next access, and does something else. Both are over when this returns.
+    fn meanwhile<T>(&self, delay: Duration, action: impl FnOnce() -> T) -> T {
+        let delay = u64::try_from(delay.as_nanos()).unwrap_or(u64::MAX);
+        self.delay.store(delay, Ordering::Relaxed);
+        let number = self.asked.fetch_add(1, Ordering::Release) + 1;
+        let result = action();
+        while self.done.load(Ordering::Acquire) < number {
+            std::thread::yield_now();
+        }
+        result
+    }
+}
+
+/// Runs `rounds` with a thread that makes the access whenever that asks for it: some time after
+/// `ready` has returned.
+fn with_cpu(
+    ready: impl Fn() -> Result<()> + Send,
+    access: impl Fn(u64) -> Result<()> + Send,
+    rounds: impl FnOnce(&Cpu) -> Result<()>,
+) -> Result<()> {
+    let cpu = Cpu {
+        asked: AtomicU64::new(0),
+        done: AtomicU64::new(0),
+        delay: AtomicU64::new(0),
+        over: AtomicBool::new(false),
+    };
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| cpu.serve(ready, access));
+        let result = rounds(&cpu);
+        cpu.over.store(true, Ordering::Relaxed);
+        thread.join().expect("the thread panicked").and(result)
+    })
+}
+
+/// Large enough for a map or an unmap that bounces to take a while.
+const SLOW: usize = 8 << 20;
+/// Places that are copied first, in the middle, and last.
+const PLACES: [usize; 3] = [0, SLOW / 2, SLOW - 8];
+/// Accesses to each place, spread over the time that the map or the unmap takes.
+const ACCESSES: u32 = 40;
+
+/// The median of a few.
+fn typical(mut take: impl FnMut() -> Result<Duration>) -> Result<Duration> {
+    let mut times = (0..5).map(|_| take()).collect::<Result<Vec<_>>>()?;
+    times.sort();
+    Ok(times[2])
+}
+
+fn at_once() -> Result<()> {
+    Ok(())
+}
+
+/// A word as a device sees it.
+fn word(importer: &Importer, mapping: Mapping, place: usize) -> Result<u64> {
+    let mut word = [0; 8];
+    importer.read(mapping, place as u64, &mut word)?;
+    Ok(u64::from_ne_bytes(word))
+}
+
+/// What the CPU writes while a device maps, the device sees when both are done.
+fn cpu_writes_while_a_device_maps() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(SLOW)?;
+    let buffer = device.create(&[memory.range()])?;
+    let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    for direction in [Direction::Bidirectional, Direction::ToDevice] {
+        let time = typical(|| {
+            let (mapping, time) = importer.map(direction)?;
+            importer.unmap(mapping)?;
+            Ok(time)
+        })?;
+        for place in PLACES {
+            let access = |number| buffer.synced(Sync::ReadWrite, || memory.set(place, number));
+            with_cpu(at_once, access, |cpu| {
+                for round in 0..ACCESSES {
+                    let map = || importer.map(direction);
+                    let mapping = cpu.meanwhile(time * round / ACCESSES, map)?.0;
+                    let seen = word(&importer, mapping, place)?;
+                    importer.unmap(mapping)?;
+                    check_eq!(
+                        seen,
+                        u64::from(round) + 1,
+                        "what the device sees at {place:#x}, {direction:?}, of {time:?}"
+                    );
+                }
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// What the CPU writes while a device unmaps stays.
+///
+/// The access begins after the unmap has begun. An unmap in the middle of an access is not covered: it
+/// writes back a copy that was made before.
+fn cpu_writes_while_a_device_unmaps() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(SLOW)?;
+    let buffer = device.create(&[memory.range()])?;
+    let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    // The bounce buffers that are in use when a part of the mapping's have been given back, which
+    // shows that the unmap has begun.
+    let fewer = AtomicI64::new(0);
+    let bounces = kernel::bounces_always()?;
+    let begun = || {
+        let start = Instant::now();
+        while bounces && kernel::bounce_slots()? > fewer.load(Ordering::Relaxed) {
+            check!(start.elapsed() < PATIENCE, "no bounce buffer is given back");
+        }
+        Ok(())
+    };
+    for direction in WRITES {
+        let map = || importer.map(direction);
+        let time = typical(|| Ok(importer.unmap(map()?.0)?))?;
+        for place in PLACES {
+            let access = |number| buffer.synced(Sync::ReadWrite, || memory.set(place, number));
+            with_cpu(begun, access, |cpu| {
+                for round in 0..ACCESSES {
+                    let before = kernel::bounce_slots()?;
+                    let mapping = map()?.0;
+                    let slots = kernel::bounce_slots()?;
+                    fewer.store(slots - (slots - before) / 8, Ordering::Relaxed);
+                    let unmap = || importer.unmap(mapping);
+                    cpu.meanwhile(time * round / ACCESSES, unmap)?;
+                    check_eq!(
+                        memory.get(place),
+                        u64::from(round) + 1,
+                        "what the CPU wrote at {place:#x}, {direction:?}, of {time:?}"
+                    );
+                }
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// What a device has written, the CPU sees at any time while the device unmaps.
+fn cpu_reads_while_a_device_unmaps() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(SLOW)?;
+    let buffer = device.create(&[memory.range()])?;
+    let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    for direction in WRITES {
+        let map = || importer.map(direction);
+        let time = typical(|| Ok(importer.unmap(map()?.0)?))?;
+        for place in PLACES {
+            memory.set(place, 0);
+            let access = |number| {
+                let seen = buffer.synced(Sync::Read, || memory.get(place))?;
+                check_eq!(
+                    seen,
+                    number,
+                    "what the CPU sees at {place:#x}, {direction:?}, of {time:?}"
+                );
+                Ok(())
+            };
+            with_cpu(at_once, access, |cpu| {
+                for round in 0..ACCESSES {
+                    let mapping = map()?.0;
+                    let value = (u64::from(round) + 1).to_ne_bytes();
+                    importer.write(mapping, place as u64, &value)?;
+                    let unmap = || importer.unmap(mapping);
+                    cpu.meanwhile(time * round / ACCESSES, unmap)?;
+                }
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// What the CPU writes beside what a device writes stays: when the CPU reads, and when the device
+/// is gone.
+fn cpu_writes_beside_a_device_that_writes() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(8 * PAGE)?;
+    let buffer = device.create(&[memory.range()])?;
+    for direction in WRITES {
+        for sync in [Sync::Write, Sync::ReadWrite] {
+            for kernel in [false, true] {
+                let what = format!("{direction:?}, {sync:?}, by the kernel: {kernel}");
+                memory.write(0, &pattern(120, 0, 8 * PAGE));
+                let (importer, mapping) = mapped(&buffer, Limits::NONE, direction)?;
+                importer.vmap()?;
+                let access = if sync == Sync::Write {
+                    Direction::ToDevice
+                } else {
+                    Direction::Bidirectional
+                };
+                // What nobody writes to, what the device writes to, and what the CPU writes to, in
+                // each page, at a place that differs by the round.
+                for round in 1..=4 {
+                    let word = |page: usize, which: usize| page * PAGE + (round * 3 + which) * 8;
+                    let (ours, its) = (round as u64, 1000 + round as u64);
+                    for page in 0..8 {
+                        let at = word(page, 0) as u64;
+                        importer.write(mapping, at, &its.to_ne_bytes())?;
+                    }
+                    if kernel {
+                        importer.begin_cpu_access(access)?;
+                        for page in 0..8 {
+                            importer.vmap_write(word(page, 1) as u64, &ours.to_ne_bytes())?;
+                        }
+                        importer.end_cpu_access(access)?;
+                    } else {
+                        buffer.synced(sync, || {
+                            (0..8).for_each(|page| memory.set(word(page, 1), ours));
+                        })?;
+                    }
+                    let look = || {
+                        (0..8)
+                            .map(|page| [0, 1, 2].map(|which| memory.get(word(page, which))))
+                            .collect::<Vec<_>>()
+                    };
+                    let expected: Vec<_> = (0..8)
+                        .map(|page| [its, ours, stamp(120, word(page, 2) as u64 / 8)])
+                        .collect();
+                    if round % 2 == 0 {
+                        let seen = buffer.synced(Sync::Read, look)?;
+                        check_eq!(seen, expected, "when the CPU reads, {what}");
+                    }
+                    if round == 4 {
+                        importer.unmap(mapping)?;
+                        check_eq!(look(), expected, "after it was unmapped, {what}");
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// While the CPU reads, a device writes; that the CPU is done does not give the device its old
+/// bytes back.
+fn a_read_keeps_what_a_device_writes() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(20 * PAGE)?;
+    memory.write(0, &pattern(74, 0, 20 * PAGE));
+    let buffer = device.create(&[memory.range()])?;
+    for direction in WRITES {
+        let (writer, written) = mapped(&buffer, Limits::NONE, direction)?;
+        let (_reader, _read) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
+        let view = DeviceView {
+            importer: &writer,
+            mapping: written,
+        };
+        let source = Source::whole(&buffer, &memory);
+        for seed in 75..79 {
+            // A process's bracket, and the kernel's.
+            buffer.synced(Sync::Read, || {
+                writer.write(written, 0, &pattern(seed, 0, 20 * PAGE))
+            })??;
+            holds(&view, seed, 0, 20 * PAGE).context("as the device sees it")?;
+            holds(&source, seed, 0, 20 * PAGE).context("as the CPU sees it")?;
+            writer.begin_cpu_access(Direction::FromDevice)?;
+            writer.write(written, 0, &pattern(seed + 10, 0, 20 * PAGE))?;
+            writer.end_cpu_access(Direction::FromDevice)?;
+            holds(&source, seed + 10, 0, 20 * PAGE).context("after the kernel read")?;
+        }
+    }
+    Ok(())
+}
+
 fn many_at_once() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::anonymous(16 * PAGE)?;
@@ -468,6 +1090,7 @@ fn concurrent_maps() -> Result<()> {
     let memory = Memory::small_pages(64 * PAGE)?;
     memory.write(0, &pattern(60, 0, 64 * PAGE));
     let buffer = device.create(&[memory.range()])?;
+    let bounces = kernel::bounces_always()?;
     let results: Vec<Result<()>> = std::thread::scope(|scope| {
         let maps = (0..3).map(|thread| {
             let buffer = &buffer;
@@ -478,7 +1101,13 @@ fn concurrent_maps() -> Result<()> {
                         mask_bits: 64,
                         max_segment: 4096 << (thread * 2),
                     };
-                    let (importer, mapping) = mapped(buffer, limits, direction)?;
+                    let importer = Importer::attach(buffer.as_fd(), limits)?;
+                    let mapping = match importer.map(direction) {
+                        Ok((mapping, _)) => mapping,
+                        // Another of these threads' devices writes, and is bounced.
+                        Err(error) if bounces && is_busy(&error) => continue,
+                        Err(error) => return Err(error).context("mapping for the device"),
+                    };
                     let mut seen = vec![0; PAGE];
                     importer.read(mapping, (round * PAGE) as u64, &mut seen)?;
                     same(
@@ -654,8 +1283,9 @@ fn sync_modes() -> Result<()> {
     let memory = Memory::anonymous(4 * PAGE)?;
     let buffer = device.create(&[memory.range()])?;
     let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    importer.map(Direction::ToDevice)?;
     for direction in DIRECTIONS {
-        importer.map(direction)?;
+        let mapping = importer.map(direction)?.0;
         for mode in [1, 2, 3] {
             for end in [0, 4] {
                 check_eq!(
@@ -665,6 +1295,7 @@ fn sync_modes() -> Result<()> {
                 );
             }
         }
+        importer.unmap(mapping)?;
     }
     for flags in [0, 4, 8, 16, 1 << 32, u64::MAX, 9] {
         let result = sync_raw(&buffer, flags);
@@ -727,10 +1358,16 @@ fn unmap_in_any_order() -> Result<()> {
     let memory = Memory::anonymous(4 * PAGE)?;
     let buffer = device.create(&[memory.range()])?;
     let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    let bounces = kernel::bounces_always()?;
     for order in [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1]] {
         let mut mappings = Vec::new();
         for index in 0..4 {
-            mappings.push(importer.map(DIRECTIONS[index % 3])?.0);
+            let direction = match DIRECTIONS[index % 3] {
+                // One that writes is all that there may be.
+                _ if index > 0 && bounces => Direction::ToDevice,
+                direction => direction,
+            };
+            mappings.push(importer.map(direction)?.0);
         }
         for (gone, index) in order.into_iter().enumerate() {
             importer.unmap(mappings[index])?;

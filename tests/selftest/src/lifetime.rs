@@ -512,12 +512,7 @@ fn module_in_use() -> Result<()> {
 
 /// Without users it goes, and works when it is back.
 fn module_goes_and_comes() -> Result<()> {
-    let parameters = [
-        "allowance_mb",
-        "allowance_system_mb",
-        "charge_process",
-        "pin_retries",
-    ];
+    let parameters = ["allowance_mb", "allowance_system_mb", "pin_retries"];
     let path = |name| format!("/sys/module/pinbuf/parameters/{name}");
     let before = parameters.map(|name| kernel::read(path(name)).unwrap_or_default());
     for round in 0..3 {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Lists of many short ranges, which the driver may pin in another order and several at once: the
-//! buffer's order is the list's.
+//! Lists of many short ranges, of which the driver may join neighbours: the buffer's order is the
+//! list's.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use pinbuf_uapi::Range;
+use pinbuf_uapi::{Backing, Range};
 
 use pinbuf_test_harness::support::kernel::HugePool;
 use pinbuf_test_harness::support::memory::{huge_memfd, memfd, stamp, HUGE, PAGE, RW};
@@ -17,9 +17,9 @@ use pinbuf_test_harness::tests;
 tests! { "lists":
     shuffled_anonymous,
     shuffled_memfd,
-    shuffled_from_a_file,
+    shuffled_memfd_checked,
     shuffled_hugetlb,
-    shuffled_hugetlb_from_a_file,
+    shuffled_hugetlb_checked,
     shuffled_over_several_mappings,
     of_different_lengths,
     with_gaps,
@@ -76,15 +76,31 @@ fn list(memory: &Memory, parts: &[(usize, usize)]) -> Result<()> {
     is_of(&buffer, memory, &all_pages(parts))
 }
 
-/// The same of a file that is mapped as a whole.
-fn list_from(file: BorrowedFd<'_>, memory: &Memory, parts: &[(usize, usize)]) -> Result<()> {
+/// The same, with each page compared with the file that is mapped as a whole.
+fn list_checked(file: BorrowedFd<'_>, memory: &Memory, parts: &[(usize, usize)]) -> Result<()> {
     let device = Device::open()?;
-    let named: Vec<_> = parts
-        .iter()
-        .map(|(page, pages)| (file, page * PAGE, pages * PAGE))
-        .collect();
-    let buffer = device.create_from_files(&named).context("PINBUF_CREATE")?;
+    let (ranges, backing) = checked(file, memory, parts);
+    let buffer = device
+        .create_checked(&ranges, &backing)
+        .context("PINBUF_CREATE")?;
     is_of(&buffer, memory, &all_pages(parts))
+}
+
+/// Ranges of the memory, and what they map.
+fn checked(
+    file: BorrowedFd<'_>,
+    memory: &Memory,
+    parts: &[(usize, usize)],
+) -> (Vec<Range>, Vec<Backing>) {
+    let part = |&(page, pages): &(usize, usize)| {
+        let backing = Backing {
+            fd: file.as_raw_fd(),
+            offset: (page * PAGE) as u64,
+            ..Default::default()
+        };
+        (memory.part(page * PAGE, pages * PAGE), backing)
+    };
+    parts.iter().map(part).unzip()
 }
 
 fn all_pages(parts: &[(usize, usize)]) -> Vec<usize> {
@@ -121,10 +137,10 @@ fn shuffled_memfd() -> Result<()> {
     list(&memory, &single_pages(&shuffled(PAGES)))
 }
 
-fn shuffled_from_a_file() -> Result<()> {
+fn shuffled_memfd_checked() -> Result<()> {
     let file = memfd(PAGES * PAGE, 0)?;
     let memory = Memory::shared(&file, PAGES * PAGE)?;
-    list_from(file.as_fd(), &memory, &single_pages(&shuffled(PAGES)))
+    list_checked(file.as_fd(), &memory, &single_pages(&shuffled(PAGES)))
 }
 
 fn shuffled_hugetlb() -> Result<()> {
@@ -134,11 +150,11 @@ fn shuffled_hugetlb() -> Result<()> {
     list(&memory, &single_pages(&shuffled(2 * HUGE / PAGE)))
 }
 
-fn shuffled_hugetlb_from_a_file() -> Result<()> {
+fn shuffled_hugetlb_checked() -> Result<()> {
     let _pool = HugePool::with_free(2)?;
     let file = huge_memfd(2 * HUGE)?;
     let memory = Memory::shared(&file, 2 * HUGE)?;
-    list_from(
+    list_checked(
         file.as_fd(),
         &memory,
         &single_pages(&shuffled(2 * HUGE / PAGE)),
@@ -156,7 +172,7 @@ fn shuffled_over_several_mappings() -> Result<()> {
         None,
         0,
     )?;
-    memory.advise(0, 3 * HUGE, libc::MADV_NOHUGEPAGE)?;
+    memory.keep_small(0, 3 * HUGE)?;
     let small = memfd(300 * PAGE, 0)?;
     memory.replace_by(100 * PAGE, 300 * PAGE, small.as_fd(), 0)?;
     let huge = huge_memfd(HUGE)?;
@@ -176,7 +192,7 @@ fn of_different_lengths() -> Result<()> {
     }
     let parts: Vec<_> = shuffled(parts.len()).iter().map(|n| parts[*n]).collect();
     list(&memory, &parts)?;
-    list_from(file.as_fd(), &memory, &parts)
+    list_checked(file.as_fd(), &memory, &parts)
 }
 
 fn with_gaps() -> Result<()> {
@@ -202,14 +218,14 @@ fn with_repetitions() -> Result<()> {
         .iter()
         .map(|(page, pages)| memory.part(page * PAGE, pages * PAGE))
         .collect();
-    let named: Vec<_> = parts
-        .iter()
-        .map(|(page, pages)| (file.as_fd(), page * PAGE, pages * PAGE))
-        .collect();
+    let (_, backing) = checked(file.as_fd(), &memory, &parts);
     for page in 0..PAGES {
         memory.set(page * PAGE, stamp(15, page as u64));
     }
-    for buffer in [device.create(&ranges)?, device.create_from_files(&named)?] {
+    for buffer in [
+        device.create(&ranges)?,
+        device.create_checked(&ranges, &backing)?,
+    ] {
         let mapped = buffer.map()?;
         let pages = all_pages(&parts);
         check_eq!(mapped.len(), pages.len() * PAGE, "the buffer's size");

@@ -9,16 +9,19 @@
 mod compat32;
 mod create;
 mod errors;
-mod files;
 mod fork;
+mod held;
 mod huge;
 mod importer;
 mod info;
 mod lifetime;
 mod lists;
 mod mapped;
+mod mappings;
 mod memlock;
 mod mmap;
+mod namespaces;
+mod poison;
 mod uffd;
 mod vivid;
 
@@ -40,7 +43,11 @@ struct Options {
     #[arg(long, value_name = "SUBSTR")]
     filter: Vec<String>,
 
-    /// Do not look for what a subtest left behind
+    /// Leave out subtests whose name contains this
+    #[arg(long, value_name = "SUBSTR")]
+    without: Vec<String>,
+
+    /// Do not check what a subtest left behind
     #[arg(long)]
     no_leak_checks: bool,
 
@@ -54,13 +61,22 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         create::TESTS,
         info::TESTS,
         errors::TESTS,
-        files::TESTS,
         lists::TESTS,
         mapped::TESTS,
         mmap::TESTS,
+        mappings::pages::TESTS,
+        mappings::one_page::TESTS,
+        mappings::blocks::TESTS,
+        mappings::blocks_askew::TESTS,
+        mappings::giga::TESTS,
+        mappings::giga_across::TESTS,
+        mappings::giga_twice::TESTS,
+        poison::TESTS,
         importer::TESTS,
         huge::TESTS,
         memlock::TESTS,
+        held::TESTS,
+        namespaces::TESTS,
         fork::TESTS,
         lifetime::TESTS,
         compat32::TESTS,
@@ -78,7 +94,8 @@ fn main() -> Result<ExitCode> {
     }
     let chosen: Vec<&Test> = tests()
         .filter(|test| {
-            options.filter.is_empty() || options.filter.iter().any(|part| test.name.contains(part))
+            let named = |parts: &[String]| parts.iter().any(|part| test.name.contains(part));
+            (options.filter.is_empty() || named(&options.filter)) && !named(&options.without)
         })
         .collect();
     if options.list {

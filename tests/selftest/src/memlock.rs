@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::sched::{unshare, CloneFlags};
-use pinbuf_uapi::{CHARGE_ALLOWANCE, CHARGE_NONE, CHARGE_PROCESS, CHARGE_USER};
+use pinbuf_uapi::{CHARGE_ALLOWANCE, CHARGE_NONE, CHARGE_USER};
 
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
 use pinbuf_test_harness::support::memory::{HUGE, PAGE, RW};
@@ -37,9 +37,6 @@ tests! { "memlock":
     allowance_of_all_users,
     allowance_of_a_namespace,
     desktop_framebuffer,
-    per_process,
-    per_process_after_exit,
-    mode_changed_meanwhile,
     shown_as_vm_pin,
     never_over_the_limit within 120,
     threads_share_it,
@@ -334,12 +331,11 @@ fn capability_lifts_it() -> Result<()> {
         set_memlock(16 * PAGE)?;
         check_eq!(device.query()?.memlock_bytes, u64::MAX, "the limit as told");
         let memory = Memory::anonymous(1000 * PAGE)?;
+        // Also what would be within the limit.
         let small = gets(&device, &memory, 10)?;
-        check_eq!(
-            device.describe(&small)?.charge,
-            CHARGE_USER,
-            "what 10 of 16 are charged to"
-        );
+        let info = device.describe(&small)?;
+        check_eq!(info.charge, CHARGE_NONE, "what 10 of 16 are charged to");
+        check_eq!(info.charged_pages, 10, "pages of 10");
         let large = gets(&device, &memory, 1000)?;
         let info = device.describe(&large)?;
         check_eq!(info.charge, CHARGE_NONE, "what 1000 of 16 are charged to");
@@ -347,8 +343,8 @@ fn capability_lifts_it() -> Result<()> {
         // They take no room of processes of the same user that lack the capability.
         in_child(|| {
             drop_ipc_lock()?;
-            too_many(&device, &memory, 7, "when 6 are left")?;
-            drop(gets(&device, &memory, 6)?);
+            too_many(&device, &memory, 17, "when all 16 are left")?;
+            drop(gets(&device, &memory, 16)?);
             Ok(())
         })
     })
@@ -583,92 +579,6 @@ fn desktop_framebuffer() -> Result<()> {
             2 * (pages * PAGE) as u64,
             "the allowance used by two framebuffers"
         );
-        Ok(())
-    })
-}
-
-/// Every process has its limit for itself.
-fn per_process() -> Result<()> {
-    let _setting = no_allowance()?;
-    let _mode = Setting::parameter("charge_process", 1)?;
-    let holder = Holder::new(USER, 16, 16)?;
-    in_child(|| {
-        let (device, memory) = user_with(USER, 16, 17)?;
-        check_eq!(
-            device.query()?.charge_mode,
-            CHARGE_PROCESS,
-            "the mode as told"
-        );
-        let first = gets(&device, &memory, 10)?;
-        check_eq!(
-            device.describe(&first)?.charge,
-            CHARGE_PROCESS,
-            "what is charged"
-        );
-        check_eq!(kernel::vm_pin()?, 10 * PAGE as i64, "VmPin");
-        too_many(&device, &memory, 7, "in one process")?;
-        let second = gets(&device, &memory, 6)?;
-        too_many(&device, &memory, 1, "in one process that has all")?;
-        drop((first, second));
-        drop(gets(&device, &memory, 16)?);
-        check_eq!(kernel::vm_pin()?, 0, "VmPin at the end");
-        Ok(())
-    })?;
-    holder.release()
-}
-
-/// The process that was charged is gone before the buffer.
-fn per_process_after_exit() -> Result<()> {
-    let _setting = no_allowance()?;
-    let _mode = Setting::parameter("charge_process", 1)?;
-    let link = Link::new()?;
-    let child = Child::run(|| {
-        let (device, memory) = user_with(USER, 16, 16)?;
-        memory.set(0, 3);
-        link.theirs.send(gets(&device, &memory, 16)?.as_fd())
-    })?;
-    let buffer = Buffer::from_fd(link.ours.receive()?);
-    child.join()?;
-    check_eq!(buffer.map()?.get(0), 3, "the buffer's first word");
-    check_eq!(
-        kernel::vm_pin()?,
-        0,
-        "VmPin of a process that pinned nothing"
-    );
-    drop(buffer);
-    check_eq!(kernel::vm_pin()?, 0, "VmPin after the release");
-    Ok(())
-}
-
-/// Each buffer remembers what it was charged to.
-fn mode_changed_meanwhile() -> Result<()> {
-    let _setting = no_allowance()?;
-    in_child(|| {
-        let device = Device::open()?;
-        drop_ipc_lock()?;
-        set_memlock(16 * PAGE)?;
-        let memory = Memory::anonymous(16 * PAGE)?;
-        for (before, after) in [(0, 1), (1, 0)] {
-            let mode = Setting::parameter("charge_process", before)?;
-            let buffer = gets(&device, &memory, 16)?;
-            let other = Setting::parameter("charge_process", after)?;
-            let expected = if before == 0 {
-                CHARGE_USER
-            } else {
-                CHARGE_PROCESS
-            };
-            check_eq!(
-                device.describe(&buffer)?.charge,
-                expected,
-                "what is charged"
-            );
-            drop(buffer);
-            check_eq!(kernel::vm_pin()?, 0, "VmPin");
-            drop(gets(&device, &memory, 16)?);
-            drop(other);
-            drop(gets(&device, &memory, 16)?);
-            drop(mode);
-        }
         Ok(())
     })
 }

@@ -793,6 +793,7 @@ fn huge_entries_not_beyond() -> Result<()> {
 }
 
 fn no_huge_entries_if_unwanted() -> Result<()> {
+    kernel::needs_transparent_huge_pages()?;
     let (_pool, _memory, buffer, _) = huge_mapping(2, 25)?;
     let mapped = aligned(&buffer, 0, 2 * HUGE)?;
     mapped.advise(0, 2 * HUGE, libc::MADV_NOHUGEPAGE)?;

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
+use pinbuf_uapi::Range;
 
 use pinbuf_test_harness::support::memory::{pattern, PAGE};
 use pinbuf_test_harness::support::process::{Child, Link};
@@ -60,10 +61,20 @@ nix::ioctl_readwrite!(uffd_register, 0xAA, 0x00, RegisterArgument);
 nix::ioctl_readwrite!(uffd_copy, 0xAA, 0x03, CopyArgument);
 
 /// A userfaultfd that has the missing pages of some memory.
-struct Faults(OwnedFd);
+pub struct Faults(OwnedFd);
 
 impl Faults {
-    fn of(memory: &Memory, flags: i32, features: u64) -> Result<Self> {
+    /// Takes them over.
+    pub fn of(memory: &Memory, flags: i32, features: u64) -> Result<Self> {
+        Self::of_range(memory.range(), flags, features)
+    }
+
+    /// Takes over those of a part.
+    pub fn of_part(memory: &Memory, offset: usize, len: usize) -> Result<Self> {
+        Self::of_range(memory.part(offset, len), 0, 0)
+    }
+
+    fn of_range(range: Range, flags: i32, features: u64) -> Result<Self> {
         // SAFETY: no memory is passed.
         let fd = unsafe {
             libc::syscall(
@@ -82,8 +93,8 @@ impl Faults {
         // SAFETY: the kernel reads and writes the struct.
         unsafe { uffd_api(fd.as_raw_fd(), &mut argument) }.context("UFFDIO_API")?;
         let mut argument = RegisterArgument {
-            start: memory.addr(),
-            len: memory.len() as u64,
+            start: range.addr,
+            len: range.len,
             mode: REGISTER_MODE_MISSING,
             ioctls: 0,
         };
@@ -93,7 +104,7 @@ impl Faults {
     }
 
     /// Waits until someone waits for an answer.
-    fn wait(&self) -> Result<()> {
+    pub fn wait(&self) -> Result<()> {
         let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::from(20_000u16))?;
         check_eq!(

@@ -141,8 +141,12 @@ impl Drop for Module {
     }
 }
 
-/// Captures some pictures into a buffer, which is at least one picture long.
-fn capture(camera: &File, buffer: &Buffer) -> Result<()> {
+/// The most buffers that the camera wants before it begins.
+const MOST_BUFFERS: usize = 4;
+
+/// Captures some pictures into buffers, each of which is at least one picture long. Returns which
+/// of the buffers got one.
+fn capture(camera: &File, buffers: &[Buffer]) -> Result<BTreeSet<usize>> {
     let fd = camera.as_raw_fd();
     let mut format = Format {
         kind: CAPTURE,
@@ -164,7 +168,7 @@ fn capture(camera: &File, buffer: &Buffer) -> Result<()> {
     );
     check_eq!(format.bytes_per_line as usize, ROW, "bytes of a row");
     let mut request = RequestBuffers {
-        count: 1,
+        count: 2,
         kind: CAPTURE,
         memory: MEMORY_DMABUF,
         capabilities: 0,
@@ -172,14 +176,19 @@ fn capture(camera: &File, buffer: &Buffer) -> Result<()> {
     };
     // SAFETY: the kernel reads and writes the struct.
     unsafe { request_buffers(fd, &mut request) }.context("VIDIOC_REQBUFS")?;
-    // The camera wants several before it begins; all are this one, imported as often.
-    let slot = |index| VideoBuffer {
+    check!(
+        request.count as usize <= buffers.len(),
+        "the camera wants {} buffers",
+        request.count
+    );
+    let slot = |index: u32| VideoBuffer {
         index,
         kind: CAPTURE,
         memory: MEMORY_DMABUF,
-        fd: buffer.as_fd().as_raw_fd(),
+        fd: buffers[index as usize].as_fd().as_raw_fd(),
         ..Default::default()
     };
+    let mut filled = BTreeSet::new();
     for index in 0..request.count {
         // SAFETY: the kernel reads and writes the struct; it keeps the dma-buf itself.
         unsafe { queue(fd, &mut slot(index)) }.context("VIDIOC_QBUF")?;
@@ -196,12 +205,13 @@ fn capture(camera: &File, buffer: &Buffer) -> Result<()> {
         unsafe { dequeue(fd, &mut taken) }.context("VIDIOC_DQBUF")?;
         check_eq!(taken.bytes_used, format.size, "bytes of picture {picture}");
         check_eq!(taken.flags & 0x40, 0, "the error flag of picture {picture}");
+        filled.insert(taken.index as usize);
         // SAFETY: as above.
         unsafe { queue(fd, &mut slot(taken.index)) }.context("VIDIOC_QBUF, again")?;
     }
     // SAFETY: the kernel reads the number.
     unsafe { stream_off(fd, &CAPTURE) }.context("VIDIOC_STREAMOFF")?;
-    Ok(())
+    Ok(filled)
 }
 
 /// The memory has a picture of colour bars, and behind it what was there before.
@@ -253,24 +263,29 @@ fn as_a_device() -> Result<()> {
     let memory = Memory::map(HUGE, RW, flags, None, 0)?;
     poison(&memory);
     let device = Device::open()?;
-    let buffer = device.create(&[memory.part(7 * PAGE, 40 * PAGE)])?;
+    let first = |index: usize| (7 + 50 * index) * PAGE;
+    let buffers = (0..MOST_BUFFERS)
+        .map(|index| device.create(&[memory.part(first(index), 40 * PAGE)]))
+        .collect::<Result<Vec<_>, _>>()?;
     let bounced = {
         let limits = Limits {
             mask_bits: 32,
             max_segment: 0,
         };
-        let importer = Importer::attach(buffer.as_fd(), limits)?;
+        let importer = Importer::attach(buffers[0].as_fd(), limits)?;
         let slots = kernel::bounce_slots()?;
         importer.map(Direction::FromDevice)?;
         kernel::bounce_slots()? != slots
     };
     let module = Module::load(&["allocators=1"])?;
-    let result = capture(&module.camera()?, &buffer);
-    check_eq!(
-        device.describe(&buffer)?.mappings,
-        0,
-        "devices' mappings at the end"
-    );
+    let result = capture(&module.camera()?, &buffers);
+    for buffer in &buffers {
+        check_eq!(
+            device.describe(buffer)?.mappings,
+            0,
+            "devices' mappings at the end"
+        );
+    }
     if bounced {
         if let Err(error) = result {
             check_eq!(
@@ -283,30 +298,36 @@ fn as_a_device() -> Result<()> {
         // through its kernel mapping all the same, and unmapping copies the bounce buffer over that:
         // no picture can be demanded, only that nothing else was written.
     } else {
-        result?;
-        has_picture(&buffer, &buffer.map()?)?;
+        for index in result? {
+            let buffer = &buffers[index];
+            has_picture(buffer, &buffer.map()?).with_context(|| format!("buffer {index}"))?;
+        }
     }
-    check_eq!(
-        memory.get(7 * PAGE - 8),
-        POISON,
-        "the word before the buffer"
-    );
-    check_eq!(memory.get(47 * PAGE), POISON, "the word behind the buffer");
+    for index in 0..MOST_BUFFERS {
+        let (first, end) = (first(index), first(index) + 40 * PAGE);
+        check_eq!(memory.get(first - 8), POISON, "the word before a buffer");
+        check_eq!(memory.get(end), POISON, "the word behind a buffer");
+    }
     Ok(())
 }
 
 /// In pieces, through the kernel's mapping.
 fn as_the_kernel() -> Result<()> {
-    let memory = Memory::small_pages(40 * PAGE)?;
-    let ranges: Vec<_> = (0..40)
-        .rev()
-        .map(|page| memory.part(page * PAGE, PAGE))
-        .collect();
-    let device = Device::open()?;
-    let buffer = device.create(&ranges)?;
+    let memory = Memory::small_pages(40 * PAGE * MOST_BUFFERS)?;
     poison(&memory);
+    let device = Device::open()?;
+    let buffers = (0..MOST_BUFFERS)
+        .map(|index| {
+            let first = 40 * index;
+            let pages = (first..first + 40).rev();
+            let ranges: Vec<_> = pages.map(|page| memory.part(page * PAGE, PAGE)).collect();
+            device.create(&ranges)
+        })
+        .collect::<Result<Vec<_>, _>>()?;
     let module = Module::load(&[])?;
-    capture(&module.camera()?, &buffer)?;
-    let mapped = buffer.map()?;
-    has_picture(&buffer, &mapped)
+    for index in capture(&module.camera()?, &buffers)? {
+        let buffer = &buffers[index];
+        has_picture(buffer, &buffer.map()?).with_context(|| format!("buffer {index}"))?;
+    }
+    Ok(())
 }

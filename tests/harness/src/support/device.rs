@@ -68,35 +68,6 @@ impl Device {
         })
     }
 
-    /// Pins parts of files: which, and how many bytes.
-    pub fn create_from_files(
-        &self,
-        parts: &[(BorrowedFd<'_>, usize, usize)],
-    ) -> nix::Result<Buffer> {
-        let ranges: Vec<Range> = parts
-            .iter()
-            .map(|&(.., len)| Range {
-                addr: 0,
-                len: len as u64,
-            })
-            .collect();
-        let backing: Vec<Backing> = parts
-            .iter()
-            .map(|&(fd, offset, _)| Backing {
-                fd: fd.as_raw_fd(),
-                reserved: 0,
-                offset: offset as u64,
-            })
-            .collect();
-        self.create_raw(&Create {
-            flags: pinbuf_uapi::CREATE_CLOEXEC | pinbuf_uapi::CREATE_FROM_FILES,
-            ranges: ranges.as_ptr() as u64,
-            count: u32::try_from(ranges.len()).unwrap_or(u32::MAX),
-            backing: backing.as_ptr() as u64,
-            ..create()
-        })
-    }
-
     /// `PINBUF_CREATE` as it is.
     pub fn create_raw(&self, argument: &Create) -> nix::Result<Buffer> {
         self.create_at(std::ptr::from_ref(argument) as u64)

@@ -6,8 +6,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context, Result};
+use nix::errno::Errno;
 
+use super::memory::{Memory, PAGE};
 use super::Skip;
+use crate::check_eq;
 
 /// A file's text.
 pub fn read(path: impl AsRef<Path>) -> Result<String> {
@@ -129,6 +132,30 @@ pub fn bounces_always() -> Result<bool> {
         .any(|word| word == "swiotlb=force"))
 }
 
+/// Whether the kernel has transparent huge pages.
+pub fn has_transparent_huge_pages() -> bool {
+    Path::new("/sys/kernel/mm/transparent_hugepage").exists()
+}
+
+/// Skips the test if the kernel has no transparent huge pages, which it has to show by refusing advice
+/// about them too. The reason names the kernel: only those that are known to have none may skip.
+pub fn needs_transparent_huge_pages() -> Result<()> {
+    if has_transparent_huge_pages() {
+        return Ok(());
+    }
+    let page = Memory::anonymous(PAGE)?;
+    check_eq!(
+        page.advise(0, PAGE, libc::MADV_HUGEPAGE),
+        Err(Errno::EINVAL),
+        "MADV_HUGEPAGE without transparent huge pages"
+    );
+    let release = read("/proc/sys/kernel/osrelease")?;
+    let release = release.trim();
+    bail!(Skip(format!(
+        "the kernel {release} has no transparent huge pages"
+    )))
+}
+
 /// Faults of this process that needed no input.
 pub fn faults() -> Result<i64> {
     let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF)?;
@@ -153,6 +180,22 @@ impl Setting {
         let path = path.as_ref().to_owned();
         let setting = Self {
             before: read(&path)?.trim().to_owned(),
+            path,
+        };
+        write(&setting.path, value)?;
+        Ok(setting)
+    }
+
+    /// Changes one whose file shows all choices, with the one that is taken in brackets.
+    pub fn choice(path: impl AsRef<Path>, value: &str) -> Result<Self> {
+        let path = path.as_ref().to_owned();
+        let text = read(&path)?;
+        let before = text
+            .split(['[', ']'])
+            .nth(1)
+            .context("no choice is taken")?;
+        let setting = Self {
+            before: before.to_owned(),
             path,
         };
         write(&setting.path, value)?;

@@ -9,9 +9,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::ptr;
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 use pinbuf_uapi::Range;
+
+use super::kernel;
 
 /// The page size, which is also what every test counts in.
 pub const PAGE: usize = 4096;
@@ -117,7 +119,7 @@ impl Memory {
     /// Private anonymous memory in 4 KiB pages that are not adjacent, at least not all of them.
     pub fn small_pages(len: usize) -> Result<Self> {
         let memory = Self::anonymous(len)?;
-        memory.advise(0, len, libc::MADV_NOHUGEPAGE)?;
+        memory.keep_small(0, len)?;
         Ok(memory)
     }
 
@@ -219,6 +221,16 @@ impl Memory {
         Ok(())
     }
 
+    /// Keeps transparent huge pages out of a part. A kernel without them refuses that advice, and has to.
+    pub fn keep_small(&self, offset: usize, len: usize) -> Result<()> {
+        let has = kernel::has_transparent_huge_pages();
+        match self.advise(offset, len, libc::MADV_NOHUGEPAGE) {
+            Ok(()) if has => Ok(()),
+            Err(Errno::EINVAL) if !has => Ok(()),
+            answer => bail!("MADV_NOHUGEPAGE: {answer:?}; transparent huge pages: {has}"),
+        }
+    }
+
     /// `mprotect` on a part.
     pub fn protect(&self, offset: usize, len: usize, prot: i32) -> Result<(), Errno> {
         // SAFETY: the part belongs to this mapping, and no Rust object lies in it.
@@ -262,6 +274,24 @@ impl Memory {
         }
         self.addr = result.cast();
         self.len = len;
+        Ok(())
+    }
+
+    /// `mremap` of a part of it to a part of `target`, which it replaces; leaves a hole.
+    pub fn move_part(
+        &self,
+        offset: usize,
+        len: usize,
+        target: &Self,
+        at: usize,
+    ) -> Result<(), Errno> {
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        let (from, to) = (self.span(offset, len), target.span(at, len));
+        // SAFETY: both parts belong to mappings of this type, in which no Rust object lies.
+        let result = unsafe { libc::mremap(from.cast(), len, len, flags, to) };
+        if result == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
         Ok(())
     }
 

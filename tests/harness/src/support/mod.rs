@@ -2,12 +2,15 @@
 
 //! What tests are made of.
 
+pub mod arena;
 pub mod device;
 pub mod frames;
 pub mod kernel;
 pub mod memory;
+pub mod probe;
 pub mod process;
 pub mod processor;
+pub mod turn;
 pub mod view;
 
 use std::fmt;

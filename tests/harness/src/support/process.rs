@@ -32,7 +32,8 @@ pub const OTHER_USER: u32 = 61_001;
 pub struct Child {
     pid: Pid,
     said: File,
-    done: bool,
+    /// How it ended, once that is known: it is told only once.
+    done: Option<WaitStatus>,
 }
 
 /// What a child's error looks like on its way to the parent.
@@ -61,7 +62,7 @@ impl Child {
             ForkResult::Parent { child } => Ok(Self {
                 pid: child,
                 said: File::from(said),
-                done: false,
+                done: None,
             }),
             ForkResult::Child => {
                 drop(said);
@@ -90,16 +91,15 @@ impl Child {
 
     /// Whether it still runs.
     pub fn runs(&mut self) -> Result<bool> {
-        Ok(!self.done && self.poll()?.is_none())
+        Ok(self.poll()?.is_none())
     }
 
     fn poll(&mut self) -> Result<Option<WaitStatus>> {
-        let status = waitpid(self.pid, Some(WaitPidFlag::WNOHANG)).context("waitpid")?;
-        if status == WaitStatus::StillAlive {
-            return Ok(None);
+        if self.done.is_none() {
+            let status = waitpid(self.pid, Some(WaitPidFlag::WNOHANG)).context("waitpid")?;
+            self.done = (status != WaitStatus::StillAlive).then_some(status);
         }
-        self.done = true;
-        Ok(Some(status))
+        Ok(self.done)
     }
 
     /// Waits until it ends, however it does.
@@ -140,11 +140,20 @@ impl Child {
     }
 }
 
+impl Child {
+    /// How long a killed child may take to end. One that hangs in the kernel never does, and its test
+    /// has to fail all the same.
+    const LAST_WORDS: Duration = Duration::from_secs(10);
+}
+
 impl Drop for Child {
     fn drop(&mut self) {
-        if !self.done {
+        if self.done.is_none() {
             let _ = kill(self.pid, Signal::SIGKILL);
-            let _ = waitpid(self.pid, None);
+            let deadline = Instant::now() + Self::LAST_WORDS;
+            while matches!(self.poll(), Ok(None)) && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
         }
     }
 }
