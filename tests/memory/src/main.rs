@@ -9,13 +9,14 @@
 mod cma;
 mod common;
 mod discard;
-mod files;
 mod holders;
 mod kinds;
 mod movable;
+mod owners;
 mod passing;
 mod pinners;
 mod populate;
+mod promises;
 mod safety;
 mod swap;
 mod uffd;
@@ -75,10 +76,11 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         cma::TESTS,
         cma::spare::TESTS,
         passing::TESTS,
-        files::TESTS,
         pinners::TESTS,
         safety::TESTS,
         discard::TESTS,
+        promises::TESTS,
+        owners::TESTS,
     ]
     .into_iter()
     .flatten()

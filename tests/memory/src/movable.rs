@@ -4,9 +4,10 @@
 //! was in can go offline while the buffer lives. In a guest with `movablecore=`.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
+use nix::errno::Errno;
 use nix::sys::wait::WaitStatus;
 
 use crate::common::{views_agree, Kind, Movable};
@@ -15,7 +16,7 @@ use crate::frames::{
 };
 use crate::holders::Piped;
 use pinbuf_test_harness::support::kernel::{vmstat, HugePool};
-use pinbuf_test_harness::support::memory::{stamp, GIGA, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::memory::{memfd, stamp, GIGA, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::process::Child;
 use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
 use pinbuf_test_harness::tests;
@@ -32,6 +33,9 @@ tests! { "movable":
     partly_pinned_huge within 120,
     gigantic within 180,
     used_again within 120,
+    by_two_at_once within 120,
+    by_several_at_once within 120,
+    by_several_processes_at_once within 120,
 }
 
 /// Blocks of the zone that can go offline now, without any buffer: each was, and is back.
@@ -422,5 +426,128 @@ fn used_again() -> Result<()> {
         4096,
         "pages of new memory in ZONE_MOVABLE after release"
     );
+    Ok(())
+}
+
+/// A call's pauses, all together, with the parameters as they are loaded: what `driver/pin/retry.rs`
+/// says.
+fn patience() -> Result<Duration> {
+    let retries = kernel::number("/sys/module/pinbuf/parameters/pin_retries")?;
+    Ok(Duration::from_millis(4 * ((1 << retries) - 1)))
+}
+
+/// Makes a buffer of all of the memory: how long that took, and what came of it.
+fn timed(device: &Device, memory: &Memory) -> (Duration, nix::Result<()>) {
+    let start = Instant::now();
+    let result = device.create(&[memory.range()]).map(drop);
+    (start.elapsed(), result)
+}
+
+/// Several threads want the same pages out of the zone at the same time: each is in the way of the
+/// others' migrations. Nearly always all get what they want at once. But GUP itself tries again without end
+/// while others have isolated some of its pages, so that a caller may run out of retries (`EBUSY`); then
+/// the pages can be had as soon as the others are done.
+fn several_at_once(callers: usize, rounds: usize) -> Result<()> {
+    let device = Device::open()?;
+    // What GUP takes for itself.
+    let (alone, result) = {
+        let memory = Kind::Anonymous.memory(4 * HUGE)?;
+        timed(&device, &memory.memory)
+    };
+    result.context("alone")?;
+    let mut all = Vec::new();
+    for number in 0..rounds {
+        let memory = Kind::Anonymous.memory(4 * HUGE)?;
+        let memory = &memory.memory;
+        let pfns = all_frames(memory)?;
+        let inside = within(&pfns, &[movable()?]);
+        check!(
+            inside * 2 > pfns.len(),
+            "{inside} of {} pages are in ZONE_MOVABLE",
+            pfns.len()
+        );
+        let barrier = std::sync::Barrier::new(callers);
+        let taken: Vec<_> = std::thread::scope(|scope| {
+            let caller = || {
+                barrier.wait();
+                timed(&device, memory)
+            };
+            let callers: Vec<_> = (0..callers).map(|_| scope.spawn(caller)).collect();
+            let result = callers.into_iter().map(std::thread::ScopedJoinHandle::join);
+            result.map(|it| it.expect("a caller panicked")).collect()
+        });
+        check!(
+            taken.iter().any(|(_, result)| result.is_ok())
+                && taken
+                    .iter()
+                    .all(|(_, result)| matches!(result, Ok(()) | Err(Errno::EBUSY))),
+            "round {number}, alone {alone:?}: {taken:?}"
+        );
+        timed(&device, memory).1.context("afterwards")?;
+        check_eq!(
+            within(&all_frames(memory)?, &[movable()?]),
+            0,
+            "pages that are in the zone still"
+        );
+        all.extend(taken.into_iter().map(|(took, _)| took));
+    }
+    let worst = all.into_iter().max().unwrap_or_default();
+    println!(
+        "# alone {} ms, the longest of {callers} {} ms",
+        alone.as_millis(),
+        worst.as_millis()
+    );
+    // The pauses are bounded. GUP's own time is not, but seconds were never seen to become a minute.
+    let most = patience()? + 20 * alone + Duration::from_secs(30);
+    check!(
+        worst <= most,
+        "a create took {worst:?}, alone {alone:?}: not {most:?}"
+    );
+    Ok(())
+}
+
+fn by_two_at_once() -> Result<()> {
+    several_at_once(2, 6)
+}
+
+fn by_several_at_once() -> Result<()> {
+    several_at_once(6, 4)
+}
+
+/// A file that several processes map.
+fn by_several_processes_at_once() -> Result<()> {
+    const CALLERS: usize = 4;
+    const ROUNDS: usize = 4;
+    let device = Device::open()?;
+    let most = patience()? + Duration::from_secs(30);
+    for number in 0..ROUNDS {
+        let file = memfd(4 * HUGE, 0)?;
+        let memory = Memory::shared(&file, 4 * HUGE)?;
+        for offset in (0..memory.len()).step_by(PAGE) {
+            memory.set(offset, 1);
+        }
+        let children = (0..CALLERS)
+            .map(|_| {
+                Child::run(|| {
+                    let own = Memory::shared(&file, 4 * HUGE)?;
+                    let (took, result) = timed(&device, &own);
+                    if result != Err(Errno::EBUSY) {
+                        result.with_context(|| format!("after {took:?}"))?;
+                    }
+                    check!(took <= most, "took {took:?}, not {most:?}");
+                    Ok(())
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        for child in children {
+            child.join().with_context(|| format!("round {number}"))?;
+        }
+        timed(&device, &memory).1.context("afterwards")?;
+        check_eq!(
+            within(&all_frames(&memory)?, &[movable()?]),
+            0,
+            "pages that are in the zone still"
+        );
+    }
     Ok(())
 }

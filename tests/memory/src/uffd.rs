@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Memory whose faults a program answers, in the modes of userfaultfd: pages that are missing, in
-//! the page cache but not mapped ("minor"), or write-protected.
+//! the page cache but not mapped ("minor"), or write-protected. A page may also be marked poisoned.
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
@@ -18,8 +18,8 @@ pub const WRITE_PROTECTED: u64 = 2;
 /// `UFFDIO_REGISTER_MODE_MINOR`.
 pub const MINOR: u64 = 4;
 
-/// `UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_MINOR_SHMEM`.
-const FEATURES: u64 = 1 | 1 << 10;
+/// `UFFD_FEATURE_PAGEFAULT_FLAG_WP`, `_MINOR_HUGETLBFS`, `_MINOR_SHMEM` and `_POISON`.
+const FEATURES: u64 = 1 | 1 << 9 | 1 << 10 | 1 << 14;
 
 #[repr(C)]
 struct Api {
@@ -60,11 +60,20 @@ struct WriteProtect {
     mode: u64,
 }
 
+#[repr(C)]
+struct Poison {
+    start: u64,
+    len: u64,
+    mode: u64,
+    updated: i64,
+}
+
 nix::ioctl_readwrite!(uffd_api, 0xAA, 0x3F, Api);
 nix::ioctl_readwrite!(uffd_register, 0xAA, 0x00, Register);
 nix::ioctl_readwrite!(uffd_copy, 0xAA, 0x03, Copy);
 nix::ioctl_readwrite!(uffd_write_protect, 0xAA, 0x06, WriteProtect);
 nix::ioctl_readwrite!(uffd_continue, 0xAA, 0x07, Continue);
+nix::ioctl_readwrite!(uffd_poison, 0xAA, 0x08, Poison);
 
 /// A userfaultfd that has some memory's faults.
 #[derive(Debug)]
@@ -128,14 +137,32 @@ impl Faults {
 
     /// Answers with the page that is in the page cache.
     pub fn resume(&self, addr: u64) -> Result<()> {
+        self.resume_with(addr, PAGE)
+    }
+
+    /// The same where pages have another size.
+    pub fn resume_with(&self, addr: u64, len: usize) -> Result<()> {
         let mut argument = Continue {
             start: addr,
-            len: PAGE as u64,
+            len: len as u64,
             mode: 0,
             mapped: 0,
         };
         // SAFETY: the kernel maps a page of the file that the memory maps.
         unsafe { uffd_continue(self.0.as_raw_fd(), &mut argument) }.context("UFFDIO_CONTINUE")?;
+        Ok(())
+    }
+
+    /// Marks pages that are not there: who touches them gets a signal.
+    pub fn poison(&self, addr: u64, len: usize) -> Result<()> {
+        let mut argument = Poison {
+            start: addr,
+            len: len as u64,
+            mode: 0,
+            updated: 0,
+        };
+        // SAFETY: the kernel changes page table entries of memory that the test maps.
+        unsafe { uffd_poison(self.0.as_raw_fd(), &mut argument) }.context("UFFDIO_POISON")?;
         Ok(())
     }
 

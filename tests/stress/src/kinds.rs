@@ -2,12 +2,8 @@
 
 //! Kinds of memory, and buffers of it.
 
-use std::os::fd::{AsFd, AsRawFd};
-
 use anyhow::{Context, Result};
-use pinbuf_uapi::{Backing, Create, Range, CREATE_CLOEXEC, CREATE_FROM_FILES};
 
-use pinbuf_test_harness::support::device::create;
 use pinbuf_test_harness::support::frames::{all_frames, with_flag, THP};
 use pinbuf_test_harness::support::kernel::HugePool;
 use pinbuf_test_harness::support::memory::{huge_memfd, memfd, stamp, HUGE, PAGE, RW};
@@ -73,31 +69,6 @@ impl Kind {
             Self::Anonymous | Self::Shmem | Self::Transparent => Ok(None),
         }
     }
-}
-
-/// `PINBUF_CREATE` of a part of a file.
-pub fn create_from(
-    device: &Device,
-    file: impl AsFd,
-    offset: usize,
-    len: usize,
-) -> nix::Result<Buffer> {
-    let range = Range {
-        addr: 0,
-        len: len as u64,
-    };
-    let backing = Backing {
-        fd: file.as_fd().as_raw_fd(),
-        offset: offset as u64,
-        ..Default::default()
-    };
-    device.create_raw(&Create {
-        flags: CREATE_CLOEXEC | CREATE_FROM_FILES,
-        ranges: std::ptr::from_ref(&range) as u64,
-        backing: std::ptr::from_ref(&backing) as u64,
-        count: 1,
-        ..create()
-    })
 }
 
 /// More small pages than the driver pins without memory for a list of them.

@@ -72,7 +72,6 @@ impl Options {
 fn tests() -> impl Iterator<Item = &'static Test> {
     [
         faults::create::TESTS,
-        faults::files::TESTS,
         faults::device::TESTS,
         faults::mapping::TESTS,
         faults::pins::TESTS,

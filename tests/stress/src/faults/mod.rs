@@ -6,7 +6,6 @@
 
 pub mod create;
 pub mod device;
-pub mod files;
 pub mod huge;
 pub mod inject;
 pub mod mapping;

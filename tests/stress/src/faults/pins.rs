@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `PINBUF_CREATE` when the functions that pin fail: each call of `pin_user_pages_fast` and
-//! `memfd_pin_folios` in turn, it alone or all from it on, with every kind of error that they have.
+//! `PINBUF_CREATE` when the function that pins fails: each call of `pin_user_pages_fast` in turn, it
+//! alone or all from it on, with every kind of error that it has.
 //!
 //! The kernel's fault injection does not do this; the test importer does, with kprobes, on any kernel.
-//! Which of the two functions the driver pins with is its own business, and so is how often it calls
-//! them: numbers of faults are lower bounds.
+//! How often the driver calls it is the driver's own business: numbers of faults are lower bounds.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -32,8 +31,7 @@ tests! { "faults":
     pins_of_hugetlb_shared within 300,
     pins_of_many_ranges within 300,
     pins_of_checked_backing within 300,
-    pins_of_shmem_files within 300,
-    pins_of_hugetlb_files within 300,
+    pins_of_checked_hugetlb within 300,
     pins_of_missing_pages within 300,
     pins_within_memlock within 300,
 }
@@ -78,38 +76,19 @@ const PASSING: [i32; 4] = [libc::ENOMEM, libc::EAGAIN, libc::EBUSY, 0];
 /// What does not.
 const FINAL: [i32; 2] = [libc::EFAULT, libc::EHWPOISON];
 
-/// Whose pins they are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
-    /// Those of addresses where no file is mapped, or a private one.
-    Private,
-    /// Those of addresses where a file is mapped shared, some of them perhaps. The driver may try more
-    /// than one way to such, so that a single failure may go unheard; not with so many others.
-    Shared { others: usize },
-    /// Those of files.
-    Files,
-}
-
-/// Shared mappings and nothing else.
-const SHARED: Way = Way::Shared { others: 0 };
-
-/// What comes of single failures that are not tried again.
-fn refused_once(way: Way, calls: usize, errors: &[Errno]) -> Allowed<'_> {
-    let (failed, heard) = match way {
-        Way::Private | Way::Files => (calls, true),
-        Way::Shared { others } => (others, false),
-    };
+/// What comes of failures that are not made up for.
+fn refused(calls: usize, errors: &[Errno]) -> Allowed<'_> {
     Allowed {
         errors,
-        failed,
+        failed: calls,
         recovered: 0,
-        heard,
+        heard: true,
     }
 }
 
 /// All failures, with what the contract says of each. `calls` is how many calls the driver cannot do
 /// without.
-fn contract(way: Way, calls: usize) -> Vec<(Failure, Allowed<'static>)> {
+fn contract(calls: usize) -> Vec<(Failure, Allowed<'static>)> {
     const EFAULT: &[Errno] = &[Errno::EFAULT];
     const EBUSY: &[Errno] = &[Errno::EBUSY];
     const ENOMEM: &[Errno] = &[Errno::ENOMEM];
@@ -120,58 +99,47 @@ fn contract(way: Way, calls: usize) -> Vec<(Failure, Allowed<'static>)> {
         recovered: calls,
         heard: false,
     };
-    let refused = |errors| Allowed {
-        errors,
-        failed: calls,
-        recovered: 0,
-        heard: true,
-    };
-    let refused_once = |errors| refused_once(way, calls, errors);
+    let refused = |errors| refused(calls, errors);
     let single = |error| Failure::new(error, Burst::Single);
     let lasting = |error| Failure::new(error, Burst::Lasting);
 
     let mut all = Vec::new();
     for error in PASSING {
         all.push((single(error), recovered));
-    }
-    for error in [libc::EAGAIN, libc::EBUSY, 0] {
-        all.push((lasting(error), refused(EBUSY)));
-    }
-    for error in FINAL {
-        all.push((single(error), refused_once(EFAULT)));
-        all.push((lasting(error), refused(EFAULT)));
-    }
-    if way == Way::Files {
-        // The file has its pages, so that memory for them is not what is short.
-        all.push((lasting(libc::ENOMEM), refused(EBUSY)));
-        all.push((single(libc::ENOSPC), refused(EFAULT)));
-        // A signal has its turn, then the call begins anew: for ever, if that lasted.
-        all.push((single(libc::EINTR), recovered));
-    } else {
-        all.push((lasting(libc::ENOMEM), refused(ENOMEM)));
+        all.push((lasting(error), refused(ENOMEM)));
         // The same pages can be had briefly: it was not memory that was short.
         let brief = Failure {
             brief: true,
-            ..lasting(libc::ENOMEM)
+            ..lasting(error)
         };
         all.push((brief, refused(EBUSY)));
-        // Of a fatal signal, which nobody lives to see.
-        all.push((single(libc::EINTR), refused_once(EINTR)));
-        all.push((lasting(libc::EINTR), refused(EINTR)));
     }
+    for error in FINAL {
+        // That a page is not there, where many were asked for, only means that it has to be faulted in,
+        // alone. The first page is asked for alone.
+        let mut once = refused(EFAULT);
+        if error == libc::EFAULT {
+            (once.failed, once.heard) = (1, false);
+        }
+        all.push((single(error), once));
+        all.push((lasting(error), refused(EFAULT)));
+    }
+    // Of a fatal signal, which nobody lives to see.
+    all.push((single(libc::EINTR), refused(EINTR)));
+    all.push((lasting(libc::EINTR), refused(EINTR)));
     all
 }
 
 /// Those of them that take each way through the driver, where all would take minutes.
-fn essential(way: Way, calls: usize) -> Vec<(Failure, Allowed<'static>)> {
-    let mut all = contract(way, calls);
+fn essential(calls: usize) -> Vec<(Failure, Allowed<'static>)> {
+    let mut all = contract(calls);
     all.retain(|(failure, _)| [libc::ENOMEM, libc::EFAULT].contains(&failure.error));
     all
 }
 
 /// The same where the driver does not try again: what passes is refused, too.
-fn impatient(way: Way, calls: usize) -> Vec<(Failure, Allowed<'static>)> {
-    let allowed = refused_once(way, calls, &[Errno::EBUSY]);
+fn impatient(calls: usize) -> Vec<(Failure, Allowed<'static>)> {
+    let allowed = refused(calls, &[Errno::EBUSY]);
     PASSING
         .into_iter()
         .map(|error| (Failure::new(error, Burst::Single), allowed))
@@ -205,22 +173,21 @@ where
     }
 
     /// With patience, and without.
-    fn sweep_all_pins(&self, way: Way, calls: usize) -> Result<()> {
+    fn sweep_all_pins(&self, calls: usize) -> Result<()> {
         let patient = Setting::parameter("pin_retries", RETRIES)?;
-        self.sweep_pins(&contract(way, calls))?;
+        self.sweep_pins(&contract(calls))?;
         drop(patient);
         let _impatient = Setting::parameter("pin_retries", 0)?;
-        self.sweep_pins(&impatient(way, calls))
+        self.sweep_pins(&impatient(calls))
     }
 }
 
 /// Only the thread that asked for it has its pins failing, and only until it says so; and what it gets
-/// is what it asked for, by both functions.
+/// is what it asked for.
 fn pins_fail_for_one_thread() -> Result<()> {
     let pins = FailingPins::new()?;
     let device = Device::open()?;
     let memory = Kind::Anonymous.present()?;
-    let file = memfd(PAGE, 0)?;
     let failure = PinFailure {
         nth: 2,
         lasting: true,
@@ -233,9 +200,8 @@ fn pins_fail_for_one_thread() -> Result<()> {
         check_eq!(first.pages, 1, "pages of the first pin");
         let error = pin().err().context("the second pin succeeds")?;
         check_eq!(error.raw_os_error(), Some(libc::EHWPOISON), "its error");
-        let parts = [(file.as_fd(), 0, PAGE)];
-        let made = device.create_from_files(&parts).map(drop);
-        check_eq!(made, Err(Errno::EFAULT), "a create from a file");
+        let made = device.create(&[memory.range()]).map(drop);
+        check_eq!(made, Err(Errno::EFAULT), "a create");
         let elsewhere = std::thread::scope(|scope| scope.spawn(pin).join());
         let elsewhere = elsewhere.expect("it does not panic");
         check_eq!(
@@ -255,7 +221,7 @@ fn pins_fail_for_one_thread() -> Result<()> {
 }
 
 /// `PINBUF_CREATE` of all of the memory.
-fn pins_of(memory: &Memory, way: Way, calls: usize) -> Result<()> {
+fn pins_of(memory: &Memory, calls: usize) -> Result<()> {
     let device = Device::open()?;
     Call {
         name: "memory that is there",
@@ -263,7 +229,7 @@ fn pins_of(memory: &Memory, way: Way, calls: usize) -> Result<()> {
         make: |(): &()| device.create(&[memory.range()]),
         verify: |(): &(), buffer: &Buffer| is_of(&device, buffer, memory),
     }
-    .sweep_all_pins(way, calls)
+    .sweep_all_pins(calls)
 }
 
 /// Some small pages of it, all of them there.
@@ -276,26 +242,26 @@ fn filled(memory: Memory) -> Memory {
 
 fn pins_of_anonymous() -> Result<()> {
     let memory = filled(Memory::small_pages(MANY * PAGE)?);
-    pins_of(&memory, Way::Private, 2)
+    pins_of(&memory, 2)
 }
 
 fn pins_of_shmem() -> Result<()> {
     let memory = filled(Memory::shared(memfd(MANY * PAGE, 0)?, MANY * PAGE)?);
-    pins_of(&memory, SHARED, 2)
+    pins_of(&memory, 2)
 }
 
 fn pins_of_transparent() -> Result<()> {
-    pins_of(&Kind::Transparent.present()?, Way::Private, 2)
+    pins_of(&Kind::Transparent.present()?, 2)
 }
 
 fn pins_of_hugetlb_private() -> Result<()> {
     let _pool = Kind::HugePrivate.pool()?;
-    pins_of(&Kind::HugePrivate.present()?, Way::Private, 2)
+    pins_of(&Kind::HugePrivate.present()?, 2)
 }
 
 fn pins_of_hugetlb_shared() -> Result<()> {
     let _pool = Kind::HugeShared.pool()?;
-    pins_of(&Kind::HugeShared.present()?, SHARED, 1)
+    pins_of(&Kind::HugeShared.present()?, 2)
 }
 
 /// Ranges of memory of all kinds, and single pages: what was pinned before an error is of all kinds.
@@ -350,31 +316,38 @@ fn pins_of_many_ranges() -> Result<()> {
             Ok(())
         },
     }
-    // One a range, and one for the second private huge page; two of the ranges are shared.
-    .sweep_pins(&essential(
-        Way::Shared {
-            others: kinds.len() + 1 + SINGLE - 2,
-        },
-        kinds.len() + 1 + SINGLE,
-    ))
+    // One for each range, and one for each second huge page.
+    .sweep_pins(&essential(kinds.len() + 2 + SINGLE))
 }
 
-fn pins_of_checked_backing() -> Result<()> {
-    const PAGES: usize = 6;
+/// Pages of files, with what they are expected to be; not in a file's order, so that no two ranges
+/// belong together.
+fn pins_of_checked(
+    file: impl Fn() -> Result<OwnedFd>,
+    len: usize,
+    step: usize,
+    calls: usize,
+) -> Result<()> {
     let device = Device::open()?;
-    let file = memfd(PAGES * PAGE, 0)?;
-    let memory = filled(Memory::shared(&file, PAGES * PAGE)?);
-    // Not in the file's order: no two belong together.
-    let places: Vec<usize> = (0..PAGES).rev().collect();
+    let files = [file()?, file()?];
+    let memories = [
+        filled(Memory::shared(&files[0], len)?),
+        filled(Memory::shared(&files[1], len)?),
+    ];
+    let places: Vec<(usize, usize)> = (0..len)
+        .step_by(step)
+        .rev()
+        .flat_map(|offset| [(0, offset), (1, offset)])
+        .collect();
     let ranges: Vec<Range> = places
         .iter()
-        .map(|page| memory.part(page * PAGE, PAGE))
+        .map(|(file, offset)| memories[*file].part(*offset, PAGE))
         .collect();
     let backing: Vec<Backing> = places
         .iter()
-        .map(|page| Backing {
-            fd: file.as_raw_fd(),
-            offset: (page * PAGE) as u64,
+        .map(|(file, offset)| Backing {
+            fd: files[*file].as_raw_fd(),
+            offset: *offset as u64,
             ..Default::default()
         })
         .collect();
@@ -384,8 +357,8 @@ fn pins_of_checked_backing() -> Result<()> {
         make: |(): &()| device.create_checked(&ranges, &backing),
         verify: |(): &(), buffer: &Buffer| {
             let mapped = buffer.map()?;
-            for (index, page) in places.iter().enumerate() {
-                memory.set(page * PAGE, stamp(11, index as u64));
+            for (index, (file, offset)) in places.iter().enumerate() {
+                memories[*file].set(*offset, stamp(11, index as u64));
                 check_eq!(
                     mapped.get(index * PAGE),
                     stamp(11, index as u64),
@@ -395,61 +368,29 @@ fn pins_of_checked_backing() -> Result<()> {
             Ok(())
         },
     }
-    .sweep_all_pins(SHARED, 1)
+    .sweep_all_pins(calls)
 }
 
-/// Two parts of a file whose pages are there, and all of another one.
-fn pins_of_files(file: impl Fn() -> Result<OwnedFd>, len: usize, calls: usize) -> Result<()> {
-    let device = Device::open()?;
-    let files = [file()?, file()?];
-    let memories = [
-        filled(Memory::shared(&files[0], len)?),
-        filled(Memory::shared(&files[1], len)?),
-    ];
-    let parts = [
-        (files[0].as_fd(), len / 2, len / 2),
-        (files[1].as_fd(), 0, len),
-        (files[0].as_fd(), 0, PAGE),
-    ];
-    Call {
-        name: "parts of files",
-        prepare: || Ok(()),
-        make: |(): &()| device.create_from_files(&parts),
-        verify: |(): &(), buffer: &Buffer| {
-            let mapped = buffer.map()?;
-            let places = [(0, 0, len / 2), (1, len / 2, 0), (0, len / 2 + len, 0)];
-            for (file, place, offset) in places {
-                let value = stamp(12, place as u64);
-                memories[file].set(offset, value);
-                check_eq!(mapped.get(place), value, "at {place:#x}");
-            }
-            Ok(())
-        },
-    }
-    .sweep_all_pins(Way::Files, calls)
+fn pins_of_checked_backing() -> Result<()> {
+    pins_of_checked(|| memfd(3 * PAGE, 0), 3 * PAGE, PAGE, 6)
 }
 
-fn pins_of_shmem_files() -> Result<()> {
-    pins_of_files(|| memfd(MANY * PAGE, 0), MANY * PAGE, 1 + 2 + 1)
-}
-
-fn pins_of_hugetlb_files() -> Result<()> {
+fn pins_of_checked_hugetlb() -> Result<()> {
     let _pool = HugePool::with_free(4)?;
-    pins_of_files(|| huge_memfd(2 * HUGE), 2 * HUGE, 3)
+    pins_of_checked(|| huge_memfd(2 * HUGE), 2 * HUGE, HUGE, 4)
 }
 
-/// Memory whose pages are not there yet. A file that lacks them, and cannot have them: that is for
-/// want of memory at once, except of huge pages, which are got beforehand.
+/// Memory whose pages are not there yet.
 fn pins_of_missing_pages() -> Result<()> {
     let _pool = HugePool::with_free(2)?;
     let _patience = Setting::parameter("pin_retries", RETRIES)?;
     let device = Device::open()?;
-    for (kind, way, calls) in [
-        (Kind::Anonymous, Way::Private, 2),
-        (Kind::Shmem, SHARED, 1),
-        (Kind::Transparent, Way::Private, 2),
-        (Kind::HugePrivate, Way::Private, 2),
-        (Kind::HugeShared, SHARED, 1),
+    for kind in [
+        Kind::Anonymous,
+        Kind::Shmem,
+        Kind::Transparent,
+        Kind::HugePrivate,
+        Kind::HugeShared,
     ] {
         Call {
             name: "memory that is not there",
@@ -457,35 +398,10 @@ fn pins_of_missing_pages() -> Result<()> {
             make: |memory: &Memory| device.create(&[memory.range()]),
             verify: |memory: &Memory, buffer: &Buffer| is_of(&device, buffer, memory),
         }
-        .sweep_pins(&essential(way, calls))
+        .sweep_pins(&essential(2))
         .with_context(|| format!("{kind:?}"))?;
     }
-
-    let once = Failure::new(libc::ENOMEM, Burst::Single);
-    let short = |errors, failed, recovered| Allowed {
-        errors,
-        failed,
-        recovered,
-        heard: failed > 0,
-    };
-    Call {
-        name: "a file's pages that are not there",
-        prepare: || memfd(MANY * PAGE, 0),
-        make: |file: &OwnedFd| device.create_from_files(&[(file.as_fd(), 0, MANY * PAGE)]),
-        verify: |file: &OwnedFd, buffer: &Buffer| {
-            is_of(&device, buffer, &Memory::shared(file, MANY * PAGE)?)
-        },
-    }
-    .sweep_pins(&[(once, short(&[Errno::ENOMEM], 2, 0))])?;
-    Call {
-        name: "a file's huge pages that are not there",
-        prepare: || huge_memfd(2 * HUGE),
-        make: |file: &OwnedFd| device.create_from_files(&[(file.as_fd(), 0, 2 * HUGE)]),
-        verify: |file: &OwnedFd, buffer: &Buffer| {
-            is_of(&device, buffer, &Memory::shared(file, 2 * HUGE)?)
-        },
-    }
-    .sweep_pins(&[(once, short(&[], 0, 1))])
+    Ok(())
 }
 
 /// A limit that has room for the buffer and nothing else: the same call, after one that failed, only
@@ -503,5 +419,5 @@ fn pins_within_memlock() -> Result<()> {
         "a page beyond the limit: {more:?}"
     );
     drop(full);
-    pins_of(&memory, Way::Private, 2)
+    pins_of(&memory, 2)
 }

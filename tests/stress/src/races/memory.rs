@@ -4,7 +4,7 @@
 //! was the caller's, at that address, at some moment of the call.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -13,9 +13,9 @@ use anyhow::{bail, Context, Result};
 use fastrand::Rng;
 use nix::errno::Errno;
 use nix::unistd::ftruncate;
+use pinbuf_uapi::Backing;
 
 use super::{race, Count};
-use crate::kinds::create_from;
 use pinbuf_test_harness::support::memory::{memfd, punch_hole, stamp, PAGE};
 use pinbuf_test_harness::support::{check, check_eq, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
@@ -263,8 +263,8 @@ fn punched_hole() -> Result<()> {
     Ok(())
 }
 
-/// A file that a buffer is made of, without a mapping in between, and that loses pages meanwhile.
-/// `lose` takes them from a part of it; `refusals` is what create may say.
+/// A file that a buffer is made of, with its backing checked, and that loses pages meanwhile. `lose`
+/// takes them from a part of it; `refusals` is what create may say.
 fn of_file(
     lose: impl Fn(&OwnedFd, &mut Rng) -> Result<()> + Sync,
     refusals: &[Errno],
@@ -281,10 +281,17 @@ fn of_file(
     write(0, PAGES)?;
     let outcomes = Outcomes::default();
     let descriptor = OwnedFd::from(file.try_clone()?);
+    let memory = Memory::shared(&descriptor, PAGES * PAGE)?;
     race(&[
         ("create", &|rng| {
             let (first, pages) = part(rng);
-            let result = create_from(&device, &descriptor, first * PAGE, pages * PAGE);
+            let backing = Backing {
+                fd: descriptor.as_raw_fd(),
+                offset: (first * PAGE) as u64,
+                ..Default::default()
+            };
+            let range = memory.part(first * PAGE, pages * PAGE);
+            let result = device.create_checked(&[range], &[backing]);
             outcomes.take(result, first, refusals, |page, seen| {
                 [0, stamp(1, page as u64)].contains(&seen)
             })
@@ -298,13 +305,13 @@ fn of_file(
     Ok(outcomes)
 }
 
-/// What is gone is allocated anew.
+/// What is gone is allocated anew; a page that was pinned before it went is the file's no more.
 fn punched_file() -> Result<()> {
     let lose = |file: &OwnedFd, rng: &mut Rng| {
         let (first, pages) = part(rng);
         punch_hole(file, first * PAGE, pages * PAGE)
     };
-    of_file(lose, &[])?.tell();
+    of_file(lose, &[Errno::EAGAIN])?.tell();
     Ok(())
 }
 
@@ -316,7 +323,7 @@ fn truncated_file() -> Result<()> {
         ftruncate(file, (PAGES * PAGE).try_into()?)?;
         Ok(())
     };
-    of_file(lose, &[Errno::EINVAL])?.both()
+    of_file(lose, &[Errno::EFAULT, Errno::EAGAIN])?.both()
 }
 
 /// A child that writes to its copy of the memory and ends.
