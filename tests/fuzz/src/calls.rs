@@ -15,15 +15,16 @@ use pinbuf_test_harness::support::{kernel, PAGE};
 use pinbuf_uapi as uapi;
 
 use crate::areas::{Area, Argument};
-use crate::contents::Id;
 use crate::executor::{Executor, Held, Kept};
 use crate::expected::{Expected, Struct};
-use crate::input::{Backing, Create, Descriptor, Envelope, Kind, Piece, Place, Who};
+use crate::input::{Backing, Create, Descriptor, Envelope, Piece, Place, Who};
 use crate::memory::{Pin, SLOTS, SLOT_PAGES};
 
 const PAGE_BYTES: u64 = PAGE as u64;
 /// The most pages that a create pins, so that none takes seconds.
 const MOST_PAGES: u64 = 6000;
+/// The same if all of them are huge, of which each is pinned at once: more than 1 GiB.
+const MOST_HUGE_PAGES: u64 = 540_000;
 /// The most ranges that are laid out; a create may say that there are more.
 const MOST_RANGES: usize = 4000;
 /// The bits of an ioctl number that hold the argument's size.
@@ -57,18 +58,26 @@ fn is_open(fd: RawFd) -> bool {
     unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
 }
 
-/// A page that a create would pin.
-enum Source {
-    /// Mapped at an address.
-    Memory(u64),
-    /// A file's.
-    File(Option<Id>),
+/// Pages that a buffer counts for at least, where an allowance is charged.
+const LEAST_CHARGE: u64 = 8;
+/// The most pages that one page keeps in place.
+const MOST_OF_FOLIO: u64 = 512;
+
+/// Whether all pages are charged, and all that is kept in place where that counts.
+fn charged_rightly(info: &uapi::Info) -> bool {
+    let held = info.held_bytes / PAGE_BYTES;
+    let charged = match info.charge {
+        uapi::CHARGE_ALLOWANCE => held.max(LEAST_CHARGE),
+        _ => info.pages,
+    };
+    held >= info.pages && info.charged_pages == charged
 }
 
 /// What is known about a create before it is called.
 struct Forecast {
     expected: Expected,
-    sources: Vec<Source>,
+    /// The addresses of its pages.
+    sources: Vec<u64>,
     /// Bytes in all.
     bytes: u64,
 }
@@ -84,15 +93,19 @@ impl Executor {
     /// `PINBUF_CREATE`.
     pub(crate) fn create(&mut self, create: &Create) -> Result<()> {
         let flags = create.flags.0;
-        let named = flags & (uapi::CREATE_CHECK_BACKING | uapi::CREATE_FROM_FILES) != 0;
+        let named = flags & uapi::CREATE_CHECK_BACKING != 0;
         let mut list: Vec<(uapi::Range, uapi::Backing)> = create
             .pieces
             .iter()
-            .map(|piece| self.piece(piece, flags))
+            .map(|piece| self.piece(piece))
             .collect();
         let most = MOST_RANGES / list.len().max(1);
         let pages: u64 = list.iter().map(|(range, _)| bounded_pages(range)).sum();
-        let most = most.min((MOST_PAGES / pages.max(1)).max(1) as usize);
+        let huge = list
+            .iter()
+            .all(|(range, _)| self.memory.is_scarce(range.addr));
+        let limit = if huge { MOST_HUGE_PAGES } else { MOST_PAGES };
+        let most = most.min((limit / pages.max(1)).max(1) as usize);
         list = list.repeat(usize::from(create.repeat).min(most));
         let count = create.count.unwrap_or(list.len() as u32);
 
@@ -145,7 +158,7 @@ impl Executor {
     }
 
     /// A range and its backing.
-    fn piece(&self, piece: &Piece, flags: u32) -> (uapi::Range, uapi::Backing) {
+    fn piece(&self, piece: &Piece) -> (uapi::Range, uapi::Backing) {
         let address = self.resolve(piece.at);
         let (fd, offset) = self.memory.backing(address).unwrap_or((-1, 0));
         let backing = |offset| uapi::Backing {
@@ -153,7 +166,6 @@ impl Executor {
             reserved: 0,
             offset,
         };
-        let mut addr = address;
         let backing = match piece.backing {
             Backing::Right => backing(offset),
             Backing::Off(pages) => {
@@ -169,19 +181,13 @@ impl Executor {
                 offset: offset.0,
             },
         };
-        let from_files = flags & uapi::CREATE_FROM_FILES != 0;
-        if from_files && matches!(piece.backing, Backing::Right | Backing::Off(_)) {
-            addr = 0;
-        }
         let len = piece.length.0;
-        (uapi::Range { addr, len }, backing)
+        (uapi::Range { addr: address, len }, backing)
     }
 
     fn expect_fields(&self, create: &uapi::Create, named: bool, expected: &mut Expected) {
-        let both = uapi::CREATE_CHECK_BACKING | uapi::CREATE_FROM_FILES;
         expected.must_if(
             create.flags & !uapi::CREATE_FLAGS != 0
-                || create.flags & both == both
                 || create.reserved != 0
                 || create.backing != 0 && !named
                 || create.count == 0
@@ -197,13 +203,12 @@ impl Executor {
         flags: u32,
         forecast: &mut Forecast,
     ) {
-        let from_files = flags & uapi::CREATE_FROM_FILES != 0;
         let checked = flags & uapi::CREATE_CHECK_BACKING != 0;
         let expected = &mut forecast.expected;
         let mut sum = 0u64;
         for (range, backing) in list {
             let crooked = range.len == 0 || (range.addr | range.len) % PAGE_BYTES != 0;
-            expected.must_if(crooked || from_files && range.addr != 0, Errno::EINVAL);
+            expected.must_if(crooked, Errno::EINVAL);
             expected.must_if(
                 range.addr.checked_add(range.len).is_none(),
                 Errno::EOVERFLOW,
@@ -212,7 +217,7 @@ impl Executor {
                 Some(more) => sum = more,
                 None => expected.must(Errno::EOVERFLOW),
             }
-            if from_files || checked {
+            if checked {
                 expected.must_if(
                     backing.reserved != 0 || backing.offset % PAGE_BYTES != 0,
                     Errno::EINVAL,
@@ -228,10 +233,6 @@ impl Executor {
             }
             // Memory ends, if nowhere else, behind the last slot.
             let pages = (range.len / PAGE_BYTES).min((SLOTS * SLOT_PAGES) as u64 + 1);
-            if from_files {
-                self.expect_file(backing, pages, expected, &mut forecast.sources);
-                continue;
-            }
             for page in 0..pages {
                 let Some(address) = range.addr.checked_add(page * PAGE_BYTES) else {
                     break;
@@ -241,7 +242,7 @@ impl Executor {
                         expected.must(Errno::EFAULT);
                         break;
                     }
-                    Pin::Pinned(_) => forecast.sources.push(Source::Memory(address)),
+                    Pin::Pinned(_) => forecast.sources.push(address),
                 }
                 if self.memory.is_scarce(address) {
                     expected.may(Errno::EFAULT);
@@ -258,91 +259,47 @@ impl Executor {
             }
         }
         expected.must_if(i64::try_from(sum).is_err(), Errno::EOVERFLOW);
+        expected.must_if(sum > self.machine, Errno::ENOMEM);
         forecast.bytes = sum;
-    }
-
-    /// What a range of a file leads to.
-    fn expect_file(
-        &self,
-        backing: &uapi::Backing,
-        pages: u64,
-        expected: &mut Expected,
-        sources: &mut Vec<Source>,
-    ) {
-        let Some(region) = self.memory.region_of(backing.fd) else {
-            // Another descriptor, which may happen to be that of a file that would do.
-            for errno in [Errno::EINVAL, Errno::EACCES, Errno::EPERM] {
-                expected.may(errno);
-            }
-            if [Descriptor::Device, Descriptor::Buffer(0)]
-                .into_iter()
-                .any(|wrong| self.descriptor(wrong) == backing.fd)
-            {
-                expected.must(Errno::EINVAL);
-            }
-            sources.extend((0..pages).map(|_| Source::File(None)));
-            return;
-        };
-        let kind = self.memory.kind(region);
-        match kind {
-            Kind::SealedMemfd => expected.must(Errno::EPERM),
-            Kind::PrivateFile => {
-                expected.must(Errno::EINVAL);
-                expected.must(Errno::EACCES);
-            }
-            Kind::Secret | Kind::Device => expected.must(Errno::EINVAL),
-            Kind::HugeMemfd | Kind::PrivateHugeMemfd => {
-                expected.may(Errno::EFAULT);
-                expected.may(Errno::ENOMEM);
-            }
-            _ => {}
-        }
-        let file = self.memory.file(region);
-        let first = backing.offset / PAGE_BYTES;
-        if first + pages > file.len() as u64 {
-            expected.must(Errno::EINVAL);
-            return;
-        }
-        let part = first as usize..(first + pages) as usize;
-        sources.extend(file[part].iter().map(|id| Source::File(Some(*id))));
     }
 
     /// Whether there is room for the charge, and to what it may go.
     fn expect_charge(&self, forecast: &mut Forecast) -> Result<Vec<u32>> {
         let pages = forecast.bytes / PAGE_BYTES;
-        let within = if self.caller.per_process {
-            uapi::CHARGE_PROCESS
-        } else {
-            uapi::CHARGE_USER
-        };
+        if self.caller.who == Who::Root {
+            return Ok(vec![uapi::CHARGE_NONE]);
+        }
         let others = self.caller.who == Who::Uncapable && self.memory.is_charged();
         if self.forked || others {
             // What the parent has, and secret memory, is charged to the same user.
             forecast.expected.may(Errno::ENOMEM);
-            return Ok(vec![within, uapi::CHARGE_ALLOWANCE, uapi::CHARGE_NONE]);
+            return Ok(vec![uapi::CHARGE_USER, uapi::CHARGE_ALLOWANCE]);
         }
-        if self.caller.who == Who::Root {
-            return Ok(vec![within, uapi::CHARGE_NONE]);
-        }
-        // All that this user has was pinned by this process.
+        // All that this user has was pinned by this process. Of the allowance, more is used than pages
+        // were pinned: the rest of large folios, and what a small buffer counts for.
         let pinned = kernel::vm_pin()? as u64 / PAGE_BYTES;
         let query = self.device.query().context("PINBUF_QUERY")?;
         let used = query.allowance_used / PAGE_BYTES;
-        let counted = if self.caller.per_process {
-            pinned
-        } else {
-            pinned.saturating_sub(used)
+        let fits = |counted: u64| {
+            let sum = counted.checked_add(pages);
+            sum.is_some_and(|sum| sum <= self.limit)
         };
-        if counted
-            .checked_add(pages)
-            .is_some_and(|sum| sum <= self.limit)
-        {
-            return Ok(vec![within]);
+        if fits(pinned) {
+            return Ok(vec![uapi::CHARGE_USER]);
+        }
+        let mut charges = vec![uapi::CHARGE_ALLOWANCE];
+        let within = fits(pinned.saturating_sub(used));
+        if within {
+            charges.push(uapi::CHARGE_USER);
         }
         let room = query.allowance_bytes.min(query.allowance_system) / PAGE_BYTES;
-        let fits = used.checked_add(pages).is_some_and(|sum| sum <= room);
-        forecast.expected.must_if(!fits, Errno::ENOMEM);
-        Ok(vec![uapi::CHARGE_ALLOWANCE])
+        let has_room = |pages: u64| used.checked_add(pages).is_some_and(|sum| sum <= room);
+        if !has_room(pages.max(LEAST_CHARGE)) && !within {
+            forecast.expected.must(Errno::ENOMEM);
+        } else if !has_room(pages.saturating_mul(MOST_OF_FOLIO).max(LEAST_CHARGE)) {
+            forecast.expected.may(Errno::ENOMEM);
+        }
+        Ok(charges)
     }
 
     /// A buffer has come: is it what was asked for?
@@ -353,16 +310,10 @@ impl Executor {
         forecast: Forecast,
         charges: &[u32],
     ) -> Result<()> {
+        let addresses = forecast.sources;
         let mut pages = Vec::new();
-        let mut addresses = Vec::new();
-        for source in forecast.sources {
-            pages.push(match source {
-                Source::Memory(address) => {
-                    addresses.push(address);
-                    self.memory.pinned(address, &mut self.contents)
-                }
-                Source::File(id) => id,
-            });
+        for address in &addresses {
+            pages.push(self.memory.pinned(*address, &mut self.contents));
         }
         let count = pages.len() as u64;
         if count * PAGE_BYTES != forecast.bytes {
@@ -378,7 +329,7 @@ impl Executor {
         }
         let info = self.device.info(fd.as_raw_fd()).context("PINBUF_INFO")?;
         if info.pages != count
-            || info.charged_pages != count
+            || !charged_rightly(&info)
             || !(1..=count).contains(&info.extents)
             || !(1..=count).contains(&info.pins)
             || info.pins < info.extents
@@ -430,7 +381,7 @@ impl Executor {
         let fd = self.descriptor(descriptor);
         let argument = uapi::Info {
             fd,
-            reserved: [0, envelope.reserved.into(), 0],
+            reserved: [0, envelope.reserved.into()],
             ..Default::default()
         };
         let mut expected = Expected::default();
@@ -451,10 +402,10 @@ impl Executor {
         if answer.fd != fd
             || answer.bytes != pages * PAGE_BYTES
             || answer.pages != pages
-            || answer.charged_pages != pages
+            || !charged_rightly(&answer)
             || answer.mappings != mappings
             || answer.state != 0
-            || answer.reserved != [0; 3]
+            || answer.reserved != [0; 2]
         {
             bail!("{answer:?}, expected {pages} pages and {mappings} mappings");
         }

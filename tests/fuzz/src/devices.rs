@@ -28,7 +28,8 @@ struct Attached {
     /// Its addresses reach all memory: nothing is bounced.
     direct: bool,
     segment: u64,
-    mappings: Vec<Mapping>,
+    /// Each with the device's direction.
+    mappings: Vec<(Mapping, Direction)>,
     vmapped: bool,
 }
 
@@ -65,6 +66,19 @@ impl Devices {
             }
         }
         counts.into_values().max().unwrap_or(0)
+    }
+
+    /// Whether another mapping of the device's buffer may be refused: two may be written to by devices, and
+    /// one of them may bounce.
+    fn may_conflict(&self, device: usize, direction: Direction) -> bool {
+        let writes = |direction: Direction| direction != Direction::ToDevice;
+        let device = &self.0[device];
+        let mut others = self
+            .0
+            .iter()
+            .filter(|other| Rc::ptr_eq(&other.kept, &device.kept))
+            .filter(|other| other.mappings.iter().any(|mapping| writes(mapping.1)));
+        writes(direction) && others.any(|other| !(device.direct && other.direct))
     }
 
     /// Mappings of a buffer that live.
@@ -133,8 +147,10 @@ impl Executor {
         if self.devices.overlap(&self.devices.0[index].kept) > OVERLAP {
             return Ok(());
         }
+        let direction = direction(number);
+        let may_conflict = self.devices.may_conflict(index, direction);
         let device = &mut self.devices.0[index];
-        match errno(device.importer.map(direction(number))) {
+        match errno(device.importer.map(direction)) {
             Ok((mapping, _)) => {
                 let report = device.importer.report(mapping)?;
                 let bytes = (device.kept.pages.len() * PAGE) as u64;
@@ -146,9 +162,10 @@ impl Executor {
                         device.segment
                     );
                 }
-                device.mappings.push(mapping);
+                device.mappings.push((mapping, direction));
             }
             Err(Errno::ENOSPC) if device.mappings.len() == uapi::MAPPINGS as usize => {}
+            Err(Errno::EBUSY) if may_conflict => {}
             // Bounce buffers run out.
             Err(Errno::ENOMEM | Errno::EIO) if !device.direct => {}
             Err(error) => bail!("mapping for a device: {error}"),
@@ -165,7 +182,7 @@ impl Executor {
     pub(crate) fn device_unmap(&mut self, device: u8, mapping: u8) -> Result<()> {
         if let Some(device) = self.devices.get(device) {
             if let Some(index) = usize::from(mapping).checked_rem(device.mappings.len()) {
-                let mapping = device.mappings.remove(index);
+                let (mapping, _) = device.mappings.remove(index);
                 device.importer.unmap(mapping).context("unmapping")?;
             }
         }
@@ -186,7 +203,7 @@ impl Executor {
         let Some(index) = usize::from(mapping).checked_rem(device.mappings.len()) else {
             return Ok(());
         };
-        let mapping = device.mappings[index];
+        let (mapping, _) = device.mappings[index];
         let page = usize::from(page) % device.kept.pages.len();
         let offset = (page * PAGE) as u64;
         let stamp = self.contents.stamp();

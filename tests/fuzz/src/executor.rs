@@ -58,6 +58,8 @@ pub struct Executor {
     pub(crate) caller: Caller,
     /// The caller's limit in pages.
     pub(crate) limit: u64,
+    /// The machine's memory, in bytes: no buffer is larger.
+    pub(crate) machine: u64,
     /// The kernel has bounce buffers for devices that do not reach all memory.
     pub(crate) bounces: bool,
     /// This is a child of the process that has the buffers.
@@ -84,6 +86,7 @@ impl Executor {
             devices: Devices::default(),
             caller: input.caller,
             limit: limit_bytes(input.caller.memlock) / PAGE as u64,
+            machine: (kernel::field("/proc/meminfo", "MemTotal")? as u64) << 10,
             bounces: has_bounce_buffers(),
             forked: false,
             trace,
@@ -346,10 +349,9 @@ impl Executor {
         let page = Mapping::anonymous(PAGE)?;
         let buffer = self.device.create(&[page.range()]).context("one page")?;
         let charge = self.device.describe(&buffer)?.charge;
-        let expected = if self.caller.per_process {
-            pinbuf_uapi::CHARGE_PROCESS
-        } else {
-            pinbuf_uapi::CHARGE_USER
+        let expected = match self.caller.who {
+            Who::Root => pinbuf_uapi::CHARGE_NONE,
+            Who::Uncapable | Who::User => pinbuf_uapi::CHARGE_USER,
         };
         if charge != expected {
             bail!("pages are still charged: the last page's charge is {charge}, not {expected}");

@@ -27,8 +27,6 @@ pub struct Caller {
     pub who: Who,
     /// With which `RLIMIT_MEMLOCK`.
     pub memlock: Memlock,
-    /// The module's parameter `charge_process`.
-    pub per_process: bool,
 }
 
 /// A user.
@@ -329,8 +327,7 @@ impl<'a> Arbitrary<'a> for Flags {
             0 => u.arbitrary()?,
             1 => 1 << u.int_in_range(0..=31)?,
             2 => u.int_in_range(0..=15)?,
-            3..=5 => pinbuf_uapi::CREATE_CHECK_BACKING,
-            6..=8 => pinbuf_uapi::CREATE_FROM_FILES,
+            3..=8 => pinbuf_uapi::CREATE_CHECK_BACKING,
             _ => u.int_in_range(0..=1)?,
         }))
     }
@@ -374,8 +371,7 @@ impl<'a> Arbitrary<'a> for Backing {
     }
 }
 
-/// A range. With `CREATE_FROM_FILES`, where the backing is the right one, the address only says
-/// which part of which file.
+/// A range.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Piece {
     /// Its beginning.

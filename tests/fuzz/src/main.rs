@@ -39,7 +39,7 @@ use anyhow::{bail, Context, Result};
 use clap::Parser;
 use fastrand::Rng;
 use nix::sys::wait::WaitStatus;
-use pinbuf_test_harness::support::kernel::{self, HugePool, Setting};
+use pinbuf_test_harness::support::kernel::HugePool;
 use pinbuf_test_harness::support::process::Child;
 
 use crate::corpus::Corpus;
@@ -56,8 +56,6 @@ const RUNNING: &str = "running.json";
 const BATCH: usize = 16;
 /// One that takes so long is mentioned.
 const SLOW: Duration = Duration::from_secs(5);
-/// The parameter that an input sets.
-const PER_PROCESS: &str = "/sys/module/pinbuf/parameters/charge_process";
 /// An input takes milliseconds; one that takes so long hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -106,8 +104,6 @@ struct Options {
 struct Fuzzer {
     kcov: Kcov,
     watch: Watch,
-    per_process: Setting,
-    now_per_process: bool,
     state: PathBuf,
     /// The input that runs.
     running: File,
@@ -129,8 +125,6 @@ impl Fuzzer {
         fs::create_dir_all(state).with_context(|| format!("creating {}", state.display()))?;
         Ok(Self {
             kcov: Kcov::open()?,
-            per_process: Setting::set(PER_PROCESS, "N")?,
-            now_per_process: false,
             watch: Watch::new()?,
             state: state.to_owned(),
             running: File::create(state.join(RUNNING)).context("keeping the input")?,
@@ -185,11 +179,6 @@ impl Fuzzer {
         let text = corpus::to_text(input)?;
         self.running.write_all_at(text.as_bytes(), 0)?;
         self.running.set_len(text.len() as u64)?;
-        if input.caller.per_process != self.now_per_process {
-            let value = if input.caller.per_process { "Y" } else { "N" };
-            kernel::write(PER_PROCESS, value)?;
-            self.now_per_process = input.caller.per_process;
-        }
         self.kcov.clear();
         let start = Instant::now();
         let executed = self.execute_alone(input, trace);
@@ -348,7 +337,6 @@ fn main() -> Result<ExitCode> {
         println!("to see it again: pinbuf-fuzz --replay {}", path.display());
     }
     fs::remove_file(options.state.join(RUNNING))?;
-    drop(fuzzer.per_process);
     drop(pool);
     Ok(if fuzzer.failed.is_empty() {
         ExitCode::SUCCESS

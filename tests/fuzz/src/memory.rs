@@ -367,22 +367,6 @@ impl Memory {
         }
     }
 
-    /// The region whose file this is.
-    pub fn region_of(&self, fd: RawFd) -> Option<usize> {
-        let is_it = |slot: &Slot| slot.fd.as_ref().is_some_and(|file| file.as_raw_fd() == fd);
-        self.slots.iter().position(is_it)
-    }
-
-    /// Which kind a region is of.
-    pub fn kind(&self, slot: usize) -> Kind {
-        self.slots[slot].kind
-    }
-
-    /// The pages of a region's file.
-    pub fn file(&self, slot: usize) -> &[Id] {
-        &self.slots[slot].file
-    }
-
     /// The page that is seen at `address`.
     pub fn seen(&self, address: u64) -> Option<Id> {
         let (slot, page) = self.find(address)?;

@@ -6,7 +6,10 @@ use arbitrary::{Arbitrary, Unstructured};
 use fastrand::Rng;
 use serde_json::{Number, Value};
 
-use crate::input::{Input, Operation, Region, Wild};
+use crate::input::{
+    Address, Backing, Caller, Create, Envelope, Flags, Input, Kind, Length, Offset, Operation,
+    Page, Pages, Piece, Place, Protection, Region, Sharing, Wild,
+};
 use crate::memory::SLOTS;
 
 /// The most operations that an input grows to.
@@ -23,8 +26,69 @@ fn any<T: for<'a> Arbitrary<'a>>(rng: &mut Rng) -> T {
     }
 }
 
+/// What is done to a mapping.
+fn on_mapping(rng: &mut Rng) -> Operation {
+    loop {
+        let operation = any::<Operation>(rng);
+        if matches!(
+            operation,
+            Operation::Touch(..)
+                | Operation::Remap(..)
+                | Operation::Unmap(..)
+                | Operation::Protect(..)
+                | Operation::Advise(..)
+                | Operation::Fork(..)
+        ) {
+            return operation;
+        }
+    }
+}
+
+/// A buffer of 1 GiB or more: a few huge pages, again and again. It is mapped where entries of every
+/// size fit, and the mapping is taken apart.
+fn generate_large(rng: &mut Rng) -> Input {
+    const PAGES: u16 = 1024;
+    let create = Create {
+        envelope: Envelope::default(),
+        flags: Flags(pinbuf_uapi::CREATE_CLOEXEC),
+        pieces: vec![Piece {
+            at: Address::Region(0, Page(0)),
+            length: Length(u64::from(PAGES) * 4096),
+            backing: Backing::Right,
+        }],
+        repeat: rng.u16(250..520),
+        count: None,
+        ranges: Place::Plain,
+        backing: None,
+    };
+    let mut operations = vec![Operation::Create(create)];
+    for _ in 0..rng.usize(1..4) {
+        operations.push(Operation::Map {
+            buffer: 0,
+            offset: Offset(rng.u64(..4) * (2 << 20)),
+            length: Offset(0),
+            protection: Protection(3),
+            sharing: Sharing::Shared,
+            aligned: rng.u32(..4) > 0,
+        });
+        operations.extend((0..rng.usize(1..8)).map(|_| on_mapping(rng)));
+    }
+    Input {
+        caller: Caller::default(),
+        memory: vec![Region {
+            kind: Kind::HugeMemfd,
+            pages: Pages(PAGES),
+            populated: true,
+        }],
+        operations,
+    }
+}
+
 /// An input out of nothing.
 pub fn generate(rng: &mut Rng) -> Input {
+    if rng.u32(..12) == 0 {
+        return generate_large(rng);
+    }
     let memory = (0..rng.usize(1..=SLOTS))
         .map(|_| any::<Region>(rng))
         .collect();

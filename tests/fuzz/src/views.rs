@@ -18,14 +18,22 @@ use crate::input::{Advice, Create, Motion, Sharing};
 /// Where the first mapping begins: far from where the kernel puts anything by itself.
 const BASE: u64 = 0x2468_0000_0000;
 /// The longest mapping that gets a place here; a longer one than any buffer.
-const LONGEST: u64 = 1 << 30;
+const LONGEST: u64 = 4 << 30;
 const HUGE: u64 = 2 << 20;
+const GIGA: u64 = 1 << 30;
+/// Pages from which on a mapping is a large one: numbers of pages of 16 bits do not reach its end.
+const LARGE: u64 = 1 << 16;
+/// In a large mapping, numbers beyond the first table's pages mean so many times more.
+const FARTHER: u64 = 9;
 const PAGE_BYTES: u64 = PAGE as u64;
 
-/// What a page of a mapping shows.
+/// What adjacent pages of a mapping show.
 #[derive(Clone, Debug)]
 struct Shown {
+    /// How many they are: a mapping of 1 GiB is one of these, until it is taken apart.
+    pages: u64,
     kept: Rc<Kept>,
+    /// The first one of the buffer.
     page: usize,
     protection: i32,
     /// A child gets it too.
@@ -37,6 +45,25 @@ struct Shown {
 struct Span {
     start: u64,
     pages: u64,
+}
+
+impl Shown {
+    /// Without the first pages.
+    fn from(&self, skipped: u64) -> Self {
+        Self {
+            pages: self.pages - skipped,
+            page: self.page + skipped as usize,
+            ..self.clone()
+        }
+    }
+}
+
+/// A number of pages in a mapping.
+fn farther(span: Span, pages: u16) -> u64 {
+    match u64::from(pages) {
+        pages if span.pages > LARGE && pages >= 512 => pages * FARTHER,
+        pages => pages,
+    }
 }
 
 /// All mappings of buffers.
@@ -66,30 +93,69 @@ impl Views {
     /// The address of a page of a mapping; of nothing, if there is none.
     pub fn address(&self, view: u8, page: u16) -> u64 {
         match self.span(view) {
-            Some(span) => span.start + u64::from(page) % span.pages * PAGE_BYTES,
+            Some(span) => span.start + farther(span, page) % span.pages * PAGE_BYTES,
             None => BASE - PAGE_BYTES,
         }
     }
 
     /// Part of a mapping, which may reach beyond it.
     fn part(&self, view: u8, page: u16, pages: u16) -> Option<(u64, u64)> {
-        self.span(view)?;
-        Some((self.address(view, page), u64::from(pages.max(1))))
+        let span = self.span(view)?;
+        Some((self.address(view, page), farther(span, pages.max(1))))
     }
 
-    /// A place for a mapping.
+    /// A place for a mapping: a large one begins at a multiple of 1 GiB, or a page behind it.
     fn place(&mut self, length: u64, aligned: bool) -> u64 {
-        let start = self.next.next_multiple_of(HUGE) + if aligned { 0 } else { PAGE_BYTES };
+        let align = if length < GIGA { HUGE } else { GIGA };
+        let start = self.next.next_multiple_of(align) + if aligned { 0 } else { PAGE_BYTES };
         self.next = start + length.next_multiple_of(PAGE_BYTES);
         start
     }
 
-    fn pages(&self, start: u64, pages: u64) -> Vec<u64> {
-        let range = start..start + pages * PAGE_BYTES;
+    /// What the page at an address shows.
+    fn at(&self, address: u64) -> Option<Shown> {
+        let (start, shown) = self.shown.range(..=address).next_back()?;
+        let skipped = (address - start) / PAGE_BYTES;
+        (skipped < shown.pages).then(|| shown.from(skipped))
+    }
+
+    /// Makes something begin at an address, if anything goes on there.
+    fn split(&mut self, address: u64) {
+        let Some((&start, _)) = self.shown.range(..address).next_back() else {
+            return;
+        };
+        let Some(tail) = self.at(address) else {
+            return;
+        };
+        if let Some(head) = self.shown.get_mut(&start) {
+            if start + head.pages * PAGE_BYTES > address {
+                head.pages = (address - start) / PAGE_BYTES;
+                self.shown.insert(address, tail);
+            }
+        }
+    }
+
+    /// What there is in a part, each with its address, cut at the part's ends.
+    fn cut(&mut self, start: u64, pages: u64) -> Vec<u64> {
+        let end = start + pages * PAGE_BYTES;
+        self.split(start);
+        self.split(end);
         self.shown
-            .range(range)
+            .range(start..end)
             .map(|(address, _)| *address)
             .collect()
+    }
+
+    /// The first page of a part where nothing is.
+    fn hole(&self, start: u64, pages: u64) -> Option<u64> {
+        let mut page = 0;
+        while page < pages {
+            match self.at(start + page * PAGE_BYTES) {
+                Some(shown) => page += shown.pages,
+                None => return Some(page),
+            }
+        }
+        None
     }
 
     /// Unmaps all.
@@ -188,15 +254,14 @@ impl Executor {
                 start: address,
                 pages,
             });
-            for page in 0..pages {
-                let shown = Shown {
-                    kept: Rc::clone(&kept),
-                    page: (offset / PAGE_BYTES + page) as usize,
-                    protection,
-                    inherited: true,
-                };
-                self.views.shown.insert(address + page * PAGE_BYTES, shown);
-            }
+            let shown = Shown {
+                pages,
+                kept,
+                page: (offset / PAGE_BYTES) as usize,
+                protection,
+                inherited: true,
+            };
+            self.views.shown.insert(address, shown);
         }
         Ok(())
     }
@@ -208,8 +273,10 @@ impl Executor {
         }
         let address = self.views.address(view, page);
         let stamp = self.contents.stamp();
-        let shown = self.views.shown.get(&address);
-        let protection = shown.map_or(libc::PROT_NONE, |shown| shown.protection);
+        let shown = self.views.at(address);
+        let protection = shown
+            .as_ref()
+            .map_or(libc::PROT_NONE, |shown| shown.protection);
         let mut expected = Expected::default();
         let needed = if write {
             libc::PROT_WRITE
@@ -253,7 +320,7 @@ impl Executor {
         let Some((start, old)) = self.views.part(view, page, old) else {
             return Ok(());
         };
-        let new = u64::from(new.max(1));
+        let new = self.views.part(view, page, new).map_or(1, |part| part.1);
         let (target, flags) = match motion {
             Motion::Stay => (start, 0),
             Motion::Move | Motion::Keep => {
@@ -282,13 +349,14 @@ impl Executor {
             Ok(result as u64)
         };
         self.say(|| format!("   mremap {start:#x} ({old} pages) to {target:#x}: {answer:x?}"));
+        self.views.split(start + new * PAGE_BYTES);
         match answer {
             Ok(_) if new > old => bail!("a mapping grew from {old} to {new} pages"),
             Ok(place) if place != target => bail!("mremap to {target:#x} gave {place:#x}"),
             Ok(_) => {}
             Err(_) => {
                 // It may have unmapped what is too much before it failed.
-                for address in self.views.pages(start, old) {
+                for address in self.views.cut(start, old) {
                     let readable = self.views.shown[&address].protection != libc::PROT_NONE;
                     if readable && self.access.read(address).is_err() {
                         self.views.shown.remove(&address);
@@ -297,7 +365,7 @@ impl Executor {
                 return Ok(());
             }
         }
-        for address in self.views.pages(start, old) {
+        for address in self.views.cut(start, old) {
             let offset = address - start;
             let shown = self.views.shown[&address].clone();
             if motion != Motion::Keep {
@@ -324,7 +392,7 @@ impl Executor {
         // SAFETY: mappings of buffers, or nothing.
         let result = unsafe { libc::munmap(start as *mut _, (pages * PAGE_BYTES) as usize) };
         Errno::result(result).context("munmap")?;
-        for address in self.views.pages(start, pages) {
+        for address in self.views.cut(start, pages) {
             self.views.shown.remove(&address);
         }
         Ok(())
@@ -348,14 +416,8 @@ impl Executor {
         let answer = Errno::result(result);
         self.say(|| format!("   mprotect {start:#x}, {pages} pages: {answer:?}"));
         // Up to the first hole, which is an error.
-        let mut there = self.views.pages(start, pages);
-        let first_hole = (0..pages).find(|page| {
-            let address = start + page * PAGE_BYTES;
-            !self.views.shown.contains_key(&address)
-        });
-        if let Some(hole) = first_hole {
-            there.retain(|address| *address < start + hole * PAGE_BYTES);
-        }
+        let first_hole = self.views.hole(start, pages);
+        let there = self.views.cut(start, first_hole.unwrap_or(pages));
         let mut expected = Expected::default();
         expected.must_if(first_hole.is_some(), Errno::ENOMEM);
         expected.must_if(protection & libc::PROT_EXEC != 0, Errno::EACCES);
@@ -402,7 +464,7 @@ impl Executor {
         self.say(|| format!("   madvise {start:#x}, {pages} pages: {answer:?}"));
         // Holes are an error in the end, but no obstacle.
         if answer.is_ok() || answer == Err(Errno::ENOMEM) {
-            for address in self.views.pages(start, pages) {
+            for address in self.views.cut(start, pages) {
                 match (advice, self.views.shown.get_mut(&address)) {
                     (Advice::DontFork, Some(shown)) => shown.inherited = false,
                     (Advice::DoFork, Some(shown)) => shown.inherited = true,
@@ -445,7 +507,7 @@ impl Executor {
         child.join().context("after fork")?;
         // The same stamp that the child took.
         let stamp = self.contents.stamp();
-        if let Some(shown) = self.views.shown.get(&address) {
+        if let Some(shown) = self.views.at(address) {
             let id = shown.kept.pages[shown.page];
             let wrote = write && shown.inherited && shown.protection & libc::PROT_WRITE != 0;
             if let Some(id) = id.filter(|_| wrote && !self.views.spans.is_empty()) {
