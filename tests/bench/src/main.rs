@@ -71,7 +71,7 @@ struct Options {
     /// Write the (first) figures there.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Draw the (first) lines against udmabuf there (SVG).
+    /// Draw whole lives and creates against udmabuf there (SVG), a panel for each clock.
     #[arg(long, value_name = "FILE")]
     chart: Option<PathBuf>,
     /// Show the figures of such a file, instead of measuring; may be given several times.
@@ -137,7 +137,7 @@ fn main() -> Result<ExitCode> {
             .with_context(|| path.display().to_string())?;
     }
     if let Some(path) = &options.chart {
-        chart::draw(first, path)?;
+        chart::draw(&reports, path)?;
     }
     let mut missing = reports.iter().flat_map(|report| &report.missing);
     let failed = missing.any(|missing| missing.failed);

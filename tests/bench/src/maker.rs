@@ -60,7 +60,7 @@ impl Maker {
                     ranges: items.iter().map(range).collect(),
                 }
             }
-            Side::Udmabuf | Side::Shim => {
+            Side::Udmabuf | Side::Shim | Side::Unmapped => {
                 let device = open_udmabuf()?;
                 match items {
                     [item] => Self::Single {
@@ -75,7 +75,7 @@ impl Maker {
                 }
             }
             Side::Empty => Self::Empty(EmptyExporter::new()?),
-            Side::Pin | Side::FilePin | Side::Own => bail!("{side} makes no buffers"),
+            Side::Pin | Side::Own => bail!("{side} makes no buffers"),
         };
         let expected = match side {
             Side::Udmabuf => "udmabuf",

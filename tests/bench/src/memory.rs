@@ -90,7 +90,7 @@ fn frames(fd: &OwnedFd, bytes: u64, step: usize) -> Result<Vec<(u64, u64)>> {
         let frame = entry & ((1 << 55) - 1);
         ensure!(
             entry >> 63 == 1 && frame != 0,
-            "/proc/self/pagemap does not tell"
+            "/proc/self/pagemap shows no frame"
         );
         found.push((offset as u64, frame));
     }

@@ -25,7 +25,7 @@ struct Worker {
 impl Worker {
     fn start(task: &Task) -> Result<Self> {
         let program = std::env::current_exe()?;
-        let mut command = if task.side == Side::Shim {
+        let mut command = if matches!(task.side, Side::Shim | Side::Unmapped) {
             let mut command = Command::new(program.with_file_name("pinbuf"));
             command.args(["run", "--"]).arg(&program);
             command

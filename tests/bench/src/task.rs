@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What a worker is told to measure, and what it answers.
+//! What a worker has to measure, and what it answers.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Who makes the buffers, or what they are compared with.
+/// How buffers are made, or what they are compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Side {
@@ -15,13 +15,13 @@ pub enum Side {
     Udmabuf,
     /// pinbuf's own call.
     Pinbuf,
-    /// udmabuf's interface on pinbuf, through the shim.
+    /// udmabuf's interface on pinbuf, through the shim, by a program that has the memory mapped shared
+    /// and writable, as QEMU has.
     Shim,
+    /// The same, by a program that has not.
+    Unmapped,
     /// No buffer: a bare pin and unpin of the same memory, in the test importer module.
     Pin,
-    /// No buffer: a bare `memfd_pin_folios` of the same parts of the file, as udmabuf makes, and the
-    /// unpin.
-    FilePin,
     /// A dma-buf with nothing in it, in the test importer module: what any exporter's costs at least.
     Empty,
     /// No buffer: the memory's own mapping, or a scatterlist of nothing but its segments.
@@ -33,9 +33,8 @@ impl fmt::Display for Side {
         out.pad(match self {
             Self::Udmabuf => "udmabuf",
             Self::Pinbuf => "pinbuf",
-            Self::Shim => "shim",
+            Self::Shim | Self::Unmapped => "shim",
             Self::Pin => "bare pin",
-            Self::FilePin => "bare file pin",
             Self::Empty => "empty dma-buf",
             Self::Own => "bare",
         })
@@ -49,7 +48,7 @@ pub struct Shape {
     pub bytes: u64,
     /// Pages of 2 MiB.
     pub huge: bool,
-    /// The worker maps it before anything is measured, and leaves it mapped.
+    /// The workers have it mapped, all but [`Side::Unmapped`]'s; otherwise no process has.
     pub mapped: bool,
     /// All of its pages are given back before every sample.
     pub sparse: bool,
@@ -71,10 +70,13 @@ pub struct Item {
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum What {
-    /// Making a buffer and closing it: the mean of so many times.
+    /// Making a buffer and closing it: the mean of this many times.
     Cycle { times: u32 },
-    /// The same while so many other buffers live.
+    /// The same while this many other buffers live.
     Among { others: u32, times: u32 },
+    /// Making a buffer, the first `DMA_BUF_IOCTL_SYNC` (to read), mapping it, writing a byte to every
+    /// page of 4 KiB, unmapping and closing: the mean of this many.
+    Life { times: u32 },
     /// Mapping it, writing a byte of every page of 4 KiB, and unmapping.
     Touch { aligned: bool },
     /// Mapping it for a device whose segments are no longer than this, which is behind an IOMMU or
@@ -84,11 +86,12 @@ pub enum What {
     Sync,
     /// Mapping it into the kernel.
     Vmap,
-    /// What the kernel keeps for a buffer: the mean of so many.
-    Footprint { buffers: u32 },
+    /// What the kernel keeps for a buffer: the mean of this many, each made by a process of its own
+    /// that has exited, or all by one that lives.
+    Footprint { buffers: u32, orphans: bool },
     /// What the kernel keeps for a device's mapping of it.
     Table { max_segment: u32 },
-    /// Making and closing buffers in one thread, and in so many on as many processors.
+    /// Making and closing buffers in one thread, and in this many on as many processors.
     Threads { threads: u32, times: u32 },
     /// The longest time that closing the buffer keeps a real-time task from running.
     Stretch,
@@ -104,6 +107,8 @@ pub enum Metric {
     Close,
     /// Both.
     Cycle,
+    /// From making it to closing it, all that [`What::Life`] does.
+    Life,
     /// Mapping it and touching every page.
     Touch,
     /// The first of these accesses.
@@ -130,9 +135,9 @@ pub enum Metric {
     Kernel,
     /// Bytes of kernel memory that the driver says it keeps.
     Kept,
-    /// Runs of adjacent pages, as the driver tells.
+    /// Runs of adjacent pages, by the driver's account.
     Extents,
-    /// References to pages, as the driver tells.
+    /// References to pages, by the driver's account.
     Pins,
     /// How many times one thread's throughput several have.
     Scaling,
@@ -170,7 +175,7 @@ pub type Sample = BTreeMap<Metric, f64>;
 /// All that a worker needs to know.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Task {
-    /// Who makes the buffers.
+    /// How buffers are made.
     pub side: Side,
     /// The inherited descriptor of the memory.
     pub fd: i32,
@@ -186,7 +191,7 @@ pub struct Task {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Answer {
-    /// It did as told.
+    /// What it measured.
     Sample(Sample),
     /// It could not.
     Error(String),

@@ -1,25 +1,28 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A process that measures one thing on one side: it is told a [`Task`], and then, line by line,
-//! to take a sample.
+//! A process that measures one thing on one side: it reads a [`Task`], and then takes a sample for
+//! each further line.
 //!
 //! So the sides can take turns, the shim is loaded where it is measured and nowhere else, and what
 //! one side leaves in its address space costs no other.
 
 use std::io::{stdin, stdout, BufRead, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
+use nix::errno::Errno;
 use nix::sys::resource::{getrlimit, getrusage, setrlimit, Resource, UsageWho};
 use nix::sys::time::TimeSpec;
+use nix::sys::wait::waitpid;
 use nix::time::{clock_gettime, clock_nanosleep, ClockId, ClockNanosleepFlags};
+use nix::unistd::Pid;
 use pinbuf_test_harness::support::memory::{Memory, HUGE, PAGE};
 use pinbuf_test_harness::support::{device, kernel, processor, Buffer, Device, Sync};
-use pinbuf_test_importer::{file_pin_cost, pin_cost, segment_cost, Direction, Importer, Limits};
+use pinbuf_test_importer::{pin_cost, segment_cost, Direction, Importer, Limits};
 
 use crate::maker::Maker;
 use crate::memory;
@@ -68,7 +71,7 @@ impl Worker {
         let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
         let bytes = usize::try_from(task.shape.bytes)?;
-        let memory = if task.shape.mapped {
+        let memory = if task.shape.mapped && task.side != Side::Unmapped {
             // SAFETY: inherited, and kept open until the process ends.
             let fd = unsafe { BorrowedFd::borrow_raw(task.fd) };
             let rw = libc::PROT_READ | libc::PROT_WRITE;
@@ -80,7 +83,7 @@ impl Worker {
         };
         let base = memory.as_ref().map(Memory::addr);
         let maker = match task.side {
-            Side::Pin | Side::FilePin | Side::Own => None,
+            Side::Pin | Side::Own => None,
             side => Some(Maker::new(side, task.fd, base, &task.items)?),
         };
         let mut worker = Self {
@@ -117,27 +120,78 @@ impl Worker {
 
     fn sample(&mut self) -> Result<Sample> {
         match (self.task.side, self.task.what) {
-            (Side::Pin | Side::FilePin, What::Cycle { times }) => self.bare_pin(times),
+            (Side::Pin, What::Cycle { times }) => self.bare_pin(times),
             (Side::Own, What::Touch { aligned }) => self.touch(self.memfd(), aligned),
             (Side::Own, What::Device { max_segment, .. }) => self.bare_segments(max_segment),
             (_, What::Cycle { times } | What::Among { times, .. }) => self.cycle(times),
+            (_, What::Life { times }) => self.life(times),
             (_, What::Touch { aligned }) => self.touch(self.make()?.as_fd(), aligned),
             (_, What::Device { max_segment, iommu }) => self.device(max_segment, iommu),
             (_, What::Sync) => self.sync(),
             (_, What::Vmap) => self.vmap(),
-            (_, What::Footprint { buffers }) => self.footprint(buffers),
+            (_, What::Footprint { buffers, orphans }) => self.footprint(buffers, orphans),
             (_, What::Table { max_segment }) => self.table(max_segment),
             (_, What::Threads { threads, times }) => self.threads(threads, times),
             (_, What::Stretch) => self.stretch(),
         }
     }
 
+    /// What is done before each buffer, and not measured.
+    fn prepare(&self) -> Result<()> {
+        if self.task.shape.sparse {
+            memory::punch(self.memfd(), 0, self.task.shape.bytes)?;
+        }
+        Ok(())
+    }
+
+    /// What a program does that makes a buffer, uses all of it by the processor, and is done with it.
+    fn life(&self, times: u32) -> Result<Sample> {
+        let len = usize::try_from(self.bytes())?;
+        let mut sum = Sample::new();
+        for _ in 0..times {
+            self.prepare()?;
+            let (buffer, create) = timed(|| self.make());
+            let buffer = Buffer::from_fd(buffer?);
+            let (synced, sync) = timed(|| device::sync_raw(&buffer, Sync::Read as u64));
+            synced.context("DMA_BUF_IOCTL_SYNC")?;
+            let (map, touch) = timed(|| -> Result<Memory> {
+                let map = self.map(&buffer, len).context("mapping")?;
+                memory::touch(&map, PAGE);
+                Ok(map)
+            });
+            let map = map?;
+            let ((), unmap) = timed(|| drop(map));
+            let ((), close) = timed(|| drop(buffer));
+            let parts = [
+                (Metric::Create, create),
+                (Metric::Sync, sync),
+                (Metric::Touch, touch),
+                (Metric::Unmap, unmap),
+                (Metric::Close, close),
+            ];
+            for (metric, cost) in parts {
+                *sum.entry(metric).or_default() += cost / f64::from(times);
+                *sum.entry(Metric::Life).or_default() += cost / f64::from(times);
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Maps a buffer as its programs do: pinbuf's library at an address for huge page-table entries,
+    /// programs that were written for udmabuf at any. (The shim aligns that.)
+    fn map(&self, buffer: &Buffer, len: usize) -> nix::Result<Memory> {
+        if self.task.side != Side::Pinbuf || len < HUGE {
+            return buffer.map_part(0, len);
+        }
+        let rw = libc::PROT_READ | libc::PROT_WRITE;
+        let fd = Some(buffer.as_fd());
+        Memory::map_aligned(len, HUGE, rw, libc::MAP_SHARED, fd, 0)
+    }
+
     fn cycle(&self, times: u32) -> Result<Sample> {
         let (mut create, mut close) = (0.0, 0.0);
         for _ in 0..times {
-            if self.task.shape.sparse {
-                memory::punch(self.memfd(), 0, self.task.shape.bytes)?;
-            }
+            self.prepare()?;
             let (buffer, took) = timed(|| self.make());
             let buffer = buffer?;
             create += took;
@@ -149,16 +203,11 @@ impl Worker {
     /// The same pages, pinned and unpinned without anything else; huge ones once each.
     fn bare_pin(&self, times: u32) -> Result<Sample> {
         let page = if self.task.shape.huge { HUGE } else { PAGE } as u64;
-        let base = self.memory.as_ref().map(Memory::addr);
-        let cost = |Item { offset, len }: &Item| match (self.task.side, base) {
-            (Side::FilePin, _) => file_pin_cost(self.memfd(), *offset, *len, page),
-            (_, Some(base)) => pin_cost(base + offset, *len, page),
-            _ => Err(std::io::Error::other("the memory is not mapped")),
-        };
+        let memory = self.memory.as_ref().context("the memory is not mapped")?;
         let (mut pin, mut unpin) = (0.0, 0.0);
         for _ in 0..times {
-            for item in &self.task.items {
-                let cost = cost(item).context("PTI_PIN")?;
+            for Item { offset, len } in &self.task.items {
+                let cost = pin_cost(memory.addr() + offset, *len, page).context("PTI_PIN")?;
                 pin += cost.pin.as_nanos() as f64;
                 unpin += cost.unpin.as_nanos() as f64;
             }
@@ -169,11 +218,8 @@ impl Worker {
     fn touch(&self, fd: BorrowedFd<'_>, aligned: bool) -> Result<Sample> {
         let len = usize::try_from(self.bytes())?;
         let remainder = if aligned { 0 } else { PAGE };
-        // The largest alignment that the processor's entries have a use for.
-        let align = if len >= 1 << 30 { 1 << 30 } else { HUGE };
         let reserve = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let place =
-            Memory::map_congruent(len, align, remainder, libc::PROT_NONE, reserve, None, 0)?;
+        let place = Memory::map_congruent(len, HUGE, remainder, libc::PROT_NONE, reserve, None, 0)?;
         let faults = || getrusage(UsageWho::RUSAGE_SELF).map(|usage| usage.minor_page_faults());
         let before = faults()?;
         let (mapped, map) = timed(|| place.replace_by(0, len, fd, 0));
@@ -245,12 +291,17 @@ impl Worker {
         ]))
     }
 
-    fn footprint(&self, buffers: u32) -> Result<Sample> {
+    fn footprint(&self, buffers: u32, orphans: bool) -> Result<Sample> {
+        let make = || if orphans { self.orphan() } else { self.make() };
         // The first one fills caches that stay.
-        drop(self.make()?);
+        drop(make()?);
         give_back_slabs()?;
         let before = memory_in_use()?;
-        let live: Vec<OwnedFd> = (0..buffers).map(|_| self.make()).collect::<Result<_>>()?;
+        let live: Vec<OwnedFd> = (0..buffers).map(|_| make()).collect::<Result<_>>()?;
+        if orphans {
+            // What is left of a task is freed after a grace period of RCU's.
+            thread::sleep(Duration::from_millis(200));
+        }
         let kernel = (memory_in_use()? - before).max(0.0);
         let mut sample = Sample::from([(Metric::Kernel, kernel / f64::from(buffers))]);
         if self.task.side != Side::Udmabuf {
@@ -261,6 +312,30 @@ impl Worker {
             sample.insert(Metric::Pins, info.pins as f64);
         }
         Ok(sample)
+    }
+
+    /// A buffer whose maker, a process with an address space of its own, has exited.
+    fn orphan(&self) -> Result<OwnedFd> {
+        let rw = libc::PROT_READ | libc::PROT_WRITE;
+        let shared = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        let answer = Memory::map(PAGE, rw, shared, None, 0)?;
+        let nothing: libc::c_long = 0;
+        let flags = libc::c_long::from(libc::CLONE_FILES | libc::SIGCHLD);
+        // SAFETY: as `fork`, of a process with one thread: the child goes on with a copy of the memory.
+        let child =
+            unsafe { libc::syscall(libc::SYS_clone, flags, nothing, nothing, nothing, nothing) };
+        if Errno::result(child).context("clone")? == 0 {
+            // The table of descriptors is the parent's own.
+            let fd = self.make().map_or(0, IntoRawFd::into_raw_fd);
+            answer.set(0, fd as u64);
+            // SAFETY: nothing of the parent's is undone.
+            unsafe { libc::_exit(0) };
+        }
+        waitpid(Pid::from_raw(i32::try_from(child)?), None)?;
+        let fd = i32::try_from(answer.get(0))?;
+        ensure!(fd > 0, "the child could not make a buffer");
+        // SAFETY: the child opened it for this process, and nobody else knows of it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     fn table(&self, max_segment: u32) -> Result<Sample> {
@@ -296,7 +371,7 @@ impl Worker {
         Ok(Sample::from([(Metric::Scaling, scaling)]))
     }
 
-    /// How long it takes all of so many threads to make and close so many buffers each.
+    /// How long it takes `threads` threads to make and close `times` buffers each.
     fn in_threads(&self, threads: u32, times: u32) -> Result<f64> {
         let barrier = Barrier::new(threads as usize);
         let base = self.memory.as_ref().map(Memory::addr);
@@ -449,7 +524,7 @@ fn real_time() -> Result<()> {
     let parameter = libc::sched_param { sched_priority: 50 };
     // SAFETY: of the calling thread; the kernel reads the struct.
     let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &parameter) };
-    nix::errno::Errno::result(result).context("SCHED_FIFO")?;
+    Errno::result(result).context("SCHED_FIFO")?;
     Ok(())
 }
 
