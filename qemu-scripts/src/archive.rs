@@ -204,6 +204,7 @@ mod tests {
             ("default-cloud", "7.2.12+deb13-cloud-amd64"),
             ("newest", "7.3.4+deb13-amd64"),
             ("7.2-rt", "7.2.13+deb13-rt-amd64"),
+            ("default-rt", "7.2.13+deb13-rt-amd64"),
             ("7.3", "7.3.4+deb13-amd64"),
             ("7.2.9+deb13-amd64", "7.2.9+deb13-amd64"),
         ] {

@@ -63,7 +63,9 @@ const PLAIN: Run = Run {
     image: "base",
     bare: false,
     modules: &["pinbuf_test_importer"],
-    command: "pinbuf-selftest",
+    // These have a row of their own, `mappings`: what the mm core does to a mapping does not differ by
+    // the devices that a row has.
+    command: "pinbuf-selftest --without mappings.",
     verdict: Verdict::Ktap,
     filters: true,
     timeout: 600,
@@ -106,6 +108,45 @@ pub const RUNS: &[Run] = &[
     Run {
         name: "stock",
         ..PLAIN
+    },
+    Run {
+        // Mappings of every size, taken apart in every way; one shape, the slowest, with `--long` alone.
+        name: "mappings",
+        command: "pinbuf-selftest --filter mappings. --without giga_twice",
+        filters: false,
+        ..PLAIN
+    },
+    Run {
+        name: "mappings-debug",
+        memory: "5G",
+        cmdline: "page_table_check=off hugepagesz=1G hugepages=1",
+        modules: &["pinbuf_test_importer"],
+        command: "pinbuf-selftest --filter mappings.",
+        filters: false,
+        timeout: 3600,
+        ..CHECKED
+    },
+    Run {
+        // Random steps on mappings, against a model.
+        name: "torture",
+        command: "pinbuf-torture --seconds 30",
+        ..PLAIN
+    },
+    Run {
+        name: "torture-long",
+        when: When::Long,
+        command: "pinbuf-torture --seconds 900 --seed 1000",
+        timeout: 3000,
+        ..PLAIN
+    },
+    Run {
+        // The page-table checker forbids huge entries of ours.
+        name: "torture-debug",
+        memory: "5G",
+        cmdline: "page_table_check=off hugepagesz=1G hugepages=1",
+        command: "pinbuf-torture --seconds 600",
+        timeout: 3000,
+        ..CHECKED
     },
     Run {
         name: "swiotlb",
@@ -180,14 +221,23 @@ pub const RUNS: &[Run] = &[
         ..PLAIN
     },
     Run {
+        // PREEMPT_RT: spinlocks sleep, interrupt handlers are threads, and Debian's configuration leaves
+        // out transparent huge pages.
+        name: "rt",
+        kernel: "default-rt",
+        ..PLAIN
+    },
+    Run {
         name: "next",
         kernel: "newest",
         ..PLAIN
     },
     Run {
         name: "memory",
-        memory: "2560M",
-        command: "pinbuf-memtest kinds populate safety discard",
+        memory: "2688M",
+        // With a piece that stands for a device's memory, which keeps its bytes.
+        cmdline: "hugepagesz=1G hugepages=1 memmap=128M!2G",
+        command: "pinbuf-memtest kinds populate safety discard promises owners",
         ..PLAIN
     },
     Run {
@@ -195,7 +245,7 @@ pub const RUNS: &[Run] = &[
         // With room for a page of 1 GiB outside of ZONE_MOVABLE, which is at the end.
         memory: "3712M",
         cmdline: "movablecore=640M hugepagesz=1G hugepages=1",
-        command: "pinbuf-memtest movable passing files",
+        command: "pinbuf-memtest movable passing",
         ..PLAIN
     },
     Run {
@@ -268,7 +318,8 @@ pub const RUNS: &[Run] = &[
         // Calls of every kind, guided by where they go in the module; the seeds first.
         name: "fuzz",
         when: When::Always,
-        cmdline: "",
+        // Or there would be no huge entries: the page-table checker forbids them.
+        cmdline: "page_table_check=off",
         command: "tests/fuzz/run",
         verdict: Verdict::Status,
         filters: false,

@@ -40,6 +40,10 @@ const COMPLAINTS: &[&str] = &[
     "list_add corruption",
     "list_del corruption",
     "Bad page",
+    "bad pgd",
+    "bad p4d",
+    "bad pud",
+    "bad pmd",
     "bad: scheduling",
     "Bad rss-counter",
     "non-zero pgtables_bytes",
@@ -97,8 +101,9 @@ mod tests {
                    [    2.0] WARNING: CPU: 0 PID: 1 at mm/gup.c:1 foo\n\
                    [    3.0] BUG: KASAN: slab-use-after-free in bar\n\
                    [    4.0] kmemleak: 1 new suspected memory leaks (see /sys/kernel/debug)\n\
-                   [    5.0] WARNING: possible circular locking dependency detected\n";
-        assert_eq!(complaints(log).len(), 4);
+                   [    5.0] WARNING: possible circular locking dependency detected\n\
+                   [    6.0] mm/pgtable-generic.c:42: bad pud 00000000c0ffee(80000001400008e7)\n";
+        assert_eq!(complaints(log).len(), 5);
     }
 
     #[test]
