@@ -5,7 +5,7 @@
 //! GUP migrates pages out of `ZONE_MOVABLE` and CMA before it pins them for the long term. That
 //! fails while somebody else holds a reference to one: for a moment (direct I/O, a pipe, another
 //! create of the same pages) or for longer. GUP gives up at the first such failure, with the same
-//! `ENOMEM` that it has for want of memory.
+//! `ENOMEM` that it gives when there is no memory.
 //!
 //! So the driver tries again, up to `pin_retries` times for the same pages and [`IN_ALL`] times that
 //! in one call, with pauses that double from a millisecond on. A call thus pauses for at most

@@ -46,7 +46,7 @@ impl<T: Plain, const N: usize> Buffer<T, N> {
         let all = self.len.checked_add(len).ok_or(Errno(libc::ENOMEM))?;
         self.reserve(all)?;
         let place = self.place().wrapping_add(self.len);
-        // SAFETY: there is room for so many more.
+        // SAFETY: there is room for that many elements more.
         unsafe { sys::copy_from_program(place, len, from)? };
         // INVARIANT: just filled in.
         self.len = all;

@@ -155,7 +155,7 @@ impl<'a> Window<'a> {
             let mut next = address;
             while next < address + piece.len && self.ahead >= around {
                 self.ahead -= around;
-                // Whoever has no memory for it is told when it is pinned.
+                // If there is no memory for it, the pin reports that.
                 let _ = sys::can_read(next as usize);
                 next = (next / around + 1) * around;
             }

@@ -23,7 +23,7 @@ const HUGE: u64 = 2 << 20;
 const GIGA: u64 = 1 << 30;
 /// Pages from which on a mapping is a large one: numbers of pages of 16 bits do not reach its end.
 const LARGE: u64 = 1 << 16;
-/// In a large mapping, numbers beyond the first table's pages mean so many times more.
+/// In a large mapping, numbers beyond the first table's pages stand for multiples.
 const FARTHER: u64 = 9;
 const PAGE_BYTES: u64 = PAGE as u64;
 

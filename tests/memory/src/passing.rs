@@ -38,7 +38,7 @@ const SHORT: Duration = Duration::from_millis(250);
 /// What `pin_retries` is by default, which the module's documentation names.
 const RETRIES: u32 = 10;
 
-/// The least that so many pauses take together. They double from a millisecond on, and each but the
+/// The least time that this number of pauses takes together. They double from a millisecond on, and each but the
 /// first is shortened at random, to no less than half.
 fn least(retries: i64) -> Duration {
     Duration::from_millis((1 << retries) / 2)

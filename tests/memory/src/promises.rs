@@ -196,7 +196,7 @@ fn late_pages_of_another_process() -> Result<()> {
     views_agree(&buffer, &[(&other, 0, 16 * PAGE)])
 }
 
-/// The pages are there, but this mapping is told of each by its owner.
+/// The pages are there, but the owner has to enter each of them into this mapping.
 fn known(memory: &Memory, file: impl AsFd, size: usize) -> Result<()> {
     let len = memory.len();
     let data = pattern(45, 0, len);

@@ -148,7 +148,7 @@ proptest! {
             if extents.push(run.pfn, run.pages, run.kind, joins).is_err() {
                 fail_after(None);
                 check(&extents, &model, &lookups);
-                // What failed for want of memory can be done again.
+                // A push that failed because there was no memory can be repeated.
                 extents.push(run.pfn, run.pages, run.kind, joins).unwrap();
                 model.push(run, joins);
                 break;

@@ -624,7 +624,7 @@ fn again_and_again() -> Result<()> {
     Ok(())
 }
 
-/// A page has so many references, each pin takes 1,024 of them, and the kernel warns when they run
+/// A page has a limited number of references, each pin takes 1,024 of them, and the kernel warns when they run
 /// out: half of them are left to others. An error, and nothing in the log.
 fn a_page_a_million_times() -> Result<()> {
     const COUNT: usize = pinbuf_uapi::MAX_RANGES as usize;

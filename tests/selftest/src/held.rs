@@ -44,7 +44,7 @@ const FOLIO: usize = HUGE / PAGE;
 /// Pages that a buffer on the allowance counts for at least.
 const LEAST: usize = 8;
 
-/// Expects that all of the memory is in aligned folios of so many pages.
+/// Expects that all of the memory is in aligned folios of this number of pages.
 fn is_in_folios(memory: &Memory, pages: usize) -> Result<()> {
     let frames = all_frames(memory)?;
     for folio in frames.chunks(pages) {
@@ -72,7 +72,7 @@ fn transparent(count: usize) -> Result<Memory> {
     Ok(memory)
 }
 
-/// An allowance of so many pages, for each user.
+/// An allowance of this number of pages, for each user.
 fn allowance_of(pages: usize) -> Result<Setting> {
     Setting::parameter("allowance_mb", (pages * PAGE) >> 20)
 }
@@ -316,7 +316,7 @@ fn hugetlb_by_the_page() -> Result<()> {
     })
 }
 
-/// As iommufd's: a page is a page, whatever it keeps. What it keeps is told all the same.
+/// As iommufd's: pages are charged, whatever they keep in place. What they keep is reported all the same.
 fn a_limit_counts_pages() -> Result<()> {
     needs_transparent_huge_pages()?;
     let _setting = allowance_of(0)?;

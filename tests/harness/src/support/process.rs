@@ -32,7 +32,7 @@ pub const OTHER_USER: u32 = 61_001;
 pub struct Child {
     pid: Pid,
     said: File,
-    /// How it ended, once that is known: it is told only once.
+    /// How it ended, once that is known: the kernel reports it only once.
     done: Option<WaitStatus>,
 }
 
