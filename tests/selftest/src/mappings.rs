@@ -126,9 +126,9 @@ enum Source {
 enum Ranges {
     /// As it is.
     Whole,
-    /// In pieces of so many pages, the last one first: no two of them are one extent.
+    /// In pieces of this number of pages, the last one first: no two of them are one extent.
     Backwards(usize),
-    /// As it is, so many times.
+    /// As it is, this number of times.
     Repeated(usize),
 }
 

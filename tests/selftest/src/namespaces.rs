@@ -124,7 +124,7 @@ fn buffers_of_all(device: &Device, users: u32, pages: usize) -> Result<Vec<Buffe
     Ok(buffers)
 }
 
-/// Expects that a host user can have so many pages, and not one more.
+/// Expects that a host user can have this number of pages, and not one more.
 fn host_user_gets(uid: u32, limit: usize, pages: usize) -> Result<()> {
     in_child(|| {
         let device = Device::open()?;

@@ -136,7 +136,7 @@ pub enum Step {
     MapOther { to: Target, pages: u16 },
     /// `munmap`.
     Unmap { at: Spot, extent: Extent },
-    /// `mremap` with `MREMAP_FIXED`; to a size that differs by so many pages.
+    /// `mremap` with `MREMAP_FIXED`; to a size that differs by this number of pages.
     Move {
         at: Spot,
         extent: Extent,
