@@ -141,8 +141,8 @@ impl Extents {
             self.grow()?;
             self.list.push_within_capacity(new).map_err(|_| ENOMEM)?;
         }
-        // INVARIANT: `pages` is at least one.
-        self.pages += pages;
+        // INVARIANT: `pages` is at least one. There are fewer frames than numbers, by far.
+        self.pages = self.pages.wrapping_add(pages);
         self.next = new.frame.wrapping_add(pages);
         Ok(())
     }

@@ -145,10 +145,37 @@ impl PagePin {
     /// The folio that the page is in.
     #[inline]
     pub(crate) fn folio(&self) -> Folio<'_> {
+        self.folio_and_flags().0
+    }
+
+    /// The folio that the page is in, and its flags.
+    ///
+    /// A page that is a folio of its own, which most are, is recognised here: a call for each page costs
+    /// as much as all else that the driver does with the page.
+    #[inline]
+    pub(crate) fn folio_and_flags(&self) -> (Folio<'_>, FolioFlags) {
+        let page = self.0.as_ptr();
+        // SAFETY: A valid page, by the type invariant. Bit 0 of the first word after the flags tells a tail
+        // page, whatever else the word is used for. While the page is pinned neither that bit nor
+        // `PG_head` changes; what else is in the words does, which volatile reads cope with.
+        let (flags, word) = unsafe {
+            (
+                (&raw const (*page).flags.f).read_volatile(),
+                (&raw const (*page).__bindgen_anon_1)
+                    .cast::<usize>()
+                    .read_volatile(),
+            )
+        };
+        let flags = FolioFlags(flags);
+        if !flags.is_large() && word & 1 == 0 {
+            // INVARIANT: The page is its folio; the pin keeps it while `self` is borrowed.
+            return (Folio(self.0.cast(), PhantomData), flags);
+        }
         // SAFETY: A valid page, by the type invariant.
-        let folio = unsafe { ffi::pinbuf_page_folio(self.0.as_ptr()) };
+        let folio = unsafe { ffi::pinbuf_page_folio(page) };
         // SAFETY: Every page is in a folio. INVARIANT: The pin keeps it while `self` is borrowed.
-        Folio(unsafe { NonNull::new_unchecked(folio) }, PhantomData)
+        let folio = Folio(unsafe { NonNull::new_unchecked(folio) }, PhantomData);
+        (folio, folio.flags())
     }
 
     /// Makes the pin of a page that was pinned at the address `addr` the pin of its whole folio, if
@@ -239,10 +266,8 @@ impl Folio<'_> {
         self.0.as_ptr() as usize
     }
 
-    /// Its flags. They are read here, and not by the kernel's inline functions, as a call for each flag
-    /// of each page costs as much as all else that the driver does with the page.
-    #[inline]
-    pub(crate) fn flags(self) -> FolioFlags {
+    /// Its flags.
+    fn flags(self) -> FolioFlags {
         // SAFETY: A valid folio, by the type invariant; the flags are at the same place in its first
         // page. Other flags change meanwhile, which a volatile read copes with.
         FolioFlags(unsafe {

@@ -46,6 +46,9 @@ use retry::Patience;
 /// which GUP's fast path walks with interrupts disabled.
 const BATCH: usize = 512;
 
+/// What a call of GUP costs besides the pages, in pages.
+const A_CALL: usize = 32;
+
 /// A pin of a small folio takes 1,024 of its references, of which there are 2^31: GUP warns in the
 /// log when they run out. Half of them are left to others.
 const MOST_REFERENCES: i32 = 1 << 30;
@@ -58,14 +61,17 @@ pub(crate) fn pin(
     parts: impl Iterator<Item = Part>,
     charge: &mut Charge,
 ) -> Result<(Held, usize)> {
+    let faults_alone = charge.counts_memory();
     let mut pinner = Pinner {
         mm,
         held: Held::new(pages)?,
         rest: Rest::new(),
         charge,
-        patience: Patience::new(),
-        batch: KVec::with_capacity(pages.min(BATCH), GFP_KERNEL)?,
+        patience: Patience::new(faults_alone),
+        batch: KVec::new(),
         hugetlb: true,
+        work: 0,
+        array: PageArray::get(),
     };
     let mut files = Files(None);
     for part in parts {
@@ -92,6 +98,9 @@ struct Pinner<'a> {
     /// Whether hugetlb is expected next, which is pinned with one page a folio: the last page was
     /// hugetlb's, or there was none yet.
     hugetlb: bool,
+    /// Pages pinned since the last [`sched::breathe`], where each call of GUP counts as [`A_CALL`].
+    work: usize,
+    array: PageArray,
 }
 
 /// The file that is expected to be mapped, and the page of it.
@@ -100,9 +109,14 @@ type Backing<'a> = Option<(FileMapping<'a>, usize)>;
 impl Pinner<'_> {
     fn pin_part(&mut self, mut addr: usize, mut pages: usize, mut backing: Backing<'_>) -> Result {
         while pages > 0 {
-            sched::breathe()?;
+            if self.work >= BATCH {
+                sched::breathe()?;
+                self.work = 0;
+            }
             let max = if self.hugetlb { 1 } else { pages.min(BATCH) };
+            self.batch.reserve(max, GFP_KERNEL)?;
             self.patience.pin(self.mm, addr, max, &mut self.batch)?;
+            self.work += A_CALL + self.batch.len();
             let done = self.take_batch(addr, pages, backing)?;
             addr += done << PAGE_SHIFT;
             pages -= done;
@@ -115,19 +129,19 @@ impl Pinner<'_> {
     /// pinned in another way; drops the others. Returns how many of the part's `left` pages they
     /// are, at least one.
     fn take_batch(&mut self, addr: usize, left: usize, backing: Backing<'_>) -> Result<usize> {
-        let array = PageArray::get();
+        let array = self.array;
         let mut done = 0;
         self.hugetlb = false;
         for mut pin in self.batch.drain_all() {
-            let folio = pin.folio();
-            let flags = folio.flags();
+            let (folio, flags) = pin.folio_and_flags();
             let large = flags.is_large();
             if folio.references() > MOST_REFERENCES {
                 return Err(ENOMEM);
             }
             if let Some((file, page)) = backing {
                 let place = if large { folio.place_of(&pin) } else { 0 };
-                if !folio.is_of(file, page + done, place) {
+                // No file has that many pages: this does not wrap.
+                if !folio.is_of(file, page.wrapping_add(done), place) {
                     return Err(EAGAIN);
                 }
             }

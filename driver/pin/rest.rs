@@ -87,9 +87,12 @@ impl Rest {
     }
 
     /// Sees to it that all that was counted is charged.
+    #[inline]
     pub(super) fn catch_up(&mut self, charge: &mut Charge) -> Result {
-        let last = self.row.take();
-        self.add(last, charge)
+        match self.row.take() {
+            None => Ok(()),
+            last => self.add(last, charge),
+        }
     }
 
     /// The pages in the end, for which the charge has been settled.

@@ -49,6 +49,8 @@ pub(super) struct Patience {
     /// The most pages to ask for.
     most: usize,
     turn: Option<Turn>,
+    /// Pages that are not there are pinned alone.
+    faults_alone: bool,
     /// Pages to pin alone before many are asked for again, and how many these were last.
     alone: usize,
     row: usize,
@@ -59,13 +61,14 @@ const ROW: usize = 16;
 
 impl Patience {
     /// The retries of a new call.
-    pub(super) fn new() -> Self {
+    pub(super) fn new(faults_alone: bool) -> Self {
         let each = params::pin_retries();
         Self {
             each,
             left: IN_ALL * each,
             most: usize::MAX,
             turn: None,
+            faults_alone,
             alone: 0,
             row: 0,
         }
@@ -114,12 +117,13 @@ impl Patience {
         }
     }
 
-    /// Pins what is there, or else one page that is not.
+    /// Asks GUP once.
     ///
     /// GUP can be made to wait in a fault for ever, with all that it has pinned before in the same
-    /// call. So it faults in one page at a time: what a call holds while it waits has been counted.
-    /// Where pages are not there, more and more of them, up to [`ROW`], are pinned alone before it is
-    /// tried again whether many are.
+    /// call. Where memory counts ([`Charge::counts_memory`](crate::charge::Charge::counts_memory)),
+    /// what a call holds while it waits has to have been counted. So there GUP is asked for what is
+    /// there, or else for one page that is not; where pages are not there, more and more of them, up to
+    /// [`ROW`], are pinned alone before it is asked again for many.
     fn pin_once(
         &mut self,
         mm: &CurrentMm<'_>,
@@ -127,6 +131,9 @@ impl Patience {
         max: usize,
         out: &mut KVec<PagePin>,
     ) -> Result {
+        if !self.faults_alone {
+            return pages::pin_user_pages(mm, addr, max, How::Long, out);
+        }
         if max > 1 && self.alone == 0 {
             match pages::pin_user_pages(mm, addr, max, How::LongIfPresent, out) {
                 Err(code::EFAULT) => {
