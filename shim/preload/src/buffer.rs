@@ -1,19 +1,48 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Memory for a call: on the stack for short lists, from `mmap` for long ones, never from malloc.
+//!
+//! A few mappings are kept for the next call: to map, fault in and unmap memory costs more than all else that
+//! is done with a list of a few hundred elements.
 
 use core::mem::{size_of, MaybeUninit};
 use core::ops::{Deref, DerefMut};
 use core::slice;
+use core::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::sys::{self, Errno, Plain, Result};
+
+/// The size of a mapping that is kept, in bytes: a list of 682 items.
+const SPARE: usize = 16 << 10;
+
+/// The addresses of mappings of [`SPARE`] bytes that no list owns; 0 for none. A call has three lists.
+///
+/// There is no lock: a list owns the mapping whose address it has taken out. A signal handler that comes
+/// between, or a child of a fork, finds less here, and maps memory of its own.
+static SPARES: [AtomicUsize; 3] = [const { AtomicUsize::new(0) }; 3];
+
+/// A mapping of [`SPARE`] bytes that is the caller's alone then.
+fn take_spare() -> Option<usize> {
+    let spares = SPARES.iter();
+    let mut taken = spares.map(|spare| spare.swap(0, Ordering::Acquire));
+    taken.find(|address| *address != 0)
+}
+
+/// Keeps a mapping of [`SPARE`] bytes that the caller owns, if there is room; says whether it did.
+fn keep_spare(address: usize) -> bool {
+    SPARES.iter().any(|spare| {
+        spare
+            .compare_exchange(0, address, Ordering::Release, Ordering::Relaxed)
+            .is_ok()
+    })
+}
 
 /// A list that is short as a rule.
 ///
 /// # Invariants
 ///
-/// `mapped` is 0, or the address of a mapping of `capacity` elements that this list owns alone.
-/// `len <= capacity`, and without a mapping `capacity <= N`. The first `len` elements are filled in.
+/// `mapped` is 0, or the address of a mapping that this list owns alone, of [`SPARE`] bytes or, where
+/// `capacity` elements take more, of that size. `len <= capacity`, and without a mapping `capacity <= N`. The first `len` elements are filled in.
 pub struct Buffer<T: Plain, const N: usize> {
     inline: [MaybeUninit<T>; N],
     mapped: usize,
@@ -109,13 +138,19 @@ impl<T: Plain, const N: usize> Buffer<T, N> {
         let bytes = capacity
             .checked_mul(size_of::<T>())
             .ok_or(Errno(libc::ENOMEM))?;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        let mapped = sys::mmap(None, bytes, access, flags, -1, 0)?;
-        // SAFETY: the mapping is new, and has room for more than these.
+        let spare = if bytes <= SPARE { take_spare() } else { None };
+        let mapped = match spare {
+            Some(spare) => spare,
+            None => {
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
+                let access = libc::PROT_READ | libc::PROT_WRITE;
+                sys::mmap(None, bytes.max(SPARE), access, flags, -1, 0)?
+            }
+        };
+        // SAFETY: nobody else has the mapping, and it has room for more than these.
         unsafe { (mapped as *mut T).copy_from_nonoverlapping(self.start(), self.len) };
         self.unmap();
-        // INVARIANT: the mapping is new and has that size.
+        // INVARIANT: nobody else has the mapping, and it has that size.
         (self.mapped, self.capacity) = (mapped, capacity);
         Ok(())
     }
@@ -138,9 +173,10 @@ impl<T: Plain, const N: usize> Buffer<T, N> {
     }
 
     fn unmap(&mut self) {
-        if self.mapped != 0 {
+        let bytes = (self.capacity * size_of::<T>()).max(SPARE);
+        if self.mapped != 0 && !(bytes == SPARE && keep_spare(self.mapped)) {
             // SAFETY: by the invariants it is ours, and the callers use it no more.
-            let _ = unsafe { sys::munmap(self.mapped, self.capacity * size_of::<T>()) };
+            let _ = unsafe { sys::munmap(self.mapped, bytes) };
         }
     }
 }
