@@ -19,10 +19,11 @@ use crate::executor::{Executor, Held, Kept};
 use crate::expected::{Expected, Struct};
 use crate::input::{Backing, Create, Descriptor, Envelope, Piece, Place, Who};
 use crate::memory::{Pin, SLOTS, SLOT_PAGES};
+use crate::profile::{phase, Phase};
 
 const PAGE_BYTES: u64 = PAGE as u64;
 /// The most pages that a create pins, so that none takes seconds.
-const MOST_PAGES: u64 = 6000;
+const MOST_PAGES: u64 = 1536;
 /// The same if all of them are huge, of which each is pinned at once: more than 1 GiB.
 const MOST_HUGE_PAGES: u64 = 540_000;
 /// The most ranges that are laid out; a create may say that there are more.
@@ -76,10 +77,12 @@ fn charged_rightly(info: &uapi::Info) -> bool {
 /// What is known about a create before it is called.
 struct Forecast {
     expected: Expected,
-    /// The addresses of its pages.
+    /// The addresses of its pages, each time that the ranges are named.
     sources: Vec<u64>,
     /// Bytes in all.
     bytes: u64,
+    /// The ranges end in the middle of a repetition.
+    cut: bool,
 }
 
 impl Executor {
@@ -106,6 +109,7 @@ impl Executor {
             .all(|(range, _)| self.memory.is_scarce(range.addr));
         let limit = if huge { MOST_HUGE_PAGES } else { MOST_PAGES };
         let most = most.min((limit / pages.max(1)).max(1) as usize);
+        let once = list.len();
         list = list.repeat(usize::from(create.repeat).min(most));
         let count = create.count.unwrap_or(list.len() as u32);
 
@@ -131,10 +135,12 @@ impl Executor {
         let laid_out = Struct::new(bytes_of(&[argument]), &create.envelope);
         let at = self.structs.put(&laid_out.bytes, create.envelope.place);
 
+        let forecasting = phase(Phase::Forecast);
         let mut forecast = Forecast {
             expected: Expected::default(),
             sources: Vec::new(),
             bytes: 0,
+            cut: count as usize % once.max(1) != 0,
         };
         if laid_out.expect(at, false, &mut forecast.expected) {
             self.expect_fields(&argument, named, &mut forecast.expected);
@@ -142,11 +148,14 @@ impl Executor {
                 let backings_at = named.then_some(backings_at);
                 expect_arrays(count, list.len(), ranges_at, backings_at, &mut forecast);
                 list.truncate(count as usize);
-                self.expect_ranges(&list, flags, &mut forecast);
+                self.expect_ranges(&list, once, flags, &mut forecast);
             }
         }
         let charges = self.expect_charge(&mut forecast)?;
+        drop(forecasting);
+        let creating = phase(Phase::Create);
         let answer = self.call(command(uapi::CREATE, &create.envelope), at.address);
+        drop(creating);
         // SAFETY: the call has just returned it.
         let answer = answer.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
         forecast.expected.check("PINBUF_CREATE", &answer)?;
@@ -196,17 +205,18 @@ impl Executor {
         );
     }
 
-    /// What the ranges lead to, and which pages they are.
+    /// What the ranges lead to, and which pages they are. After the first ones they are repeated.
     fn expect_ranges(
         &self,
         list: &[(uapi::Range, uapi::Backing)],
+        once: usize,
         flags: u32,
         forecast: &mut Forecast,
     ) {
         let checked = flags & uapi::CREATE_CHECK_BACKING != 0;
         let expected = &mut forecast.expected;
         let mut sum = 0u64;
-        for (range, backing) in list {
+        for (index, (range, backing)) in list.iter().enumerate() {
             let crooked = range.len == 0 || (range.addr | range.len) % PAGE_BYTES != 0;
             expected.must_if(crooked, Errno::EINVAL);
             expected.must_if(
@@ -226,9 +236,9 @@ impl Executor {
                     Some(end) => expected.must_if(i64::try_from(end).is_err(), Errno::EINVAL),
                     None => expected.must(Errno::EOVERFLOW),
                 }
-                expected.must_if(!is_open(backing.fd), Errno::EBADF);
+                expected.must_if(index < once && !is_open(backing.fd), Errno::EBADF);
             }
-            if crooked {
+            if crooked || index >= once {
                 continue;
             }
             // Memory ends, if nowhere else, behind the last slot.
@@ -315,9 +325,10 @@ impl Executor {
         for address in &addresses {
             pages.push(self.memory.pinned(*address, &mut self.contents));
         }
-        let count = pages.len() as u64;
-        if count * PAGE_BYTES != forecast.bytes {
-            bail!("the model has {count} pages, not {} bytes", forecast.bytes);
+        let count = forecast.bytes / PAGE_BYTES;
+        let once = pages.len() as u64;
+        if once == 0 || count % once != 0 && !forecast.cut {
+            bail!("the model has {once} pages, not {count}, however often");
         }
         let size = lseek64(&fd, 0, Whence::SeekEnd).context("lseek")?;
         if size as u64 != forecast.bytes {
@@ -338,7 +349,7 @@ impl Executor {
         {
             bail!("{count} pages, to be charged to one of {charges:?}, but {info:?}");
         }
-        let kept = Rc::new(Kept { pages });
+        let kept = Rc::new(Kept::new(pages, count as usize));
         self.compare(fd.as_fd(), &kept)?;
         for address in addresses.iter().step_by(addresses.len() / 8 + 1) {
             let word = self.access.read(*address).context("what was pinned")?;
@@ -397,7 +408,7 @@ impl Executor {
         let (Some(answer), Some(kept)): (Option<uapi::Info>, _) = (answer, kept) else {
             return Ok(());
         };
-        let pages = kept.pages.len() as u64;
+        let pages = kept.length() as u64;
         let mappings = self.devices.mappings(&kept) as u32;
         if answer.fd != fd
             || answer.bytes != pages * PAGE_BYTES

@@ -6,8 +6,10 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+use fastrand::Rng;
 
 use crate::input::Input;
 use crate::kcov::Edge;
@@ -19,6 +21,8 @@ pub struct Entry {
     pub input: Input,
     /// Where it went.
     pub edges: BTreeSet<Edge>,
+    /// How long it took.
+    pub took: Duration,
 }
 
 /// All of them.
@@ -31,15 +35,28 @@ pub struct Corpus {
 }
 
 impl Corpus {
-    /// Keeps an input if it went where none had gone.
-    pub fn offer(&mut self, input: &Input, edges: BTreeSet<Edge>) -> bool {
-        if edges.is_subset(&self.edges) {
+    /// Keeps an input if it went where none had gone, or in any case.
+    pub fn offer(
+        &mut self,
+        input: &Input,
+        edges: BTreeSet<Edge>,
+        took: Duration,
+        always: bool,
+    ) -> bool {
+        if !always && edges.is_subset(&self.edges) {
             return false;
         }
         self.edges.extend(&edges);
         let input = input.clone();
-        self.entries.push(Entry { input, edges });
+        self.entries.push(Entry { input, edges, took });
         true
+    }
+
+    /// One of them, rather a fast one than a slow one. There must be one.
+    pub fn choose(&self, rng: &mut Rng) -> &Input {
+        let [one, other] = [(), ()].map(|()| &self.entries[rng.usize(0..self.entries.len())]);
+        let faster = if one.took < other.took { one } else { other };
+        &faster.input
     }
 
     /// Few inputs that together go wherever any goes: each time the one that adds most.
@@ -75,6 +92,11 @@ pub fn to_text(input: &Input) -> Result<String> {
     ))
 }
 
+/// Several inputs as text, as `--replay` takes each.
+pub fn to_text_all(inputs: &[Input]) -> Result<String> {
+    inputs.iter().map(to_text).collect()
+}
+
 /// Reads an input.
 pub fn read(path: &Path) -> Result<Input> {
     let text = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
@@ -89,6 +111,19 @@ pub fn save(directory: &Path, prefix: &str, input: &Input) -> Result<PathBuf> {
     let path = directory.join(format!("{prefix}{:016x}.json", hasher.finish()));
     fs::create_dir_all(directory)?;
     fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+    Ok(path)
+}
+
+/// Writes inputs to a directory of their own inside of another one, by names in their order.
+pub fn save_all(directory: &Path, prefix: &str, inputs: &[Input]) -> Result<PathBuf> {
+    let mut hasher = DefaultHasher::new();
+    to_text_all(inputs)?.hash(&mut hasher);
+    let path = directory.join(format!("{prefix}{:016x}", hasher.finish()));
+    fs::create_dir_all(&path)?;
+    for (index, input) in inputs.iter().enumerate() {
+        let file = path.join(format!("{index:02}.json"));
+        fs::write(&file, to_text(input)?).with_context(|| format!("writing {}", file.display()))?;
+    }
     Ok(path)
 }
 
@@ -126,11 +161,13 @@ mod tests {
     #[test]
     fn what_adds_nothing_is_left_out() {
         let mut corpus = Corpus::default();
-        let input = Input::default();
-        assert!(corpus.offer(&input, BTreeSet::from([(0, 1)])));
-        assert!(corpus.offer(&input, BTreeSet::from([(0, 2)])));
-        assert!(!corpus.offer(&input, BTreeSet::from([(0, 1), (0, 2)])));
-        assert!(corpus.offer(&input, BTreeSet::from([(0, 1), (0, 2), (0, 3)])));
+        let offer = |corpus: &mut Corpus, edges| {
+            corpus.offer(&Input::default(), edges, Duration::ZERO, false)
+        };
+        assert!(offer(&mut corpus, BTreeSet::from([(0, 1)])));
+        assert!(offer(&mut corpus, BTreeSet::from([(0, 2)])));
+        assert!(!offer(&mut corpus, BTreeSet::from([(0, 1), (0, 2)])));
+        assert!(offer(&mut corpus, BTreeSet::from([(0, 1), (0, 2), (0, 3)])));
         let minimal = corpus.minimal();
         assert_eq!(minimal.len(), 1);
         assert_eq!(minimal[0].edges.len(), 3);

@@ -61,8 +61,8 @@ impl Devices {
         let all: Vec<Rc<Kept>> = self.0.iter().flat_map(mapped).collect();
         let mut counts = HashMap::new();
         for buffer in all.iter().map(|kept| &**kept).chain([kept]) {
-            for page in &buffer.pages {
-                *counts.entry(*page).or_insert(0) += 1;
+            for page in buffer.once() {
+                *counts.entry(*page).or_insert(0) += buffer.repeated();
             }
         }
         counts.into_values().max().unwrap_or(0)
@@ -153,7 +153,7 @@ impl Executor {
         match errno(device.importer.map(direction)) {
             Ok((mapping, _)) => {
                 let report = device.importer.report(mapping)?;
-                let bytes = (device.kept.pages.len() * PAGE) as u64;
+                let bytes = (device.kept.length() * PAGE) as u64;
                 if report.total != bytes || report.max_len > device.segment {
                     bail!(
                         "a device sees {} bytes in segments of up to {}; expected {bytes} and {}",
@@ -171,7 +171,7 @@ impl Executor {
             Err(error) => bail!("mapping for a device: {error}"),
         }
         if !device.direct {
-            for id in device.kept.pages.iter().flatten() {
+            for id in device.kept.once().iter().flatten() {
                 self.contents.distrust(*id);
             }
         }
@@ -204,7 +204,7 @@ impl Executor {
             return Ok(());
         };
         let (mapping, _) = device.mappings[index];
-        let page = usize::from(page) % device.kept.pages.len();
+        let page = usize::from(page) % device.kept.length();
         let offset = (page * PAGE) as u64;
         let stamp = self.contents.stamp();
         let mut word = stamp.to_ne_bytes();
@@ -245,7 +245,7 @@ impl Executor {
         let Some(device) = self.devices.get(device).filter(|device| device.vmapped) else {
             return Ok(());
         };
-        let page = usize::from(page) % device.kept.pages.len();
+        let page = usize::from(page) % device.kept.length();
         let offset = (page * PAGE) as u64;
         let stamp = self.contents.stamp();
         let mut word = stamp.to_ne_bytes();
@@ -268,7 +268,7 @@ impl Executor {
         write: bool,
         word: u64,
     ) -> Result<()> {
-        let Some(id) = kept.pages[page] else {
+        let Some(id) = kept.page(page) else {
             return Ok(());
         };
         if write {

@@ -22,16 +22,49 @@ use crate::devices::Devices;
 use crate::expected::Expected;
 use crate::input::{Address, Caller, Descriptor, Input, Memlock, Operation, Who};
 use crate::memory::Memory;
+use crate::profile::{phase, Phase};
 use crate::views::Views;
 
 /// The most buffers that an input has at once.
 const BUFFERS: usize = 16;
 
 /// What a dma-buf consists of, page by page, as far as that is known.
+///
+/// A create may name the same ranges hundreds of times: the pages of one time are kept, or a buffer of
+/// 1 GiB would take longer in this model than in the kernel.
 #[derive(Debug)]
 pub struct Kept {
-    /// The pages.
-    pub pages: Vec<Option<Id>>,
+    once: Vec<Option<Id>>,
+    length: usize,
+}
+
+impl Kept {
+    /// `length` pages: those given, again and again.
+    pub fn new(once: Vec<Option<Id>>, length: usize) -> Self {
+        assert!(!once.is_empty() || length == 0);
+        Self { once, length }
+    }
+
+    /// How many pages there are.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// One of them.
+    pub fn page(&self, number: usize) -> Option<Id> {
+        assert!(number < self.length);
+        self.once[number % self.once.len()]
+    }
+
+    /// Those that there are, each once for each time that it is named, but for repetition as a whole.
+    pub fn once(&self) -> &[Option<Id>] {
+        &self.once
+    }
+
+    /// How often all of them are repeated, at most.
+    pub fn repeated(&self) -> usize {
+        self.length.div_ceil(self.once.len().max(1))
+    }
 }
 
 /// A descriptor of a dma-buf.
@@ -68,32 +101,35 @@ pub struct Executor {
 }
 
 impl Executor {
-    /// Prepares the memory, and becomes the caller. `trace`: tells on standard error what it does.
-    pub fn new(input: &Input, trace: bool) -> Result<Self> {
-        let access = Access::new()?;
-        let mut contents = Contents::default();
-        let memory = Memory::new(&input.memory, &access, &mut contents)?;
+    /// Prepares what inputs share, and becomes the caller. `trace`: tells on standard error what it does.
+    pub fn new(who: Who, trace: bool) -> Result<Self> {
+        let fixture = phase(Phase::Fixture);
         let executor = Self {
             device: Device::open()?,
-            access,
-            contents,
-            memory,
+            access: Access::new()?,
+            contents: Contents::default(),
+            memory: Memory::default(),
             structs: Area::new(0)?,
             ranges: Area::new(1)?,
             backings: Area::new(2)?,
             buffers: Vec::new(),
             views: Views::default(),
             devices: Devices::default(),
-            caller: input.caller,
-            limit: limit_bytes(input.caller.memlock) / PAGE as u64,
+            caller: Caller {
+                who,
+                ..Caller::default()
+            },
+            limit: u64::MAX,
             machine: (kernel::field("/proc/meminfo", "MemTotal")? as u64) << 10,
             bounces: has_bounce_buffers(),
             forked: false,
             trace,
         };
-        let soft = limit_bytes(input.caller.memlock);
-        setrlimit(Resource::RLIMIT_MEMLOCK, soft, RLIM_INFINITY).context("RLIMIT_MEMLOCK")?;
-        match input.caller.who {
+        setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)
+            .context("RLIMIT_MEMLOCK")?;
+        drop(fixture);
+        let _caller = phase(Phase::Caller);
+        match who {
             Who::Root => {}
             Who::Uncapable => drop_ipc_lock()?,
             Who::User => become_user(USER)?,
@@ -101,9 +137,19 @@ impl Executor {
         Ok(executor)
     }
 
-    /// Does all that the input says, and then looks at what is there, and gives it back.
-    pub fn run(mut self, operations: &[Operation]) -> Result<()> {
-        for (index, operation) in operations.iter().enumerate() {
+    /// Does all that the input says, then compares what is there, and gives it back. After an error this is of no
+    /// further use.
+    pub fn execute(&mut self, input: &Input) -> Result<()> {
+        assert_eq!(self.caller.who, input.caller.who);
+        self.caller = input.caller;
+        let soft = limit_bytes(input.caller.memlock);
+        setrlimit(Resource::RLIMIT_MEMLOCK, soft, RLIM_INFINITY).context("RLIMIT_MEMLOCK")?;
+        self.limit = soft / PAGE as u64;
+        self.contents = Contents::default();
+        self.views = Views::default();
+        self.memory = Memory::new(&input.memory, &self.access, &mut self.contents)
+            .context("preparing the memory")?;
+        for (index, operation) in input.operations.iter().enumerate() {
             self.say(|| format!("{index}: {operation:?}"));
             self.step(operation)
                 .with_context(|| format!("operation {index}, {operation:?}"))?;
@@ -119,6 +165,37 @@ impl Executor {
     }
 
     fn step(&mut self, operation: &Operation) -> Result<()> {
+        let _timer = match operation {
+            Operation::Create(_) => None,
+            Operation::Query(_)
+            | Operation::Info(..)
+            | Operation::Other(..)
+            | Operation::Sync(..)
+            | Operation::Seek(..)
+            | Operation::Duplicate(_)
+            | Operation::Close(_) => Some(phase(Phase::Ask)),
+            Operation::Map { .. }
+            | Operation::Touch(..)
+            | Operation::Remap(..)
+            | Operation::Unmap(..)
+            | Operation::Protect(..)
+            | Operation::Advise(..) => Some(phase(Phase::Views)),
+            Operation::Attach(..)
+            | Operation::DeviceMap(..)
+            | Operation::DeviceUnmap(..)
+            | Operation::DeviceTouch(..)
+            | Operation::KernelMap(_)
+            | Operation::KernelUnmap(_)
+            | Operation::KernelTouch(..)
+            | Operation::Bracket(..)
+            | Operation::Detach(_) => Some(phase(Phase::Devices)),
+            Operation::Fork(..) => Some(phase(Phase::Children)),
+            Operation::Write(..)
+            | Operation::Discard(..)
+            | Operation::Punch(..)
+            | Operation::Release(..)
+            | Operation::Restrict(..) => Some(phase(Phase::Memory)),
+        };
         match operation {
             Operation::Create(create) => self.create(create),
             Operation::Query(envelope) => self.query(envelope),
@@ -246,8 +323,9 @@ impl Executor {
 
     /// Looks at some pages of a buffer through a mapping of all of it.
     pub(crate) fn compare(&mut self, fd: BorrowedFd<'_>, kept: &Kept) -> Result<()> {
+        let _timer = phase(Phase::Compare);
         const SAMPLES: usize = 16;
-        let pages = kept.pages.len();
+        let pages = kept.length();
         let mapping = Mapping::map(
             pages * PAGE,
             libc::PROT_READ | libc::PROT_WRITE,
@@ -259,7 +337,7 @@ impl Executor {
         let samples = SAMPLES.min(pages);
         for sample in 0..samples {
             let page = sample * (pages - 1) / (samples - 1).max(1);
-            let Some(id) = kept.pages[page] else { continue };
+            let Some(id) = kept.page(page) else { continue };
             if let Some(word) = self.contents.get(id) {
                 let seen = mapping.get(page * PAGE);
                 if seen != word {
@@ -297,7 +375,7 @@ impl Executor {
         let held = &self.buffers[index];
         let whence = [Whence::SeekSet, Whence::SeekCur, Whence::SeekEnd][usize::from(whence % 3)];
         let answer = lseek64(&held.fd, offset as i64, whence);
-        let size = (held.kept.pages.len() * PAGE) as i64;
+        let size = (held.kept.length() * PAGE) as i64;
         match (whence, offset, answer) {
             (Whence::SeekEnd, 0, Ok(end)) if end == size => Ok(()),
             (Whence::SeekSet, 0, Ok(0)) => Ok(()),
@@ -326,12 +404,17 @@ impl Executor {
         for held in std::mem::take(&mut self.buffers) {
             self.compare(held.fd.as_fd(), &held.kept)?;
         }
+        let clearing = phase(Phase::Clear);
         self.views.clear()?;
         self.devices.clear();
         self.memory.clear()?;
-        if self.forked {
-            return Ok(());
-        }
+        drop(clearing);
+        Ok(())
+    }
+
+    /// Fails if anything of what was executed is still charged.
+    pub fn settled(&mut self) -> Result<()> {
+        let _charges = phase(Phase::Charges);
         let pinned = kernel::vm_pin()?;
         if pinned != 0 {
             bail!("VmPin is {pinned} when nothing is left");

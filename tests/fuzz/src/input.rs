@@ -30,7 +30,7 @@ pub struct Caller {
 }
 
 /// A user.
-#[derive(Arbitrary, Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Arbitrary, Clone, Copy, Debug, Default, Hash, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Who {
     /// With all capabilities.
     #[default]

@@ -5,10 +5,11 @@
 //! See `Documentation/dev-tools/kcov.rst`. Only what was compiled with `KCOV_INSTRUMENT` is seen,
 //! and on the debug kernel that is pinbuf alone.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{bail, Context, Result};
@@ -18,6 +19,8 @@ use pinbuf_test_harness::support::kernel;
 const PATH: &str = "/sys/kernel/debug/kcov";
 /// Program counters that are kept of one execution; the rest of a longer one is not seen.
 const ENTRIES: usize = 1 << 17;
+/// Edges that are recognised without a search.
+const RECENT: usize = 4096;
 const TRACE_PC: libc::c_int = 0;
 
 nix::ioctl_write_int_bad!(
@@ -38,13 +41,16 @@ pub struct Kcov {
 }
 
 impl Kcov {
-    /// Prepares it.
-    pub fn open() -> Result<Self> {
+    /// Prepares it. `None` if the kernel has none.
+    pub fn open() -> Result<Option<Self>> {
+        if !Path::new(PATH).exists() {
+            return Ok(None);
+        }
         let file = File::options()
             .read(true)
             .write(true)
             .open(PATH)
-            .with_context(|| format!("{PATH}: it takes a kernel with CONFIG_KCOV"))?;
+            .with_context(|| format!("opening {PATH}"))?;
         // SAFETY: takes a number.
         unsafe { init_trace(file.as_raw_fd(), ENTRIES as libc::c_int) }
             .context("KCOV_INIT_TRACE")?;
@@ -62,51 +68,52 @@ impl Kcov {
         if area == libc::MAP_FAILED {
             bail!("mapping {PATH}: {}", Errno::last());
         }
-        Ok(Self {
+        Ok(Some(Self {
             file,
             area: area.cast(),
             module: module()?,
-        })
+        }))
     }
 
-    /// Forgets what was seen. To be called before the task begins.
+    /// Forgets what was seen so far.
     pub fn clear(&self) {
         self.word(0).store(0, Ordering::Relaxed);
     }
 
-    /// In the task itself: is seen from here on, until it ends.
+    /// In the task itself: it is seen from here on, until it ends.
     pub fn enable(&self) -> Result<()> {
         // SAFETY: takes a number.
         unsafe { enable(self.file.as_raw_fd(), TRACE_PC) }.context("KCOV_ENABLE")?;
         Ok(())
     }
 
-    /// What the task that has ended went through.
-    pub fn edges(&self) -> BTreeSet<Edge> {
-        let count = self.word(0).load(Ordering::Relaxed) as usize;
-        let mut edges = BTreeSet::new();
+    /// What the task went through since the last [`clear`](Self::clear): its edges, each once; how many program counters
+    /// there were, and how many of them in the module.
+    pub fn edges(&self) -> (Vec<Edge>, (usize, usize)) {
+        let count = (self.word(0).load(Ordering::Relaxed) as usize).min(ENTRIES - 1);
+        let mut seen = HashSet::new();
+        // Loops go through the same few edges again and again: those are recognised without a search.
+        let mut recent = [(0, 0); RECENT];
+        let mut edges = Vec::new();
         let mut last = 0;
-        for index in 1..=count.min(ENTRIES - 1) {
+        let mut inside = 0;
+        for index in 1..=count {
             let at = self.word(index).load(Ordering::Relaxed);
             if self.module.contains(&at) {
+                inside += 1;
                 let point = (at - self.module.start) as u32;
-                edges.insert((last, point));
+                let edge = (last, point);
                 last = point;
+                let slot = &mut recent[(edge.0.wrapping_mul(31) ^ edge.1) as usize % RECENT];
+                if *slot != edge {
+                    *slot = edge;
+                    if seen.insert(edge) {
+                        edges.push(edge);
+                    }
+                }
             }
         }
-        edges
-    }
-
-    /// How many program counters there were, and how many of them in the module.
-    pub fn counts(&self) -> (usize, usize) {
-        let count = (self.word(0).load(Ordering::Relaxed) as usize).min(ENTRIES - 1);
-        let inside = (1..=count)
-            .filter(|index| {
-                let at = self.word(*index).load(Ordering::Relaxed);
-                self.module.contains(&at)
-            })
-            .count();
-        (count, inside)
+        (edges, (count, inside))
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {

@@ -4,17 +4,19 @@
 //!
 //! An input says who calls, which memory there is, and what is done: creates, questions and other
 //! ioctls with structs that are right, wrong or cut off, and then everything that can be done with
-//! the dma-bufs and the memory. Each is executed in a process of its own ([`executor`]), which keeps
+//! the dma-bufs and the memory. Many inputs of one caller are executed by one process ([`executor`]), which keeps
 //! a model of which page is where ([`contents`], [`memory`]) and of what each call may answer
 //! ([`expected`]). An input fails if an answer is none of those that the contract allows, if a byte
 //! is not where it should be, if something is left behind, or if the kernel complains
 //! ([`watch`]).
 //!
 //! Inputs that reach code that no other has reached are mutated further ([`mutate`], [`corpus`]).
-//! The input that runs is in a file before it runs, so that it survives the machine.
+//! The inputs that run are in a file before they run, so that they survive the machine. What one input leaves
+//! behind, and an input that fails only after another one, are found by running the batch's inputs again, one by one and in pairs.
 
 mod access;
 mod areas;
+mod batch;
 mod calls;
 mod contents;
 mod corpus;
@@ -25,38 +27,41 @@ mod input;
 mod kcov;
 mod memory;
 mod mutate;
+mod profile;
 mod views;
 mod watch;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{anyhow, bail, Context, Result};
 use clap::Parser;
 use fastrand::Rng;
 use nix::sys::wait::WaitStatus;
 use pinbuf_test_harness::support::kernel::HugePool;
 use pinbuf_test_harness::support::process::Child;
 
+use crate::batch::{Board, Outcome};
 use crate::corpus::Corpus;
 use crate::executor::Executor;
-use crate::input::Input;
+use crate::input::{Input, Who};
 use crate::kcov::{Edge, Kcov};
+use crate::profile::{phase, Phase};
 use crate::watch::Watch;
 
 /// Huge pages for all that an input may want.
 const HUGE_PAGES: i64 = 24;
 /// Where it is while it runs.
-const RUNNING: &str = "running.json";
-/// So many inputs run between two thorough looks at what is left behind.
-const BATCH: usize = 16;
+const RUNNING: &str = "running";
+/// So many inputs run in one process, and between two comparisons of what the kernel holds.
+const BATCH: usize = 32;
 /// One that takes so long is mentioned.
 const SLOW: Duration = Duration::from_secs(5);
-/// An input takes milliseconds; one that takes so long hangs.
+/// A batch takes a second; one that takes so long hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Calls pinbuf in every way there is, guided by the kernel's coverage
@@ -100,18 +105,44 @@ struct Options {
     stop: bool,
 }
 
-/// Executes inputs, one after the other.
+/// Executes inputs, many in one child.
 struct Fuzzer {
-    kcov: Kcov,
+    /// None: the kernel has none.
+    kcov: Option<Kcov>,
     watch: Watch,
+    board: Board,
     state: PathBuf,
-    /// The input that runs.
+    /// The inputs that run.
     running: File,
+    /// All edges that any input went.
+    known: HashSet<Edge>,
     executions: u64,
     points: (usize, usize),
     failed: Vec<PathBuf>,
-    /// What ran since the last thorough look at what is left behind.
-    unchecked: Vec<Input>,
+}
+
+/// How a batch ended.
+struct Ended {
+    /// Of each input that was executed without a failure.
+    outcomes: Vec<Outcome>,
+    /// What was wrong with the input after these, or with all of them.
+    failure: Option<Failure>,
+}
+
+/// What was wrong.
+enum Failure {
+    /// With the input that ran.
+    Input(anyhow::Error),
+    /// With what is left when all inputs have run.
+    Rest(anyhow::Error),
+}
+
+impl Failure {
+    fn error(&self) -> &anyhow::Error {
+        match self {
+            Self::Input(error) | Self::Rest(error) => error,
+        }
+    }
 }
 
 impl Fuzzer {
@@ -126,87 +157,163 @@ impl Fuzzer {
         Ok(Self {
             kcov: Kcov::open()?,
             watch: Watch::new()?,
+            board: Board::new()?,
             state: state.to_owned(),
-            running: File::create(state.join(RUNNING)).context("keeping the input")?,
+            running: File::create(state.join(RUNNING)).context("keeping the inputs")?,
+            known: HashSet::new(),
             executions: 0,
             points: (0, 0),
             failed: Vec::new(),
-            unchecked: Vec::new(),
         })
     }
 
-    /// Executes an input, and tells where it went. What is wrong with it is told and kept.
-    fn execute(&mut self, input: &Input, trace: bool) -> Result<BTreeSet<Edge>> {
-        let edges = self.execute_and_glance(input, trace)?;
-        self.unchecked.push(input.clone());
-        if self.unchecked.len() == BATCH {
-            self.check()?;
+    /// Executes inputs of one caller, and gives what became of each. What is wrong with any is printed and kept;
+    /// its outcome is `None`.
+    fn execute(&mut self, inputs: &[Input], trace: bool) -> Result<Vec<Option<Outcome>>> {
+        let mut outcomes = Vec::new();
+        while outcomes.len() < inputs.len() {
+            let rest = &inputs[outcomes.len()..];
+            let rest = &rest[..rest.len().min(batch::MOST)];
+            let ended = self.execute_together(rest, trace)?;
+            let count = ended.outcomes.len();
+            outcomes.extend(ended.outcomes.into_iter().map(Some));
+            match ended.failure {
+                None => {}
+                Some(Failure::Input(error)) => {
+                    self.blame(&rest[..=count], &error)?;
+                    outcomes.push(None);
+                }
+                Some(Failure::Rest(error)) => {
+                    let kept = self.blame_any(&rest[..count], &error)?;
+                    for input in kept {
+                        let index = outcomes.len() - count + input;
+                        outcomes[index] = None;
+                    }
+                }
+            }
         }
-        Ok(edges)
+        for outcome in outcomes.iter().flatten() {
+            self.known.extend(&outcome.edges);
+        }
+        Ok(outcomes)
     }
 
-    /// Looks for what the last inputs have left behind; if there is something, they run again, one
-    /// by one, to see which of them it was.
-    fn check(&mut self) -> Result<()> {
-        let suspects = std::mem::take(&mut self.unchecked);
-        let Err(error) = self.watch.check() else {
+    /// The last of these inputs failed. If it does not when it runs alone, one before it has left something, and
+    /// the two are kept; if there is no such one, all are.
+    fn blame(&mut self, inputs: &[Input], error: &anyhow::Error) -> Result<()> {
+        let Some((last, before)) = inputs.split_last() else {
             return Ok(());
         };
-        let known = self.failed.len();
-        for input in &suspects {
-            self.execute_and_glance(input, false)?;
-            if let Err(error) = self.watch.check() {
-                self.fail(input, &error)?;
+        if before.is_empty() || self.fails(std::slice::from_ref(last))? {
+            return self.fail(std::slice::from_ref(last), error);
+        }
+        for first in before {
+            let pair = [first.clone(), last.clone()];
+            if self.fails(&pair)? {
+                return self.fail(&pair, error);
             }
         }
-        if self.failed.len() == known {
-            // None does it again; all of them are kept.
-            for input in &suspects {
-                self.fail(input, &error)?;
-            }
-        }
-        Ok(())
+        self.fail(inputs, error)
     }
 
-    fn fail(&mut self, input: &Input, error: &anyhow::Error) -> Result<()> {
-        let path = corpus::save(&self.state, "failed-", input)?;
+    /// Something was left behind by one of these inputs: they run again, one by one, to see by which. Gives
+    /// those.
+    fn blame_any(&mut self, inputs: &[Input], error: &anyhow::Error) -> Result<Vec<usize>> {
+        let mut found = Vec::new();
+        for (index, input) in inputs.iter().enumerate() {
+            let alone = std::slice::from_ref(input);
+            if let Some(failure) = self.execute_together(alone, false)?.failure {
+                self.fail(alone, failure.error())?;
+                found.push(index);
+            }
+        }
+        if found.is_empty() {
+            self.fail(inputs, error)?;
+            found.extend(0..inputs.len());
+        }
+        Ok(found)
+    }
+
+    fn fails(&mut self, inputs: &[Input]) -> Result<bool> {
+        Ok(self.execute_together(inputs, false)?.failure.is_some())
+    }
+
+    /// Keeps inputs that failed, several in a directory of their own.
+    fn fail(&mut self, inputs: &[Input], error: &anyhow::Error) -> Result<()> {
+        let path = match inputs {
+            [input] => corpus::save(&self.state, "failed-", input)?,
+            _ => corpus::save_all(&self.state, "failed-", inputs)?,
+        };
         println!("FAILED {}: {error:#}", path.display());
         self.failed.push(path);
         Ok(())
     }
 
-    fn execute_and_glance(&mut self, input: &Input, trace: bool) -> Result<BTreeSet<Edge>> {
-        let text = corpus::to_text(input)?;
+    /// Executes inputs in one child, until one fails.
+    fn execute_together(&mut self, inputs: &[Input], trace: bool) -> Result<Ended> {
+        let recording = phase(Phase::Record);
+        let text = corpus::to_text_all(inputs)?;
         self.running.write_all_at(text.as_bytes(), 0)?;
         self.running.set_len(text.len() as u64)?;
-        self.kcov.clear();
-        let start = Instant::now();
-        let executed = self.execute_alone(input, trace);
-        let took = start.elapsed();
-        if took > SLOW {
-            println!("an input took {:.1} s", took.as_secs_f64());
+        drop(recording);
+        self.board.clear();
+        let forking = phase(Phase::Fork);
+        let child = Child::run(|| self.in_child(inputs, trace))?;
+        drop(forking);
+        let ended = child.end(PATIENCE);
+        let done = self.board.done();
+        let outcomes: Vec<Outcome> = (0..done).map(|input| self.board.outcome(input)).collect();
+        for outcome in &outcomes {
+            self.points.0 += outcome.points.0;
+            self.points.1 += outcome.points.1;
+            if outcome.took > SLOW {
+                println!("an input took {:.1} s", outcome.took.as_secs_f64());
+            }
         }
-        let edges = self.kcov.edges();
-        let (seen, inside) = self.kcov.counts();
-        self.points = (self.points.0 + seen, self.points.1 + inside);
-        self.executions += 1;
-        if let Err(error) = executed.and_then(|()| self.watch.glance()) {
-            self.fail(input, &error)?;
-        }
-        Ok(edges)
+        self.executions += self.board.begun() as u64;
+        let error = match ended {
+            Ok((WaitStatus::Exited(_, 0), _)) => None,
+            Ok((WaitStatus::Exited(..), said)) => Some(anyhow!(said)),
+            Ok((status, _)) => Some(anyhow!("ended by {status:?}")),
+            Err(error) => Some(error),
+        };
+        let _timer = phase(Phase::Check);
+        let left = self.watch.listen().and_then(|()| self.watch.check());
+        let failure = match (error, left) {
+            (Some(error), _) if done < self.board.begun() => Some(Failure::Input(error)),
+            (Some(error), _) | (None, Err(error)) if done > 0 => Some(Failure::Rest(error)),
+            (Some(error), _) | (None, Err(error)) => return Err(error),
+            (None, Ok(())) => None,
+        };
+        Ok(Ended { outcomes, failure })
     }
 
-    fn execute_alone(&self, input: &Input, trace: bool) -> Result<()> {
-        let child = Child::run(|| {
-            let executor = Executor::new(input, trace).context("preparing")?;
-            self.kcov.enable()?;
-            executor.run(&input.operations)
-        })?;
-        match child.end(PATIENCE)? {
-            (WaitStatus::Exited(_, 0), _) => Ok(()),
-            (WaitStatus::Exited(..), said) => bail!(said),
-            (status, _) => bail!("ended by {status:?}"),
+    /// The child's part of this.
+    fn in_child(&mut self, inputs: &[Input], trace: bool) -> Result<()> {
+        let Some(first) = inputs.first() else {
+            return Ok(());
+        };
+        let mut executor = Executor::new(first.caller.who, trace).context("preparing")?;
+        if let Some(kcov) = &self.kcov {
+            kcov.enable()?;
         }
+        for (index, input) in inputs.iter().enumerate() {
+            self.board.begin(index);
+            let start = Instant::now();
+            if let Some(kcov) = &self.kcov {
+                kcov.clear();
+            }
+            executor.execute(input)?;
+            self.watch.listen()?;
+            let took = start.elapsed();
+            let _timer = phase(Phase::Coverage);
+            let (edges, points) = self.kcov.as_ref().map(Kcov::edges).unwrap_or_default();
+            let board = &self.board;
+            if !board.report(index, took, points, &edges, &mut self.known) {
+                break;
+            }
+        }
+        executor.settled()
     }
 }
 
@@ -234,12 +341,57 @@ fn replace(directory: &Path, corpus: &Corpus) -> Result<usize> {
     Ok(minimal.len())
 }
 
+/// Inputs that wait until there are enough of one caller.
+#[derive(Default)]
+struct Queue(HashMap<Who, Vec<Input>>);
+
+impl Queue {
+    /// Adds one. Gives a batch, if that is complete.
+    fn add(&mut self, input: Input) -> Option<Vec<Input>> {
+        let waiting = self.0.entry(input.caller.who).or_default();
+        waiting.push(input);
+        (waiting.len() == BATCH).then(|| std::mem::take(waiting))
+    }
+
+    /// All that still wait, by caller.
+    fn rest(self) -> impl Iterator<Item = Vec<Input>> {
+        self.0.into_values().filter(|batch| !batch.is_empty())
+    }
+}
+
+/// Executes a batch, and keeps of it what is new.
+fn run_batch(
+    options: &Options,
+    fuzzer: &mut Fuzzer,
+    corpus: &mut Corpus,
+    batch: &[Input],
+    seeds: bool,
+) -> Result<()> {
+    let outcomes = fuzzer.execute(batch, false)?;
+    let _timer = phase(Phase::Corpus);
+    for (input, outcome) in batch.iter().zip(outcomes) {
+        // What fails is not built on: it would only fail again.
+        let Some(outcome) = outcome else { continue };
+        let blind = fuzzer.kcov.is_none() && seeds;
+        let new = corpus.offer(input, outcome.edges, outcome.took, blind);
+        if let Some(directory) = options.keep.as_ref().filter(|_| new && !seeds) {
+            corpus::save(directory, "", input)?;
+        }
+    }
+    Ok(())
+}
+
 fn fuzz(options: &Options, fuzzer: &mut Fuzzer) -> Result<Corpus> {
     let start = Instant::now();
     let mut corpus = Corpus::default();
+    let mut queue = Queue::default();
     for input in read_all(&options.seeds)? {
-        let edges = fuzzer.execute(&input, false)?;
-        corpus.offer(&input, edges);
+        if let Some(batch) = queue.add(input) {
+            run_batch(options, fuzzer, &mut corpus, &batch, true)?;
+        }
+    }
+    for batch in queue.rest() {
+        run_batch(options, fuzzer, &mut corpus, &batch, true)?;
     }
     println!(
         "seeds: {} executed in {:.1} s, {} of use, {} edges",
@@ -254,26 +406,25 @@ fn fuzz(options: &Options, fuzzer: &mut Fuzzer) -> Result<Corpus> {
         rng.seed(seed);
     }
     println!("random numbers: --seed {}", rng.get_seed());
-    let deadline = Duration::from_secs(options.seconds);
-    let mut told = Instant::now();
-    while start.elapsed() < deadline && (fuzzer.failed.is_empty() || !options.stop) {
+    let limit = Duration::from_secs(options.seconds);
+    let mut reported = Instant::now();
+    let mut queue = Queue::default();
+    let (begun, before) = (Instant::now(), fuzzer.executions);
+    while start.elapsed() < limit && (fuzzer.failed.is_empty() || !options.stop) {
+        let mutating = phase(Phase::Mutate);
         let input = if corpus.entries.is_empty() || rng.u32(0..8) == 0 {
             mutate::generate(&mut rng)
         } else {
-            let [one, other] =
-                [(), ()].map(|()| &corpus.entries[rng.usize(0..corpus.entries.len())].input);
+            let (one, other) = (corpus.choose(&mut rng), corpus.choose(&mut rng));
             mutate::mutate(&mut rng, one, other)
         };
-        let failures = fuzzer.failed.len();
-        let edges = fuzzer.execute(&input, false)?;
-        // What fails is not built on: it would only fail again.
-        if fuzzer.failed.len() == failures && corpus.offer(&input, edges) {
-            if let Some(directory) = &options.keep {
-                corpus::save(directory, "", &input)?;
-            }
-        }
-        if told.elapsed() > Duration::from_secs(10) {
-            told = Instant::now();
+        drop(mutating);
+        let Some(batch) = queue.add(input) else {
+            continue;
+        };
+        run_batch(options, fuzzer, &mut corpus, &batch, false)?;
+        if reported.elapsed() > Duration::from_secs(10) {
+            reported = Instant::now();
             println!(
                 "{:4} s: {} executed, {} of use, {} edges, {} failed",
                 start.elapsed().as_secs(),
@@ -284,11 +435,20 @@ fn fuzz(options: &Options, fuzzer: &mut Fuzzer) -> Result<Corpus> {
             );
         }
     }
+    let speed = (fuzzer.executions - before) as f64 / begun.elapsed().as_secs_f64().max(1.0);
+    let expected = if fuzzer.kcov.is_some() { 50.0 } else { 200.0 };
+    println!("speed: {speed:.1} inputs a second");
+    if speed < expected / 10.0 && begun.elapsed() > Duration::from_secs(10) {
+        println!(
+            "note: that is less than a tenth of {expected}, which is usual on this kind of kernel"
+        );
+    }
     Ok(corpus)
 }
 
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
+    profile::start();
     let pool = HugePool::with_free(HUGE_PAGES)?;
     let mut fuzzer = Fuzzer::new(&options.state)?;
     let mut corpus = Corpus::default();
@@ -297,12 +457,17 @@ fn main() -> Result<ExitCode> {
     }
     for path in &options.replay {
         println!("{}", path.display());
-        let input = corpus::read(path)?;
-        let edges = fuzzer.execute(&input, true)?;
-        corpus.offer(&input, edges);
+        let inputs = if path.is_dir() {
+            read_all(std::slice::from_ref(path))?
+        } else {
+            vec![corpus::read(path)?]
+        };
+        for (input, outcome) in inputs.iter().zip(fuzzer.execute(&inputs, true)?) {
+            if let Some(outcome) = outcome {
+                corpus.offer(input, outcome.edges, outcome.took, false);
+            }
+        }
     }
-
-    fuzzer.check()?;
 
     let points: BTreeSet<u32> = corpus.edges.iter().map(|edge| edge.1).collect();
     println!(
@@ -313,6 +478,7 @@ fn main() -> Result<ExitCode> {
         corpus.edges.len(),
         fuzzer.failed.len()
     );
+    println!("{}", profile::report(fuzzer.executions));
     if options.missing {
         // What was inlined everywhere is among them: its own copy is never called.
         for function in kcov::not_entered(&corpus.edges)? {
@@ -327,7 +493,9 @@ fn main() -> Result<ExitCode> {
         );
     }
     let (seen, inside) = fuzzer.points;
-    if fuzzer.failed.is_empty() && inside == 0 {
+    if fuzzer.kcov.is_none() {
+        println!("note: this kernel has no KCOV: nothing is known about where inputs went");
+    } else if fuzzer.failed.is_empty() && inside == 0 {
         bail!(
             "none of {seen} program counters lies in the module: was it built without \
              KCOV_INSTRUMENT, or does the kernel move itself (RANDOMIZE_BASE)?"

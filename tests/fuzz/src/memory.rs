@@ -14,6 +14,7 @@ use pinbuf_test_harness::support::PAGE;
 use crate::access::{map_at, Access};
 use crate::contents::{Contents, Id};
 use crate::input::{Kind, Region};
+use crate::profile::{phase, Phase};
 
 /// Where the first slot begins: far from where the kernel puts anything by itself.
 pub const BASE: u64 = 0x1357_0000_0000;
@@ -25,7 +26,7 @@ pub const SLOT: u64 = (SLOT_PAGES * PAGE) as u64;
 pub const SLOTS: usize = 4;
 
 /// The most pages that are written at first; more take long where every page is checked.
-const POPULATED: usize = 40;
+const POPULATED: usize = 16;
 const HUGE_PAGES: usize = 512;
 
 /// What an address shows.
@@ -258,7 +259,7 @@ fn first_words(file: &std::fs::File, pages: usize) -> Result<Vec<u64>> {
 }
 
 /// All slots.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Memory {
     slots: Vec<Slot>,
 }
@@ -269,9 +270,12 @@ impl Memory {
         let mut memory = Self { slots: Vec::new() };
         for (index, region) in regions.iter().take(SLOTS).enumerate() {
             let start = BASE + index as u64 * SLOT;
+            let mapping = phase(Phase::Regions);
             let slot = Slot::new(start, *region, contents)?;
             memory.slots.push(slot);
+            drop(mapping);
             if region.populated {
+                let _timer = phase(Phase::Populate);
                 for page in 0..memory.slots[index].mapped.len().min(POPULATED) {
                     // What cannot be written stays as it is.
                     memory.write(start + (page * PAGE) as u64, access, contents)?;

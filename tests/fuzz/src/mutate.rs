@@ -14,6 +14,8 @@ use crate::memory::SLOTS;
 
 /// The most operations that an input grows to.
 const OPERATIONS: usize = 40;
+/// Of so many inputs, one may fork.
+const FORKS: u32 = 16;
 
 /// Something of any type.
 fn any<T: for<'a> Arbitrary<'a>>(rng: &mut Rng) -> T {
@@ -95,11 +97,13 @@ pub fn generate(rng: &mut Rng) -> Input {
     let operations = (0..rng.usize(1..=12))
         .map(|_| any::<Operation>(rng))
         .collect();
-    Input {
+    let mut input = Input {
         caller: any(rng),
         memory,
         operations,
-    }
+    };
+    thin_out(rng, &mut input);
+    input
 }
 
 /// An input that differs from `old` a little, perhaps with a part of `other`.
@@ -141,8 +145,20 @@ pub fn mutate(rng: &mut Rng, old: &Input, other: &Input) -> Input {
             }
         }
     }
+    thin_out(rng, &mut input);
     input.operations.truncate(OPERATIONS);
     input
+}
+
+/// A fork takes as long as a whole input without one: few inputs have one, and none has two.
+fn thin_out(rng: &mut Rng, input: &mut Input) {
+    let mut left = usize::from(rng.u32(..FORKS) == 0);
+    input.operations.retain(|operation| {
+        let forks = matches!(operation, Operation::Fork(..));
+        let keep = !forks || left > 0;
+        left -= usize::from(forks && keep);
+        keep
+    });
 }
 
 /// Changes any number or truth value in an input. `None` if that would be no input any more.

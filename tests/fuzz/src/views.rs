@@ -190,7 +190,7 @@ impl Executor {
         };
         let held = &self.buffers[index];
         let (fd, kept) = (held.fd.as_raw_fd(), Rc::clone(&held.kept));
-        let size = kept.pages.len() as u64 * PAGE_BYTES;
+        let size = kept.length() as u64 * PAGE_BYTES;
         let length = match length {
             0 => size.checked_sub(offset).unwrap_or(PAGE_BYTES),
             length => length,
@@ -294,7 +294,7 @@ impl Executor {
         let (Some(shown), Ok(word)) = (shown, answer) else {
             return Ok(());
         };
-        let Some(id) = shown.kept.pages[shown.page] else {
+        let Some(id) = shown.kept.page(shown.page) else {
             return Ok(());
         };
         if write {
@@ -508,7 +508,7 @@ impl Executor {
         // The same stamp that the child took.
         let stamp = self.contents.stamp();
         if let Some(shown) = self.views.at(address) {
-            let id = shown.kept.pages[shown.page];
+            let id = shown.kept.page(shown.page);
             let wrote = write && shown.inherited && shown.protection & libc::PROT_WRITE != 0;
             if let Some(id) = id.filter(|_| wrote && !self.views.spans.is_empty()) {
                 self.contents.set(id, stamp);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What must be so after every execution: nothing is left behind, and the kernel has not complained.
+//! What must be so after every batch of inputs: nothing is left behind; and after every input: the kernel has
+//! not complained.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
@@ -33,7 +34,7 @@ impl Held {
     }
 }
 
-/// Looks after each execution.
+/// Compares what the kernel holds and says with what it did before.
 pub struct Watch {
     log: File,
     before: Held,
@@ -65,19 +66,11 @@ impl Watch {
         })
     }
 
-    /// Fails if the kernel complained, or the module is still in use: what is told at once.
-    pub fn glance(&mut self) -> Result<()> {
+    /// Fails if the kernel complained since the last time, in this process or in one that it was forked from.
+    pub fn listen(&self) -> Result<()> {
         let complaints = self.complaints()?;
         if !complaints.is_empty() {
             bail!("the kernel says: {}", complaints.join("\n  "));
-        }
-        let deadline = Instant::now() + SETTLE;
-        // Every open device and every dma-buf has one of these.
-        while kernel::module_references()? != self.before.module_references {
-            if Instant::now() > deadline {
-                return self.check();
-            }
-            std::thread::sleep(Duration::from_millis(5));
         }
         Ok(())
     }
@@ -100,11 +93,11 @@ impl Watch {
         }
     }
 
-    fn complaints(&mut self) -> Result<Vec<String>> {
+    fn complaints(&self) -> Result<Vec<String>> {
         let mut found = Vec::new();
         let mut record = [0; 8192];
         loop {
-            match self.log.read(&mut record) {
+            match (&self.log).read(&mut record) {
                 Ok(0) => break,
                 Ok(count) => {
                     let text = String::from_utf8_lossy(&record[..count]);

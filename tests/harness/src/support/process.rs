@@ -105,6 +105,7 @@ impl Child {
     /// Waits until it ends, however it does.
     pub fn end(mut self, patience: Duration) -> Result<(WaitStatus, String)> {
         let deadline = Instant::now() + patience;
+        let mut closed = false;
         let status = loop {
             if let Some(status) = self.poll()? {
                 break status;
@@ -112,7 +113,13 @@ impl Child {
             if Instant::now() > deadline {
                 bail!("the child still runs after {patience:?}");
             }
-            std::thread::sleep(Duration::from_millis(1));
+            // Its end of the pipe is closed when it exits, a moment before it can be reaped. What it says there,
+            // and a grandchild that has the pipe, make the rest of this wait a short sleep.
+            let mut fds = [PollFd::new(self.said.as_fd(), PollFlags::POLLIN)];
+            if closed || poll(&mut fds, PollTimeout::from(10u8))? > 0 {
+                closed = true;
+                std::thread::sleep(Duration::from_micros(100));
+            }
         };
         let mut said = String::new();
         // A grandchild may still hold the other end.
