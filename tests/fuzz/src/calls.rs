@@ -254,6 +254,9 @@ impl Executor {
                     }
                     Pin::Pinned(_) => forecast.sources.push(address),
                 }
+                if self.memory.may_be_refused(address) {
+                    expected.may(Errno::EFAULT);
+                }
                 if self.memory.is_scarce(address) {
                     expected.may(Errno::EFAULT);
                     expected.may(Errno::ENOMEM);

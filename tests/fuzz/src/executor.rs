@@ -180,21 +180,21 @@ impl Executor {
             | Operation::Unmap(..)
             | Operation::Protect(..)
             | Operation::Advise(..) => Some(phase(Phase::Views)),
-            Operation::Attach(..)
-            | Operation::DeviceMap(..)
-            | Operation::DeviceUnmap(..)
-            | Operation::DeviceTouch(..)
-            | Operation::KernelMap(_)
-            | Operation::KernelUnmap(_)
-            | Operation::KernelTouch(..)
-            | Operation::Bracket(..)
-            | Operation::Detach(_) => Some(phase(Phase::Devices)),
+            Operation::Attach(..) | Operation::Detach(_) => Some(phase(Phase::Attach)),
+            Operation::DeviceMap(..) | Operation::DeviceUnmap(..) => Some(phase(Phase::DeviceMap)),
+            Operation::KernelMap(_) | Operation::KernelUnmap(_) => Some(phase(Phase::KernelMap)),
+            Operation::DeviceTouch(..) | Operation::KernelTouch(..) | Operation::Bracket(..) => {
+                Some(phase(Phase::Devices))
+            }
             Operation::Fork(..) => Some(phase(Phase::Children)),
             Operation::Write(..)
             | Operation::Discard(..)
             | Operation::Punch(..)
             | Operation::Release(..)
-            | Operation::Restrict(..) => Some(phase(Phase::Memory)),
+            | Operation::Restrict(..)
+            | Operation::Shift(..)
+            | Operation::Late(..)
+            | Operation::Bring(..) => Some(phase(Phase::Memory)),
         };
         match operation {
             Operation::Create(create) => self.create(create),
@@ -276,6 +276,17 @@ impl Executor {
                 self.say(|| format!("   {done:?}"));
                 Ok(())
             }
+            Operation::Shift(region, page, pages) => self.memory.shift(*region, page.0, pages.0),
+            Operation::Late(region, page, pages, answered) => {
+                let done =
+                    self.memory
+                        .delay(*region, page.0, pages.0, *answered, &mut self.contents)?;
+                self.say(|| format!("   {done:?}"));
+                Ok(())
+            }
+            Operation::Bring(region, page) => {
+                self.memory.bring(*region, page.0, &mut self.contents)
+            }
             Operation::Restrict(region, page, pages, protection) => {
                 let done = self.memory.restrict(*region, page.0, pages.0, protection.0);
                 self.say(|| format!("   {done:?}"));
@@ -324,7 +335,7 @@ impl Executor {
     /// Looks at some pages of a buffer through a mapping of all of it.
     pub(crate) fn compare(&mut self, fd: BorrowedFd<'_>, kept: &Kept) -> Result<()> {
         let _timer = phase(Phase::Compare);
-        const SAMPLES: usize = 16;
+        const SAMPLES: usize = 6;
         let pages = kept.length();
         let mapping = Mapping::map(
             pages * PAGE,

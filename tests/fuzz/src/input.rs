@@ -595,4 +595,10 @@ pub enum Operation {
     Release(u8, Page, Pages),
     /// `mprotect` of a part of the memory.
     Restrict(u8, Page, Pages, Protection),
+    /// `mremap` of a part of the memory to elsewhere, and back.
+    Shift(u8, Page, Pages),
+    /// Faults on missing pages of a part of the memory fail, or are answered by a thread.
+    Late(u8, Page, Pages, bool),
+    /// Brings a page whose faults fail.
+    Bring(u8, Page),
 }

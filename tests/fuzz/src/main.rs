@@ -25,6 +25,7 @@ mod executor;
 mod expected;
 mod input;
 mod kcov;
+mod late;
 mod memory;
 mod mutate;
 mod profile;
@@ -58,7 +59,7 @@ const HUGE_PAGES: i64 = 24;
 /// Where it is while it runs.
 const RUNNING: &str = "running";
 /// So many inputs run in one process, and between two comparisons of what the kernel holds.
-const BATCH: usize = 32;
+const BATCH: usize = 64;
 /// One that takes so long is mentioned.
 const SLOW: Duration = Duration::from_secs(5);
 /// A batch takes a second; one that takes so long hangs.
@@ -446,9 +447,20 @@ fn fuzz(options: &Options, fuzzer: &mut Fuzzer) -> Result<Corpus> {
     Ok(corpus)
 }
 
+/// kmemleak scans all memory now and then, which takes a processor for seconds. It finds nothing that this fuzzer
+/// asks for.
+fn stop_background_scan() {
+    let path = Path::new("/sys/kernel/debug/kmemleak");
+    if path.exists() {
+        // Refused if it was disabled at the boot.
+        let _ = fs::write(path, "scan=off");
+    }
+}
+
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
     profile::start();
+    stop_background_scan();
     let pool = HugePool::with_free(HUGE_PAGES)?;
     let mut fuzzer = Fuzzer::new(&options.state)?;
     let mut corpus = Corpus::default();

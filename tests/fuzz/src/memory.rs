@@ -14,6 +14,7 @@ use pinbuf_test_harness::support::PAGE;
 use crate::access::{map_at, Access};
 use crate::contents::{Contents, Id};
 use crate::input::{Kind, Region};
+use crate::late::{self, Late};
 use crate::profile::{phase, Phase};
 
 /// Where the first slot begins: far from where the kernel puts anything by itself.
@@ -26,8 +27,15 @@ pub const SLOT: u64 = (SLOT_PAGES * PAGE) as u64;
 pub const SLOTS: usize = 4;
 
 /// The most pages that are written at first; more take long where every page is checked.
-const POPULATED: usize = 16;
+const POPULATED: usize = 8;
 const HUGE_PAGES: usize = 512;
+
+/// Where a part is for a moment when it is shifted.
+const SHIFTED: u64 = 0x1468_0000_0000;
+/// The most times that pages come late in one input.
+const MOST_LATES: usize = 4;
+/// The most pages that a thread may have to bring each time.
+const MOST_ANSWERED: usize = 64;
 
 /// What an address shows.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +54,27 @@ enum Shows {
 struct Mapped {
     shows: Shows,
     writable: bool,
+    /// If the page is not there, it comes late.
+    late: Option<Lateness>,
+}
+
+/// What comes of a fault that userfaultfd sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lateness {
+    /// An error.
+    Refused,
+    /// A page of a known kind.
+    Answered,
+}
+
+impl Mapped {
+    /// What a page begins with that nobody has written to.
+    fn blank(&self) -> u64 {
+        match self.late {
+            Some(Lateness::Answered) => late::WORD,
+            _ => 0,
+        }
+    }
 }
 
 /// A region, in its slot.
@@ -175,7 +204,11 @@ impl Slot {
             } else {
                 Shows::Own(id)
             };
-            slot.mapped.push(Mapped { shows, writable });
+            slot.mapped.push(Mapped {
+                shows,
+                writable,
+                late: None,
+            });
         }
         Ok(slot)
     }
@@ -262,12 +295,13 @@ fn first_words(file: &std::fs::File, pages: usize) -> Result<Vec<u64>> {
 #[derive(Debug, Default)]
 pub struct Memory {
     slots: Vec<Slot>,
+    lates: Vec<Late>,
 }
 
 impl Memory {
     /// Maps all regions.
     pub fn new(regions: &[Region], access: &Access, contents: &mut Contents) -> Result<Self> {
-        let mut memory = Self { slots: Vec::new() };
+        let mut memory = Self::default();
         for (index, region) in regions.iter().take(SLOTS).enumerate() {
             let start = BASE + index as u64 * SLOT;
             let mapping = phase(Phase::Regions);
@@ -291,6 +325,7 @@ impl Memory {
         let result = unsafe { libc::munmap(BASE as *mut _, SLOTS * SLOT as usize) };
         Errno::result(result).context("unmapping the memory")?;
         self.slots.clear();
+        self.lates.clear();
         Ok(())
     }
 
@@ -430,10 +465,11 @@ impl Memory {
             }
             if slot.is_private() && !slot.is_huge() && result != Err(Errno::EINVAL) {
                 for page in part {
-                    let shows = &mut slot.mapped[page].shows;
-                    *shows = match *shows {
+                    slot.mapped[page].shows = match slot.mapped[page].shows {
                         Shows::Nothing => Shows::Nothing,
-                        _ if slot.file.is_empty() => Shows::Own(contents.fresh(Some(0))),
+                        _ if slot.file.is_empty() => {
+                            Shows::Own(contents.fresh(Some(slot.mapped[page].blank())))
+                        }
                         _ => Shows::File,
                     };
                 }
@@ -462,7 +498,7 @@ impl Memory {
                 slot.forget(contents);
             } else {
                 for page in part {
-                    slot.file[page] = contents.fresh(Some(0));
+                    slot.file[page] = contents.fresh(Some(slot.mapped[page].blank()));
                 }
             }
         }
@@ -477,6 +513,7 @@ impl Memory {
         let (slot, part) = self.part(number, page, pages);
         for page in part {
             self.slots[slot].mapped[page].shows = Shows::Nothing;
+            self.slots[slot].mapped[page].late = None;
         }
         Ok(())
     }
@@ -503,6 +540,136 @@ impl Memory {
             self.slots[slot].mapped[page].writable = protection & libc::PROT_WRITE != 0;
         }
         Ok(())
+    }
+
+    /// A part of a region that consists of pages that are mapped; none if there are others.
+    fn whole(&self, number: u8, page: u16, pages: u16) -> Option<(usize, std::ops::Range<usize>)> {
+        let (slot, part) = self.part(number, page, pages);
+        let there = |page: usize| !matches!(self.slots[slot].mapped[page].shows, Shows::Nothing);
+        (!part.is_empty() && part.clone().all(there)).then_some((slot, part))
+    }
+
+    /// `mremap` to elsewhere, and back: nobody sees a difference.
+    pub fn shift(&mut self, number: u8, page: u16, pages: u16) -> Result<()> {
+        let Some((slot, part)) = self.whole(number, page, pages) else {
+            return Ok(());
+        };
+        // What moves is not late any more, and huge pages move as a whole.
+        let late = |page: usize| self.slots[slot].mapped[page].late.is_some();
+        if self.slots[slot].is_huge() || part.clone().any(late) {
+            return Ok(());
+        }
+        let start = self.address(number, page);
+        let length = part.len() * PAGE;
+        let remap = |from: u64, to: u64| {
+            // SAFETY: slots, in which nothing of Rust's lies, and what is mapped nowhere.
+            let result = unsafe {
+                libc::mremap(
+                    from as *mut _,
+                    length,
+                    length,
+                    libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+                    to,
+                )
+            };
+            if result == libc::MAP_FAILED {
+                Err(Errno::last())
+            } else {
+                Ok(())
+            }
+        };
+        match remap(start, SHIFTED) {
+            Ok(()) => remap(SHIFTED, start).context("mremap back"),
+            // It consists of several mappings, or locking them is not allowed: then nothing has moved.
+            Err(Errno::EFAULT | Errno::EINVAL | Errno::EAGAIN) => Ok(()),
+            Err(error) => Err(error).context("mremap"),
+        }
+    }
+
+    /// Faults on pages of a part that are not there fail from now on, or are answered by a thread.
+    pub fn delay(
+        &mut self,
+        number: u8,
+        page: u16,
+        pages: u16,
+        answered: bool,
+        contents: &mut Contents,
+    ) -> Result<nix::Result<()>> {
+        let Some((index, part)) = self.whole(number, page, pages) else {
+            return Ok(Ok(()));
+        };
+        let kind = self.slots[index].kind;
+        let known = matches!(kind, Kind::Anonymous | Kind::SharedAnonymous | Kind::Memfd);
+        let most = if answered { MOST_ANSWERED } else { SLOT_PAGES };
+        let part = part.start..part.end.min(part.start + most);
+        if self.lates.len() == MOST_LATES || answered && !known {
+            return Ok(Ok(()));
+        }
+        let start = BASE + index as u64 * SLOT + (part.start * PAGE) as u64;
+        let late = match Late::new(start, part.len() * PAGE, answered)? {
+            Ok(late) => late,
+            Err(errno) => return Ok(Err(errno)),
+        };
+        self.lates.push(late);
+        let mut present = vec![0u8; part.len()];
+        // SAFETY: the kernel writes a byte for each page.
+        let result =
+            unsafe { libc::mincore(start as *mut _, part.len() * PAGE, present.as_mut_ptr()) };
+        Errno::result(result).context("mincore")?;
+        for (page, present) in part.zip(present) {
+            let lateness = if answered {
+                Lateness::Answered
+            } else {
+                Lateness::Refused
+            };
+            self.slots[index].mapped[page].late = Some(lateness);
+            if answered && present & 1 == 0 {
+                if let Some(id) = self.slots[index].id(page) {
+                    contents.set(id, late::WORD);
+                }
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Brings a page whose faults fail, if it is not there.
+    pub fn bring(&mut self, number: u8, page: u16, contents: &mut Contents) -> Result<()> {
+        let address = self.address(number, page);
+        let Some((slot, page)) = self.find(address) else {
+            return Ok(());
+        };
+        let region = &self.slots[slot];
+        if region.mapped[page].late != Some(Lateness::Refused)
+            || !matches!(
+                region.kind,
+                Kind::Anonymous | Kind::SharedAnonymous | Kind::Memfd
+            )
+        {
+            return Ok(());
+        }
+        let word = contents.stamp();
+        // Those that the page is not registered with refuse.
+        let brought = self
+            .lates
+            .iter()
+            .any(|late| late.bring(address, word).is_ok());
+        if let Some(id) = region.id(page).filter(|_| brought) {
+            contents.set(id, word);
+        }
+        Ok(())
+    }
+
+    /// Whether the page at `address` may be refused because it is late.
+    pub fn may_be_refused(&self, address: u64) -> bool {
+        self.find(address).is_some_and(|(slot, page)| {
+            self.slots[slot].mapped[page].late == Some(Lateness::Refused)
+        })
+    }
+
+    /// Whether a child would see other pages than this process, which has a thread that brings them.
+    pub fn is_answered(&self) -> bool {
+        let late = |mapped: &Mapped| mapped.late == Some(Lateness::Answered);
+        self.slots.iter().any(|slot| slot.mapped.iter().any(late))
     }
 
     /// In a child: private pages are copies of the parent's.

@@ -15,7 +15,7 @@ use crate::memory::SLOTS;
 /// The most operations that an input grows to.
 const OPERATIONS: usize = 40;
 /// Of so many inputs, one may fork.
-const FORKS: u32 = 16;
+const FORKS: u32 = 32;
 
 /// Something of any type.
 fn any<T: for<'a> Arbitrary<'a>>(rng: &mut Rng) -> T {
@@ -150,14 +150,15 @@ pub fn mutate(rng: &mut Rng, old: &Input, other: &Input) -> Input {
     input
 }
 
-/// A fork takes as long as a whole input without one: few inputs have one, and none has two.
+/// A fork takes as long as a whole input without one: few inputs have one, and none has two. Devices take
+/// as long as all the rest: half of all inputs have none.
 fn thin_out(rng: &mut Rng, input: &mut Input) {
-    let mut left = usize::from(rng.u32(..FORKS) == 0);
-    input.operations.retain(|operation| {
-        let forks = matches!(operation, Operation::Fork(..));
-        let keep = !forks || left > 0;
-        left -= usize::from(forks && keep);
-        keep
+    let mut forks = rng.u32(..FORKS) == 0;
+    let devices = rng.bool();
+    input.operations.retain(|operation| match operation {
+        Operation::Fork(..) => std::mem::take(&mut forks),
+        Operation::Attach(..) => devices,
+        _ => true,
     });
 }
 

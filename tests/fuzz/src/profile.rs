@@ -35,7 +35,13 @@ pub enum Phase {
     Ask,
     /// Mappings of buffers.
     Views,
-    /// Importers.
+    /// Attaching and removing importers.
+    Attach,
+    /// Mapping for importers.
+    DeviceMap,
+    /// The kernel's mappings.
+    KernelMap,
+    /// What importers do besides.
     Devices,
     /// Forks that an input asks for.
     Children,
@@ -55,8 +61,8 @@ pub enum Phase {
 
 const NAMES: &[&str] = &[
     "mutate", "record", "fork", "fixture", "regions", "populate", "caller", "create", "forecast",
-    "compare", "ask", "views", "devices", "children", "memory", "clear", "charges", "coverage",
-    "corpus", "check",
+    "compare", "ask", "views", "attach", "devmap", "vmap", "devices", "children", "memory",
+    "clear", "charges", "coverage", "corpus", "check",
 ];
 
 /// Nanoseconds and how often, of each phase; shared with all children.

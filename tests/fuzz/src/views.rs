@@ -484,7 +484,7 @@ impl Executor {
         write: bool,
         create: Option<&Create>,
     ) -> Result<()> {
-        if self.forked {
+        if self.forked || self.memory.is_answered() {
             return Ok(());
         }
         let address = self.views.address(view, page);
