@@ -318,8 +318,10 @@ pub const RUNS: &[Run] = &[
         // Calls of every kind, guided by where they go in the module; the seeds first.
         name: "fuzz",
         when: When::Always,
-        // Or there would be no huge entries: the page-table checker forbids them.
-        cmdline: "page_table_check=off",
+        // Or there would be no huge entries: the page-table checker forbids them. And only a page of 1 GiB is one
+        // extent that is large enough for what must not be entered at once.
+        memory: "4G",
+        cmdline: "page_table_check=off hugepagesz=1G hugepages=1",
         command: "tests/fuzz/run",
         verdict: Verdict::Status,
         filters: false,

@@ -11,9 +11,11 @@ use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
 use nix::unistd::{lseek64, Whence};
 use pinbuf_test_harness::support::device::ioctl;
+use pinbuf_test_harness::support::memory::RW;
 use pinbuf_test_harness::support::{kernel, PAGE};
 use pinbuf_uapi as uapi;
 
+use crate::access::map_at;
 use crate::areas::{Area, Argument};
 use crate::executor::{Executor, Held, Kept};
 use crate::expected::{Expected, Struct};
@@ -22,6 +24,9 @@ use crate::memory::{Pin, SLOTS, SLOT_PAGES};
 use crate::profile::{phase, Phase};
 
 const PAGE_BYTES: u64 = PAGE as u64;
+/// Where a page of 1 GiB is mapped, and its size.
+const GIGA_BASE: u64 = 0x0468_0000_0000;
+const GIGA: usize = 1 << 30;
 /// The most pages that a create pins, so that none takes seconds.
 const MOST_PAGES: u64 = 1536;
 /// The same if all of them are huge, of which each is pinned at once: more than 1 GiB.
@@ -166,6 +171,43 @@ impl Executor {
         }
     }
 
+    /// `PINBUF_CREATE` of one page of 1 GiB, whose contents other inputs have left.
+    pub(crate) fn create_giga(&mut self) -> Result<()> {
+        const PAGES: usize = GIGA / PAGE;
+        let (Some(file), Who::Root, false) = (self.giga, self.caller.who, self.forked) else {
+            return Ok(());
+        };
+        // SAFETY: nothing of Rust's lies there.
+        unsafe { map_at(GIGA_BASE, GIGA, RW, libc::MAP_SHARED, file, 0) }
+            .context("mapping 1 GiB")?;
+        let range = uapi::Range {
+            addr: GIGA_BASE,
+            len: GIGA as u64,
+        };
+        let creating = phase(Phase::Create);
+        let buffer = self.device.create(&[range]).context("creating 1 GiB")?;
+        drop(creating);
+        let info = self.device.describe(&buffer)?;
+        if info.pages != PAGES as u64 || info.pins != 1 || info.extents != 1 {
+            bail!("a page of 1 GiB, but {info:?}");
+        }
+        // The first pages and the last one of each 2 MiB.
+        let kept = match &self.giga_kept {
+            Some(kept) => Rc::clone(kept),
+            None => {
+                let edges = (0..PAGES).filter(|page| matches!(page % 512, 0..=1 | 511));
+                let few = edges
+                    .map(|page| (page, self.contents.fresh(None)))
+                    .collect();
+                Rc::new(Kept::sparse(few, PAGES))
+            }
+        };
+        self.giga_kept = Some(Rc::clone(&kept));
+        let fd = buffer.as_fd().try_clone_to_owned()?;
+        self.keep(Held { fd, kept });
+        Ok(())
+    }
+
     /// A range and its backing.
     fn piece(&self, piece: &Piece) -> (uapi::Range, uapi::Backing) {
         let address = self.resolve(piece.at);
@@ -282,8 +324,7 @@ impl Executor {
         if self.caller.who == Who::Root {
             return Ok(vec![uapi::CHARGE_NONE]);
         }
-        let others = self.caller.who == Who::Uncapable && self.memory.is_charged();
-        if self.forked || others {
+        if self.forked || self.memory.is_charged() {
             // What the parent has, and secret memory, is charged to the same user.
             forecast.expected.may(Errno::ENOMEM);
             return Ok(vec![uapi::CHARGE_USER, uapi::CHARGE_ALLOWANCE]);

@@ -3,6 +3,7 @@
 //! Does what an input says, in a process of its own, and holds every answer and every byte against
 //! the model.
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::rc::Rc;
 
@@ -36,13 +37,28 @@ const BUFFERS: usize = 16;
 pub struct Kept {
     once: Vec<Option<Id>>,
     length: usize,
+    /// Of a buffer of distinct pages, those that are known, by their numbers.
+    few: HashMap<usize, Id>,
 }
 
 impl Kept {
     /// `length` pages: those given, again and again.
     pub fn new(once: Vec<Option<Id>>, length: usize) -> Self {
         assert!(!once.is_empty() || length == 0);
-        Self { once, length }
+        Self {
+            once,
+            length,
+            few: HashMap::new(),
+        }
+    }
+
+    /// `length` pages, of which few are known.
+    pub fn sparse(few: HashMap<usize, Id>, length: usize) -> Self {
+        Self {
+            once: vec![None],
+            length,
+            few,
+        }
     }
 
     /// How many pages there are.
@@ -53,7 +69,10 @@ impl Kept {
     /// One of them.
     pub fn page(&self, number: usize) -> Option<Id> {
         assert!(number < self.length);
-        self.once[number % self.once.len()]
+        match self.few.get(&number) {
+            Some(id) => Some(*id),
+            None => self.once[number % self.once.len()],
+        }
     }
 
     /// Those that there are, each once for each time that it is named, but for repetition as a whole.
@@ -63,6 +82,9 @@ impl Kept {
 
     /// How often all of them are repeated, at most.
     pub fn repeated(&self) -> usize {
+        if !self.few.is_empty() {
+            return 1;
+        }
         self.length.div_ceil(self.once.len().max(1))
     }
 }
@@ -97,12 +119,16 @@ pub struct Executor {
     pub(crate) bounces: bool,
     /// This is a child of the process that has the buffers.
     pub(crate) forked: bool,
+    /// A file of one page of 1 GiB, if there is one.
+    pub(crate) giga: Option<RawFd>,
+    /// Its pages, once this input has made a buffer of it.
+    pub(crate) giga_kept: Option<Rc<Kept>>,
     trace: bool,
 }
 
 impl Executor {
     /// Prepares what inputs share, and becomes the caller. `trace`: tells on standard error what it does.
-    pub fn new(who: Who, trace: bool) -> Result<Self> {
+    pub fn new(who: Who, giga: Option<RawFd>, trace: bool) -> Result<Self> {
         let fixture = phase(Phase::Fixture);
         let executor = Self {
             device: Device::open()?,
@@ -123,6 +149,8 @@ impl Executor {
             machine: (kernel::field("/proc/meminfo", "MemTotal")? as u64) << 10,
             bounces: has_bounce_buffers(),
             forked: false,
+            giga,
+            giga_kept: None,
             trace,
         };
         setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)
@@ -147,6 +175,7 @@ impl Executor {
         self.limit = soft / PAGE as u64;
         self.contents = Contents::default();
         self.views = Views::default();
+        self.giga_kept = None;
         self.memory = Memory::new(&input.memory, &self.access, &mut self.contents)
             .context("preparing the memory")?;
         for (index, operation) in input.operations.iter().enumerate() {
@@ -166,7 +195,7 @@ impl Executor {
 
     fn step(&mut self, operation: &Operation) -> Result<()> {
         let _timer = match operation {
-            Operation::Create(_) => None,
+            Operation::Create(_) | Operation::Giga => None,
             Operation::Query(_)
             | Operation::Info(..)
             | Operation::Other(..)
@@ -198,6 +227,7 @@ impl Executor {
         };
         match operation {
             Operation::Create(create) => self.create(create),
+            Operation::Giga => self.create_giga(),
             Operation::Query(envelope) => self.query(envelope),
             Operation::Info(descriptor, envelope) => self.info(*descriptor, envelope),
             Operation::Other(number, argument) => self.other(*number, argument.0),

@@ -526,6 +526,8 @@ pub type Direction = u8;
 pub enum Operation {
     /// `PINBUF_CREATE`.
     Create(Create),
+    /// `PINBUF_CREATE` of a page of 1 GiB, if there is one, and by root only.
+    Giga,
     /// `PINBUF_QUERY`.
     Query(Envelope),
     /// `PINBUF_INFO`.

@@ -329,7 +329,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Whether some of it is charged to root's locked pages by itself.
+    /// Whether some of it is charged to the caller's locked pages by itself.
     pub fn is_charged(&self) -> bool {
         self.slots.iter().any(|slot| slot.kind == Kind::Secret)
     }

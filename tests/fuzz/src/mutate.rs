@@ -63,7 +63,11 @@ fn generate_large(rng: &mut Rng) -> Input {
         ranges: Place::Plain,
         backing: None,
     };
-    let mut operations = vec![Operation::Create(create)];
+    let mut operations = vec![if rng.bool() {
+        Operation::Giga
+    } else {
+        Operation::Create(create)
+    }];
     for _ in 0..rng.usize(1..4) {
         operations.push(Operation::Map {
             buffer: 0,
