@@ -60,6 +60,11 @@ impl Area {
         Ok(Self { base, used: 0 })
     }
 
+    /// A child has put arguments into this area, which it shares with this process.
+    pub fn used_by_another(&mut self) {
+        self.used = LENGTH;
+    }
+
     /// The most bytes that an argument may have.
     pub const fn most() -> usize {
         LENGTH - PAGE

@@ -505,6 +505,9 @@ impl Executor {
             Err(error) => return Err(error),
         };
         child.join().context("after fork")?;
+        for area in [&mut self.structs, &mut self.ranges, &mut self.backings] {
+            area.used_by_another();
+        }
         // The same stamp that the child took.
         let stamp = self.contents.stamp();
         if let Some(shown) = self.views.at(address) {

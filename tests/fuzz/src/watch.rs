@@ -48,6 +48,8 @@ impl Watch {
     const HARMLESS: &'static [&'static str] = &[
         // To those who map too much at once.
         "swiotlb buffer is full",
+        // To those who map more than there is.
+        "__vm_enough_memory",
         // Huge pages that memfd_pin_folios() adds to a file are not counted, but their end is.
         "vmstat_refresh: nr_hugetlb -",
     ];
