@@ -18,6 +18,7 @@ mod lint;
 mod module;
 mod paths;
 mod payload;
+mod planted;
 mod qemu;
 mod qmp;
 mod runs;

@@ -13,6 +13,7 @@ use crate::cache::{self, Key};
 use crate::kernel::Kernel;
 use crate::paths;
 use crate::tree::{remove, Tree, BUILD};
+use crate::ui::{step, Step};
 
 /// Asks the root Kbuild for the modules of the tests, too.
 const TESTS: &str = "CONFIG_PINBUF_TESTS=m";
@@ -45,14 +46,7 @@ pub fn ensure(tools: &Tree, kernel: &Kernel) -> Result<Vec<PathBuf>> {
         |step| {
             // Kbuild's rules for Rust want source and objects in one directory: the source is copied.
             copy_changed(&sources, &place)?;
-            let inside = format!("M={BUILD}/modules/{release}");
-            let jobs = format!("-j{}", crate::jobs());
-            let mut make = vec!["make"];
-            make.extend(arguments.iter().map(String::as_str));
-            make.extend([inside.as_str(), TESTS, &jobs, "modules"]);
-            let mut command = tools.command(&make)?;
-            step.run(&mut command, &format!("module-{release}.log"))
-                .context("the module does not compile; its errors are above")
+            make(tools, kernel, &arguments, &place, step)
         },
     )?;
     let order = fs::read_to_string(place.join("modules.order")).context("no module was built")?;
@@ -67,6 +61,32 @@ pub fn ensure(tools: &Tree, kernel: &Kernel) -> Result<Vec<PathBuf>> {
             }
         })
         .collect())
+}
+
+/// Builds the modules in a directory below `build/` that has the source already.
+pub fn build(tools: &Tree, kernel: &Kernel, place: &Path) -> Result<()> {
+    let (arguments, _) = kernel.build_tree(tools)?;
+    step(format!("modules in {}", paths::shown(place)), |step| {
+        make(tools, kernel, &arguments, place, step)
+    })
+}
+
+fn make(
+    tools: &Tree,
+    kernel: &Kernel,
+    arguments: &[String],
+    place: &Path,
+    step: &Step,
+) -> Result<()> {
+    let place = place.strip_prefix(paths::build())?.display();
+    let inside = format!("M={BUILD}/{place}");
+    let jobs = format!("-j{}", crate::jobs());
+    let mut make = vec!["make"];
+    make.extend(arguments.iter().map(String::as_str));
+    make.extend([inside.as_str(), TESTS, &jobs, "modules"]);
+    let mut command = tools.command(&make)?;
+    step.run(&mut command, &format!("module-{}.log", kernel.release))
+        .context("the module does not compile; its errors are above")
 }
 
 /// Copies what modules are built from to a directory.

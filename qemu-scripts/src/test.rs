@@ -25,7 +25,7 @@ use crate::sanitize::{self, Tested};
 use crate::tree::Tree;
 use crate::ui::{say, seconds, tail};
 use crate::userspace::{self, Profile};
-use crate::{demo, module, paths, vm, watch};
+use crate::{demo, module, paths, planted, vm, watch};
 
 /// Reasons for which a test may be skipped.
 const ALLOWED_SKIPS: &str = include_str!("../allowed-skips.txt");
@@ -35,16 +35,18 @@ const SCREEN: &str = "screen";
 /// and these have none.
 const LINT: &str = "lint";
 const SANITIZE: &str = "sanitize";
+/// Only with `--long`, or by this name.
+const PLANTED: &str = "planted";
 
 /// Within this a kernel comes to its first process, or never: once in some hundreds of times an emulated
 /// processor gets no more timer interrupts while the kernel boots, and all that waits for time hangs.
-const BOOT_LIMIT: Duration = Duration::from_secs(150);
+pub const BOOT_LIMIT: Duration = Duration::from_secs(150);
 
 /// What the kernel says of such a hang. A guest that says anything else is not started again.
-const HANG: &[&str] = &["detected stall", "blocked for more than"];
+pub const HANG: &[&str] = &["detected stall", "blocked for more than"];
 
 /// How often a guest that hangs so is started.
-const BOOTS: usize = 3;
+pub const BOOTS: usize = 3;
 
 /// How much of the kernel's log is shown when a guest did not end by itself.
 const TAIL: usize = 60;
@@ -62,7 +64,8 @@ pub struct Test {
     #[arg(long, value_name = "S")]
     filter: Vec<String>,
     /// Only the guest run of this name (`host`: the tests on the host; `sanitize`:
-    /// some of them again, under AddressSanitizer; `lint`; `screen`: the demo's picture); may be given several times.
+    /// some of them again, under AddressSanitizer; `lint`; `screen`: the demo's picture; `planted`: which test
+    /// catches which planted bug); may be given several times.
     #[arg(long, value_name = "NAME")]
     run: Vec<String>,
     /// Guests at the same time.  [default: one a processor, as far as memory goes]
@@ -105,10 +108,13 @@ impl Test {
             println!("{SANITIZE}: cargo test, under AddressSanitizer");
             println!("{LINT}: rustfmt, clippy and checkpatch");
             println!("{SCREEN}: pinbuf-demo on default, and a look at the guest's screen");
+            println!(
+                "{PLANTED}: bugs of tests/planted, one after the other, and cargo mutants (--long)"
+            );
             return Ok(0);
         }
         for name in &self.run {
-            let other = ["host", SANITIZE, LINT, SCREEN].contains(&name.as_str());
+            let other = ["host", SANITIZE, LINT, SCREEN, PLANTED].contains(&name.as_str());
             if !other && !RUNS.iter().any(|run| run.name == name) {
                 bail!("there is no run `{name}`: `test --list` names them");
             }
@@ -142,6 +148,10 @@ impl Test {
         queue.extend(jobs.into_iter().map(Work::Guest));
         if screen {
             queue.push_back(Work::Screen);
+        }
+        let named = self.run.iter().any(|name| name == PLANTED);
+        if named || self.run.is_empty() && self.long && self.filter.is_empty() && everywhere {
+            queue.push_back(Work::Planted);
         }
         let all = self.work(queue);
         say(&format!("all tests: {}", seconds(start.elapsed())));
@@ -206,6 +216,54 @@ impl Test {
         clear_progress();
         say(&summary(SANITIZE, counts, start));
         counts
+    }
+
+    /// Planted bugs: each is a test, which fails if no test notices the bug.
+    fn planted(&self) -> Counts {
+        say("== planted: bugs of tests/planted");
+        let start = Instant::now();
+        let mut counts = Counts::default();
+        if let Err(error) = self.plant(&mut counts) {
+            counts.failed += 1;
+            say(&format!("FAILED {PLANTED}: {error:#}"));
+        }
+        say(&summary(PLANTED, counts, start));
+        counts
+    }
+
+    fn plant(&self, counts: &mut Counts) -> Result<()> {
+        let wanted = |name: &str| {
+            self.filter.is_empty() || self.filter.iter().any(|part| name.contains(part.as_str()))
+        };
+        let all = planted::bugs()?;
+        let mut results = planted::Results::read(&all);
+        let bugs: Vec<_> = all.iter().filter(|bug| wanted(&bug.name)).collect();
+        for (number, bug) in bugs.iter().enumerate() {
+            say(&format!("  ({}/{}) {}", number + 1, bugs.len(), bug.name));
+            match planted::hunt(bug) {
+                Ok(caught) => {
+                    results.add(bug, caught.as_ref())?;
+                    match caught {
+                        Some(caught) => {
+                            counts.passed += 1;
+                            say(&format!("  {}: caught by {}", bug.name, caught.text()));
+                        }
+                        None => {
+                            counts.failed += 1;
+                            say(&format!(
+                                "FAILED {PLANTED}: {}: no test notices it",
+                                bug.name
+                            ));
+                        }
+                    }
+                }
+                Err(error) => {
+                    counts.failed += 1;
+                    say(&format!("FAILED {PLANTED}: {}: {error:#}", bug.name));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn cargo_test(&self) -> Result<(String, bool)> {
@@ -281,6 +339,7 @@ impl Test {
             _ if !built => counts.failed = usize::from(said),
             Work::Guest(job) => counts = self.guest(job),
             Work::Screen => counts = show(),
+            Work::Planted => counts = self.planted(),
             Work::Host(_) => {}
         }
         counts
@@ -441,9 +500,11 @@ impl Test {
 }
 
 /// Collects output, and shows how far it is.
-struct Collector {
-    output: Arc<Mutex<Vec<u8>>>,
-    shown: bool,
+pub struct Collector {
+    /// What there is so far.
+    pub output: Arc<Mutex<Vec<u8>>>,
+    /// Whether results are shown as they come.
+    pub shown: bool,
 }
 
 impl Write for Collector {
@@ -537,6 +598,8 @@ enum Work {
     Guest(Job),
     /// The demo.
     Screen,
+    /// The planted bugs.
+    Planted,
 }
 
 /// A run on a kernel.

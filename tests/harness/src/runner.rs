@@ -63,6 +63,10 @@ pub enum Outcome {
     Failed(Vec<String>),
 }
 
+/// With this in the environment, the first failure is the end: more is not asked of a driver in which a bug was
+/// planted.
+const FIRST_FAILURE_ENDS: &str = "PINBUF_FIRST_FAILURE_ENDS";
+
 /// Runs `tests` one after the other and reports in KTAP on standard output.
 pub fn report(tests: &[&Test], check_leaks: bool) -> Result<ExitCode> {
     println!("KTAP version 1");
@@ -85,6 +89,10 @@ pub fn report(tests: &[&Test], check_leaks: bool) -> Result<ExitCode> {
                 code = ExitCode::FAILURE;
                 if runner.lost {
                     println!("Bail out! {} hangs in the kernel", test.name);
+                    break;
+                }
+                if std::env::var_os(FIRST_FAILURE_ENDS).is_some() {
+                    println!("Bail out! {} is the first failure", test.name);
                     break;
                 }
             }

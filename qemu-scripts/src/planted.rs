@@ -1,0 +1,497 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Planted bugs: each patch in `tests/planted/` breaks a copy of the driver, and some test has to notice.
+//!
+//! A patch begins with a line that says what is wrong. A second line, `First: ROW [FILTER ...]`, names the
+//! row, and of its tests those, that are run before all others: it only saves time. Then come the tests of the
+//! driver's pure parts on the host, where the patch changes one of these, and the rows [`ROWS`] in guests,
+//! each until its first failure. A bug that passes all of them is a missing test.
+//!
+//! `cargo mutants` plants its own bugs into the pure parts ([`mutants`]).
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+use walkdir::WalkDir;
+
+use crate::guest::{End, Guest, Options, Outcome, Streams};
+use crate::kernel::Kernel;
+use crate::runs::{Run, Verdict, RUNS};
+use crate::test::{Collector, BOOTS, BOOT_LIMIT, HANG};
+use crate::tree::Tree;
+use crate::ui::{say, seconds};
+use crate::{ktap, module, paths, userspace, vm};
+
+/// Where the patches are, from the root of the repository.
+const PATCHES: &str = "tests/planted";
+
+/// Where the results go.
+const RESULTS: &str = "tests/RESULTS-planted.md";
+
+/// The rows that have to catch a bug, in this order. They are those of every change that differ in what they
+/// test, and not in the kernel alone.
+const ROWS: &[&str] = &[
+    "stock",
+    "memory",
+    "swiotlb",
+    "pins",
+    "movable",
+    "torture",
+    "mappings",
+    "conformance",
+];
+
+/// Parts of the driver that `tests/pure` compiles for the host.
+const PURE: &[&str] = &[
+    "driver/allowances.rs",
+    "driver/extents.rs",
+    "driver/ranges.rs",
+    "driver/uaccess.rs",
+];
+
+/// Replaces the module that the guest has by the one in its directory, and runs a command.
+const SCRIPT: &str = r#"#!/bin/sh
+set -eu
+modules=$1
+shift
+modprobe -r pinbuf
+cp pinbuf.ko "/usr/lib/modules/$(uname -r)/updates/pinbuf.ko"
+for module in pinbuf $modules; do
+	modprobe "$module" || exit 96
+done
+export PINBUF_FIRST_FAILURE_ENDS=1
+exec "$@"
+"#;
+
+/// What the script says if the broken module cannot be loaded.
+const NOT_LOADED: i32 = 96;
+
+/// A planted bug.
+#[derive(Debug)]
+pub struct Bug {
+    /// The patch's name.
+    pub name: String,
+    /// What is wrong.
+    what: String,
+    /// The row to run first, and the tests of it.
+    first: Option<(String, Vec<String>)>,
+    path: PathBuf,
+    /// The files that it changes.
+    files: Vec<String>,
+}
+
+/// What noticed a bug.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caught {
+    /// The row, and the test.
+    by: String,
+    /// From the module's build to the failure, guests' boots included.
+    after: Duration,
+}
+
+/// All bugs, by their names.
+pub fn bugs() -> Result<Vec<Bug>> {
+    let mut bugs = Vec::new();
+    for entry in fs::read_dir(paths::root().join(PATCHES)).context(PATCHES)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|end| end == "patch") {
+            bugs.push(Bug::read(&path)?);
+        }
+    }
+    bugs.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(bugs)
+}
+
+impl Bug {
+    fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path)?;
+        let name = path.file_stem().unwrap_or_default().to_string_lossy();
+        let (head, _) = text
+            .split_once("\ndiff --git ")
+            .with_context(|| format!("{name}: there is no patch behind the text"))?;
+        let mut lines = head.lines().filter(|line| !line.is_empty());
+        let what = lines.next().unwrap_or_default().to_owned();
+        if !what.ends_with('.') || what.contains('|') {
+            bail!("{name}: the first line has to be a sentence that says what is wrong");
+        }
+        let mut first = None;
+        for line in lines {
+            let words = line
+                .strip_prefix("First: ")
+                .with_context(|| format!("{name}: what is `{line}`?"))?;
+            let mut words = words.split_whitespace().map(str::to_owned);
+            first = words.next().map(|row| (row, words.collect()));
+        }
+        let files = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("+++ b/"))
+            .map(str::to_owned)
+            .collect();
+        Ok(Self {
+            name: name.into_owned(),
+            what,
+            first,
+            path: path.to_owned(),
+            files,
+        })
+    }
+
+    /// `git apply` with these options, in a directory with the sources.
+    fn apply(&self, directory: &Path, options: &[&str]) -> Result<()> {
+        let output = Command::new("git")
+            .arg("apply")
+            .args(options)
+            .arg(&self.path)
+            .current_dir(directory)
+            // The directory is no part of a repository: without this, git would look for one above it, and
+            // leave out what does not lie in the part of it where it runs.
+            .env(
+                "GIT_CEILING_DIRECTORIES",
+                directory.parent().unwrap_or(directory),
+            )
+            .stdin(Stdio::null())
+            .output()
+            .context("running git")?;
+        if !output.status.success() {
+            bail!(
+                "{PATCHES}/{}.patch does not apply:\n{}",
+                self.name,
+                String::from_utf8_lossy(&output.stderr).trim_end()
+            );
+        }
+        Ok(())
+    }
+
+    /// The rows, with what is to be run of each: the first one twice, if a part of it comes first.
+    fn rows(&self) -> Result<Vec<(&'static Run, Vec<String>)>> {
+        let find = |name: &str| {
+            RUNS.iter()
+                .find(|run| run.name == name)
+                .with_context(|| format!("{}: there is no row `{name}`", self.name))
+        };
+        let mut rows = Vec::new();
+        if let Some((row, filters)) = &self.first {
+            rows.push((find(row)?, filters.clone()));
+        }
+        for name in ROWS {
+            if !rows
+                .iter()
+                .any(|(run, filters)| run.name == *name && filters.is_empty())
+            {
+                rows.push((find(name)?, Vec::new()));
+            }
+        }
+        Ok(rows)
+    }
+}
+
+/// What the module is built from, broken, and built in.
+fn place() -> PathBuf {
+    paths::build().join("planted/source")
+}
+
+/// Looks for the test that notices a bug; `None` if there is none.
+pub fn hunt(bug: &Bug) -> Result<Option<Caught>> {
+    let place = place();
+    copy(&place)?;
+    bug.apply(&place, &[])?;
+    let start = Instant::now();
+    let caught = |by: String| {
+        Some(Caught {
+            by,
+            after: start.elapsed(),
+        })
+    };
+    if bug.files.iter().any(|file| PURE.contains(&file.as_str())) {
+        if let Some(test) = on_host(&place)? {
+            return Ok(caught(format!("host: {test}")));
+        }
+    }
+    let tools = Tree::tools()?;
+    let kernel = Kernel::select(&tools, "default")?;
+    module::build(&tools, &kernel, &place)?;
+    for (run, filters) in bug.rows()? {
+        if let Some(test) = in_guest(run, &filters, &place)? {
+            return Ok(caught(format!("{}: {test}", run.name)));
+        }
+    }
+    Ok(None)
+}
+
+/// Makes `place` what the checkout is.
+fn copy(place: &Path) -> Result<()> {
+    module::copy(place)?;
+    let root = paths::root();
+    // The tests of the pure parts, as a workspace of their own.
+    for entry in WalkDir::new(root.join("tests/pure")) {
+        let entry = entry?;
+        let to = place.join(entry.path().strip_prefix(root)?);
+        if entry.file_type().is_dir() {
+            fs::create_dir_all(&to)?;
+        } else {
+            write_changed(&to, &fs::read(entry.path())?)?;
+        }
+    }
+    write_changed(
+        &place.join("Cargo.lock"),
+        &fs::read(root.join("Cargo.lock"))?,
+    )?;
+    let manifest = fs::read_to_string(root.join("Cargo.toml"))?;
+    let whole = manifest.split_once("members = [").and_then(|(head, tail)| {
+        let (_, tail) = tail.split_once(']')?;
+        Some(format!(
+            "{head}members = [\"tests/pure\", \"tests/pure/kernel\"]{tail}"
+        ))
+    });
+    let whole = whole.context("Cargo.toml has no list of members")?;
+    // Profiles for packages that this workspace does not have.
+    let whole = whole.split("# Here are the loops").next().unwrap_or(&whole);
+    write_changed(&place.join("Cargo.toml"), whole.as_bytes())
+}
+
+/// What is built from a file that did not change need not be built anew.
+fn write_changed(path: &Path, contents: &[u8]) -> Result<()> {
+    if fs::read(path).ok().as_deref() != Some(contents) {
+        fs::write(path, contents).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// The first test of the pure parts that fails.
+fn on_host(place: &Path) -> Result<Option<String>> {
+    let output = userspace::cargo()
+        .current_dir(place)
+        .args(["test", "--color=never", "--target-dir"])
+        .arg(paths::build().join("planted/target"))
+        // A failing case is looked for, and not kept.
+        .env("PROPTEST_MAX_SHRINK_ITERS", "0")
+        .env("PROPTEST_FAILURE_PERSISTENCE", "off")
+        .stdin(Stdio::null())
+        .output()
+        .context("running cargo")?;
+    if output.status.success() {
+        return Ok(None);
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let failed = text
+        .lines()
+        .find_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED"));
+    match failed {
+        Some(name) => Ok(Some(name.to_owned())),
+        None => bail!(
+            "the pure parts do not compile:\n{}",
+            String::from_utf8_lossy(&output.stderr).trim_end()
+        ),
+    }
+}
+
+/// The first test of a row that fails, or what else goes wrong with it.
+fn in_guest(run: &Run, filters: &[String], place: &Path) -> Result<Option<String>> {
+    say(&format!("  ... {}: {}", run.name, run.command));
+    let share = tempfile::Builder::new().prefix("pinbuf-share-").tempdir()?;
+    fs::copy(
+        place.join("driver/pinbuf.ko"),
+        share.path().join("pinbuf.ko"),
+    )
+    .context("copying the module")?;
+    executable(&share.path().join("run"), SCRIPT.as_bytes())?;
+    let mut command = vec!["./run".to_owned(), run.modules.join(" ")];
+    command.extend(shell_words::split(run.command)?);
+    if command[2].starts_with("tests/") {
+        let to = share.path().join(&command[2]);
+        fs::create_dir_all(to.parent().unwrap_or(&to))?;
+        executable(&to, &fs::read(paths::root().join(&command[2]))?)?;
+    }
+    for filter in filters {
+        command.extend(["--filter".to_owned(), filter.clone()]);
+    }
+    let options = Options {
+        kernel: run.kernel.to_owned(),
+        memory: run.memory.to_owned(),
+        cmdline: run.cmdline.to_owned(),
+        qemu: shell_words::split(run.qemu)?,
+        image: run.image.to_owned(),
+        build: false,
+        command,
+        timeout: Some(Duration::from_secs(run.timeout)),
+        boot_limit: Some(BOOT_LIMIT),
+        share: Some(share.path().to_owned()),
+        ..Options::default()
+    };
+    let (outcome, text) = boot(&options)?;
+    if outcome.end == End::Exited(NOT_LOADED) {
+        bail!("the module does not load: {}", paths::shown(&outcome.log));
+    }
+    let well = outcome.end == End::Exited(0);
+    if run.verdict == Verdict::Ktap {
+        let report = ktap::parse(&text);
+        if let Some((name, lines)) = report.failed.first() {
+            let why = lines.iter().rev().find_map(|line| line.strip_prefix("# "));
+            say(&format!("    {name}: {}", why.unwrap_or_default()));
+            return Ok(Some(name.clone()));
+        }
+        if well && report.passed.is_empty() {
+            bail!("{} with {filters:?} runs no test", run.name);
+        }
+        if outcome.complaints.is_empty() && !well && report.passed.is_empty() {
+            // Not even a test began: that is no test's doing.
+            bail!("{}: {:?}: {text}", run.name, outcome.end);
+        }
+    }
+    if let Some(complaint) = outcome.complaints.first() {
+        return Ok(Some(format!("the kernel's log: {complaint}")));
+    }
+    if let Some(problem) = vm::problem(&outcome) {
+        return Ok(Some(problem));
+    }
+    Ok((!well).then(|| format!("{:?}", outcome.end)))
+}
+
+fn executable(path: &Path, contents: &[u8]) -> Result<()> {
+    fs::write(path, contents)?;
+    Ok(fs::set_permissions(
+        path,
+        fs::Permissions::from_mode(0o755),
+    )?)
+}
+
+/// Runs a guest; again, if the emulator lets it hang before anything of ours is there.
+fn boot(options: &Options) -> Result<(Outcome, String)> {
+    for attempt in 1.. {
+        let output = Arc::new(Mutex::new(Vec::new()));
+        let collector = || -> Box<dyn std::io::Write + Send> {
+            Box::new(Collector {
+                output: Arc::clone(&output),
+                shown: false,
+            })
+        };
+        let streams = Streams {
+            input: None,
+            output: collector(),
+            error: collector(),
+        };
+        let outcome = Guest::start(options, streams)?.wait()?;
+        let only_hangs = outcome
+            .complaints
+            .iter()
+            .all(|line| HANG.iter().any(|part| line.contains(part)));
+        if outcome.end == End::NotBooted && only_hangs && attempt < BOOTS {
+            continue;
+        }
+        let text = output.lock().unwrap_or_else(|error| error.into_inner());
+        return Ok((outcome, String::from_utf8_lossy(&text).into_owned()));
+    }
+    unreachable!("a boot ends the loop")
+}
+
+/// The results of a run, and of earlier ones.
+pub struct Results(BTreeMap<String, String>);
+
+/// The head of the file with the results.
+const HEAD: &str = "\
+<!-- SPDX-License-Identifier: MIT OR Apache-2.0 -->
+# Planted bugs: which test catches which
+
+Written by `./qemu-scripts/test --run planted`; `qemu-scripts/src/planted.rs` says how. Seconds are from the
+broken module's build to the failure, boots of guests included, under TCG.
+
+| bug | what is wrong | caught by | seconds |
+|---|---|---|---|
+";
+
+/// The head of its part about mutants.
+const MUTANTS_HEAD: &str = "\n## `cargo mutants`\n\n";
+
+/// What a row of the table begins with.
+const ROW: &str = "| `";
+
+impl Results {
+    /// Those that there are, of bugs that there are.
+    pub fn read(bugs: &[Bug]) -> Self {
+        let text = fs::read_to_string(paths::root().join(RESULTS)).unwrap_or_default();
+        let name_of = |line: &str| Some(line.strip_prefix(ROW)?.split_once('`')?.0.to_owned());
+        let mut rows: BTreeMap<String, String> = text
+            .lines()
+            .filter_map(|line| Some((name_of(line)?, line.to_owned())))
+            .filter(|(name, _)| bugs.iter().any(|bug| bug.name == *name))
+            .collect();
+        if let Some((_, mutants)) = text.split_once(MUTANTS_HEAD) {
+            rows.insert(MUTANTS_HEAD.to_owned(), mutants.to_owned());
+        }
+        Self(rows)
+    }
+
+    /// Adds one, and writes all.
+    pub fn add(&mut self, bug: &Bug, caught: Option<&Caught>) -> Result<()> {
+        let (by, after) = match caught {
+            Some(caught) => (
+                caught.by.replace('|', "\\|"),
+                caught.after.as_secs().to_string(),
+            ),
+            None => ("**nothing**".to_owned(), String::new()),
+        };
+        let row = format!("{ROW}{}` | {} | {by} | {after} |", bug.name, bug.what);
+        self.0.insert(bug.name.clone(), row);
+        self.write()
+    }
+
+    /// Sets the part about mutants, and writes all.
+    pub fn set_mutants(&mut self, text: String) -> Result<()> {
+        self.0.insert(MUTANTS_HEAD.to_owned(), text);
+        self.write()
+    }
+
+    fn write(&self) -> Result<()> {
+        let mut text = HEAD.to_owned();
+        let rows = self.0.iter().filter(|(name, _)| *name != MUTANTS_HEAD);
+        for (_, row) in rows {
+            text += row;
+            text.push('\n');
+        }
+        if let Some(mutants) = self.0.get(MUTANTS_HEAD) {
+            text += MUTANTS_HEAD;
+            text += mutants;
+        }
+        fs::write(paths::root().join(RESULTS), text).context(RESULTS)
+    }
+}
+
+impl Caught {
+    /// For people.
+    pub fn text(&self) -> String {
+        format!("{} ({})", self.by, seconds(self.after))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A patch that no longer applies plants nothing.
+    #[test]
+    fn patches_apply_to_the_driver() {
+        let bugs = bugs().unwrap();
+        assert!(bugs.len() >= 25);
+        let copy = tempfile::tempdir().unwrap();
+        module::copy(copy.path()).unwrap();
+        let mut failed = Vec::new();
+        for bug in &bugs {
+            if let Err(error) = bug.apply(copy.path(), &["--check"]) {
+                failed.push(format!("{error:#}"));
+            }
+            bug.rows().unwrap();
+            assert!(
+                bug.files.iter().all(|file| file.starts_with("driver/")),
+                "{}",
+                bug.name
+            );
+        }
+        assert!(failed.is_empty(), "{}", failed.join("\n"));
+    }
+}
