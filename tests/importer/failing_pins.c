@@ -45,9 +45,14 @@ asm(".text\n"
  */
 static int pti_pin_called(struct pti_failing_pins *pins, struct pt_regs *regs)
 {
+	u64 later;
+
 	pins->seen++;
-	if (pins->seen < pins->nth ||
-	    (pins->seen > pins->nth && !(pins->flags & PTI_PINS_LASTING)))
+	if (pins->seen < pins->nth)
+		return 0;
+	later = pins->seen - pins->nth;
+	if (later && !(pins->flags & PTI_PINS_LASTING) &&
+	    (later % 2 || !(pins->flags & PTI_PINS_OTHER)))
 		return 0;
 	pins->failed++;
 	/*
@@ -136,7 +141,8 @@ int pti_fail_pins(struct pti_failing_pins *pins,
 	if (copy_from_user(&arg, user, sizeof(arg)))
 		return -EFAULT;
 	if (!arg.nth || arg.error > MAX_ERRNO || arg.reserved ||
-	    (arg.flags & ~(PTI_PINS_LASTING | PTI_PINS_LONGTERM)))
+	    (arg.flags &
+	     ~(PTI_PINS_LASTING | PTI_PINS_LONGTERM | PTI_PINS_OTHER)))
 		return -EINVAL;
 	if (pins->task)
 		return -EBUSY;

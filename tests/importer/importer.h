@@ -183,6 +183,7 @@ struct pti_segments {
 
 #define PTI_PINS_LASTING	(1U << 0)	/* every later call, too */
 #define PTI_PINS_LONGTERM	(1U << 1)	/* only calls with FOLL_LONGTERM count */
+#define PTI_PINS_OTHER		(1U << 2)	/* every other later call, too */
 
 /**
  * struct pti_fail_pins - make calls that pin fail

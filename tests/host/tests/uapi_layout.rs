@@ -126,6 +126,7 @@ fn importer_header() -> Header {
             "PTI_CPU_END" = importer::CPU_END,
             "PTI_PINS_LASTING" = importer::PINS_LASTING,
             "PTI_PINS_LONGTERM" = importer::PINS_LONGTERM,
+            "PTI_PINS_OTHER" = importer::PINS_OTHER,
             "PTI_IOC_TYPE" = b'u',
         },
         commands: vec![

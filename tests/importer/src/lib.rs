@@ -218,13 +218,39 @@ impl FailingPins {
         call: impl FnOnce() -> T,
     ) -> io::Result<(T, uapi::PinsFailed)> {
         let flag = |set, flag| if set { flag } else { 0 };
-        let mut argument = uapi::FailPins {
+        let argument = uapi::FailPins {
             nth: failure.nth,
             flags: flag(failure.lasting, uapi::PINS_LASTING)
                 | flag(failure.longterm_only, uapi::PINS_LONGTERM),
             error: failure.error.unsigned_abs(),
             ..Default::default()
         };
+        self.while_failing(argument, call)
+    }
+
+    /// Makes a call in which every other pin fails, from the first on.
+    ///
+    /// # Errors
+    /// As for [`during`](Self::during).
+    pub fn every_other<T>(
+        &self,
+        error: i32,
+        call: impl FnOnce() -> T,
+    ) -> io::Result<(T, uapi::PinsFailed)> {
+        let argument = uapi::FailPins {
+            nth: 1,
+            flags: uapi::PINS_OTHER,
+            error: error.unsigned_abs(),
+            ..Default::default()
+        };
+        self.while_failing(argument, call)
+    }
+
+    fn while_failing<T>(
+        &self,
+        mut argument: uapi::FailPins,
+        call: impl FnOnce() -> T,
+    ) -> io::Result<(T, uapi::PinsFailed)> {
         let fd = self.0.as_raw_fd();
         self::call(fd, uapi::FAIL_PINS, &mut argument)?;
         let result = call();

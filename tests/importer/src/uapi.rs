@@ -174,6 +174,8 @@ pub struct Segments {
 pub const PINS_LASTING: u32 = 1 << 0;
 /// [`FAIL_PINS`]: only calls with `FOLL_LONGTERM` count.
 pub const PINS_LONGTERM: u32 = 1 << 1;
+/// [`FAIL_PINS`]: every other later call, too.
+pub const PINS_OTHER: u32 = 1 << 2;
 
 /// [`FAIL_PINS`]'s argument.
 #[repr(C)]

@@ -3,6 +3,7 @@
 //! Pinning populates: memory that was never touched is allocated, what cannot be had is an error
 //! and no signal, and nothing beside it is touched.
 
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use nix::mount::{mount, umount, MsFlags};
 use nix::sys::signal::Signal;
 use nix::sys::stat::fstat;
 use nix::sys::wait::WaitStatus;
+use pinbuf_test_importer::{Direction, Importer, Limits};
 use pinbuf_uapi::Range;
 
 use crate::common::{huge_private, refused, views_agree};
@@ -30,6 +32,7 @@ tests! { "populate":
     pool_runs_out,
     tmpfs_runs_out,
     memlock_runs_out,
+    kernel_memory_is_charged within 120,
     memory_cgroup_kills_anonymous within 120,
     memory_cgroup_kills_shmem within 120,
     hugetlb_cgroup_runs_out within 120,
@@ -298,6 +301,51 @@ fn killed_by_cgroup(make: impl Fn(usize) -> Result<Memory>) -> Result<()> {
         "{left} bytes are still charged to the group"
     );
     println!("# memory.max {LIMIT}: oom_kill {kills}, pins +0, memory.current {left} after");
+    group.remove()
+}
+
+/// What a buffer and a device's mapping take of the kernel's memory counts for the group of the process that
+/// makes them.
+fn kernel_memory_is_charged() -> Result<()> {
+    const PAGES: usize = 30_000;
+    let group = Group::new("memory")?;
+    let member = &group;
+    in_child(|| {
+        member.join()?;
+        let memory = Memory::small_pages(2 * PAGES * PAGE)?;
+        memory.touch_to_write();
+        // No two are adjacent: the one between them is left out.
+        let ranges: Vec<Range> = (0..PAGES)
+            .map(|n| memory.part(2 * n * PAGE, PAGE))
+            .collect();
+        let device = Device::open()?;
+        let charged = || member.event("memory.stat", "kernel");
+        let before = charged()?;
+        let buffer = device.create(&ranges)?;
+        let info = device.describe(&buffer)?;
+        check!(
+            info.extents >= PAGES as u64 / 2,
+            "too few extents: {info:?}"
+        );
+        let with_buffer = charged()?;
+        check!(
+            with_buffer - before >= info.kernel_bytes as i64 * 9 / 10,
+            "{} bytes are charged for a list of {}",
+            with_buffer - before,
+            info.kernel_bytes
+        );
+        let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+        importer.map(Direction::Bidirectional)?;
+        let with_mapping = charged()?;
+        // An entry of a scatterlist takes 32 bytes.
+        check!(
+            with_mapping - with_buffer >= 32 * info.extents as i64 * 9 / 10,
+            "{} bytes are charged for a scatterlist of {} entries",
+            with_mapping - with_buffer,
+            info.extents
+        );
+        Ok(())
+    })?;
     group.remove()
 }
 

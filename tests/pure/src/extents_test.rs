@@ -168,6 +168,53 @@ proptest! {
     }
 }
 
+/// Room for all pages to come is made at once where those before were scattered.
+#[test]
+fn room_is_made_by_what_came_before() {
+    let mut extents = Extents::new(1000).unwrap();
+    for n in 0..AT_FIRST {
+        extents.push(2 * n, 1, Kind::Pages, true).unwrap();
+    }
+    assert_eq!(extents.bytes(), EXTENT * AT_FIRST);
+    extents.push(5000, 1, Kind::Pages, true).unwrap();
+    assert_eq!(extents.bytes(), EXTENT * 1000);
+
+    // A quarter as many, where each has four pages.
+    let mut extents = Extents::new(4000).unwrap();
+    for n in 0..=AT_FIRST {
+        extents.push(8 * n, 4, Kind::Pages, true).unwrap();
+    }
+    assert_eq!(extents.bytes(), EXTENT * 1000);
+}
+
+/// A list is copied where more than an eighth of it is gained, or it has more room than there are pages; a
+/// small one never is.
+#[test]
+fn room_is_given_back_where_it_is_worth_it() {
+    // Extents, pages of each, the pages that were expected, and the room in the end.
+    for (count, each, expected, room) in [
+        (1, 1, 8, 8),
+        (7, 100, 700, 8),
+        (8, 1, 8, 8),
+        (64, 2, 2 * 72, 72),
+        (64, 2, 2 * 73, 64),
+        (63, 2, 2 * 72, 63),
+        (63, 1, 64, 63),
+        (64, 1, 64, 64),
+    ] {
+        let mut extents = Extents::new(expected).unwrap();
+        for n in 0..count {
+            extents.push(1000 * n, each, Kind::Pages, true).unwrap();
+        }
+        extents.shrink().unwrap();
+        assert_eq!(
+            extents.bytes() / EXTENT,
+            room,
+            "{count} extents of {each} pages, {expected} pages expected"
+        );
+    }
+}
+
 #[test]
 fn no_memory_at_first() {
     fail_after(Some(0));

@@ -180,6 +180,15 @@ proptest! {
     }
 }
 
+/// Address and length are aligned each by itself.
+#[test]
+fn both_are_aligned() {
+    for (addr, len) in [(PAGE + 8, PAGE), (PAGE, PAGE + 8), (PAGE + 8, PAGE + 8)] {
+        let result = total_pages(&elements(&[Range { addr, len }]));
+        assert_eq!(result, Err(EINVAL), "{addr:#x}, {len:#x}");
+    }
+}
+
 #[test]
 fn the_largest_sum_fits() {
     let most = (1 << 63) - PAGE;

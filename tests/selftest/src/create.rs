@@ -3,7 +3,7 @@
 //! What a buffer is made of: sizes, order, overlap, kinds of memory, and the same bytes everywhere.
 
 use std::mem::size_of;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -12,7 +12,7 @@ use nix::sys::stat::fstat;
 use pinbuf_test_importer::{pin_cost, Direction, Importer, Limits};
 use pinbuf_uapi::{Create, Range};
 
-use pinbuf_test_harness::support::device::create;
+use pinbuf_test_harness::support::device::{create, ioctl};
 use pinbuf_test_harness::support::memory::{
     self, file_in, huge_memfd, memfd, pattern, stamp, HUGE, PAGE,
 };
@@ -542,6 +542,12 @@ fn longer_struct() -> Result<()> {
             .create_at(page.addr())
             .with_context(|| format!("a struct of {size} bytes, all zero behind the known ones"))?;
         check_eq!(buffer.len()?, PAGE, "size of the buffer");
+        // The number of the call holds the size as well, as the program's header has it.
+        let command = pinbuf_uapi::CREATE & !(0x3fff << 16) | size << 16;
+        let fd = ioctl(&device, command, page.addr())
+            .with_context(|| format!("with {size} bytes in its number"))?;
+        // SAFETY: the call has just returned it.
+        drop(unsafe { OwnedFd::from_raw_fd(fd) });
     }
     Ok(())
 }

@@ -828,14 +828,16 @@ fn wrong_backing() -> Result<()> {
             device.create_checked(&[range], &[name])
         })?;
     }
-    // One page in the middle is another's.
+    // One page in the middle is another's. All of them are there, so that they are pinned together.
     memory.replace_by(7 * PAGE, PAGE, other.as_fd(), 7 * PAGE)?;
+    memory.touch();
     let name = backing(file.as_fd(), 4 * PAGE);
     refuses(&device, "one foreign page", Errno::EAGAIN, |device| {
         device.create_checked(&[range], &[name])
     })?;
     // Pages that are right, but in the wrong order.
     memory.replace_by(7 * PAGE, PAGE, file.as_fd(), 8 * PAGE)?;
+    memory.touch();
     refuses(&device, "one page of elsewhere", Errno::EAGAIN, |device| {
         device.create_checked(&[range], &[name])
     })?;

@@ -5,7 +5,7 @@
 
 use std::os::fd::AsFd;
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 use pinbuf_test_importer::{Direction, Importer, Limits};
 use pinbuf_uapi::{Info, Range};
@@ -17,7 +17,7 @@ use pinbuf_test_harness::support::memory::{
 use pinbuf_test_harness::support::view::{
     agree, agree_sampled, DeviceView, KernelView, Mapped, Source,
 };
-use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::support::{check, check_eq, frames, kernel, Device, Memory};
 use pinbuf_test_harness::tests;
 
 tests! { "huge":
@@ -27,12 +27,15 @@ tests! { "huge":
     many_pages_cost_little,
     pages_in_any_order,
     same_page_twice,
+    halves_of_a_page_by_two_mappings,
     pool_gets_them_back_late,
     hole_punched,
     gigantic within 120,
     transparent,
     transparent_then_split,
     transparent_in_part,
+    transparent_adjacent,
+    transparent_with_a_page_replaced,
 }
 
 /// Makes a buffer of the ranges, compares all views of some pages, and tells what it is like.
@@ -42,8 +45,14 @@ fn views_agree(memory: &Memory, parts: &[(usize, usize)]) -> Result<Info> {
         .iter()
         .map(|&(at, len)| memory.part(at, len))
         .collect();
+    let pins = kernel::pins()?;
     let buffer = device.create(&ranges).context("PINBUF_CREATE")?;
     let info = device.describe(&buffer)?;
+    check_eq!(
+        kernel::pins()? - pins,
+        info.pins as i64,
+        "pins by the kernel's count and by ours"
+    );
     let len = buffer.len()?;
     check_eq!(
         len,
@@ -203,6 +212,27 @@ fn same_page_twice() -> Result<()> {
     Ok(())
 }
 
+/// Each half of a huge page, by an address of its own, has a pin of its own, though their frames are
+/// adjacent.
+fn halves_of_a_page_by_two_mappings() -> Result<()> {
+    const HALF: usize = HUGE / 2;
+    let _pool = HugePool::with_free(1)?;
+    let file = huge_memfd(HUGE)?;
+    let (one, two) = (Memory::shared(&file, HUGE)?, Memory::shared(&file, HUGE)?);
+    let device = Device::open()?;
+    let pins = kernel::pins()?;
+    let buffer = device.create(&[one.part(0, HALF), two.part(HALF, HALF)])?;
+    let info = device.describe(&buffer)?;
+    check_eq!(info.pins, 2, "pins");
+    check_eq!(kernel::pins()? - pins, 2, "pins by the kernel's count");
+    let mapped = buffer.map()?;
+    one.set(HUGE - PAGE, 9);
+    check_eq!(mapped.get(HUGE - PAGE), 9, "the last page");
+    drop((buffer, mapped));
+    check_eq!(kernel::pins()?, pins, "pinned pages");
+    Ok(())
+}
+
 /// The pool has its pages again when the buffer goes, not when the memory does.
 fn pool_gets_them_back_late() -> Result<()> {
     let _pool = HugePool::with_free(2)?;
@@ -341,6 +371,70 @@ fn transparent_then_split() -> Result<()> {
     mapped.set(300 * PAGE, 3);
     check_eq!(memory.get(300 * PAGE), 3, "a page that was left alone");
     check_eq!(memory.get(105 * PAGE), 0, "a page that was dropped");
+    Ok(())
+}
+
+/// Huge pages that are adjacent in memory are one extent, of which each page has one pin to be dropped.
+fn transparent_adjacent() -> Result<()> {
+    const PAGES: usize = 64;
+    kernel::needs_transparent_huge_pages()?;
+    let memory = transparent_memory(PAGES)?;
+    let mut places = Vec::new();
+    for page in 0..PAGES {
+        let pfns = frames::frames(&memory, page * HUGE, HUGE)?;
+        if (pfns[0]..)
+            .zip(&pfns)
+            .all(|(expected, pfn)| expected == *pfn)
+        {
+            places.push((pfns[0], page));
+        }
+    }
+    places.sort_unstable();
+    let pair = places.windows(2).find(|pair| pair[0].0 + 512 == pair[1].0);
+    let Some([(_, first), (_, second)]) = pair else {
+        bail!("no two of {PAGES} huge pages are adjacent: {places:?}");
+    };
+    let device = Device::open()?;
+    let pins = kernel::pins()?;
+    let ranges = [
+        memory.part(first * HUGE, HUGE),
+        memory.part(second * HUGE, HUGE),
+    ];
+    let buffer = device.create(&ranges)?;
+    let info = device.describe(&buffer)?;
+    check_eq!((info.extents, info.pins), (1, 1024), "extents and pins");
+    drop(buffer);
+    check_eq!(kernel::pins()?, pins, "pinned pages");
+    Ok(())
+}
+
+/// A transparent huge page is mapped page by page: where a page of it was replaced, the buffer has the page
+/// that the process has.
+fn transparent_with_a_page_replaced() -> Result<()> {
+    kernel::needs_transparent_huge_pages()?;
+    let memory = transparent_memory(1)?;
+    let head = frames::flags(frames::frames(&memory, 0, PAGE)?[0])?;
+    check!(head & frames::THP != 0, "there is no transparent huge page");
+    for page in 0..512 {
+        memory.set(page * PAGE, stamp(26, page as u64));
+    }
+    let replaced = [77, 300];
+    memory.replace(replaced[0] * PAGE, PAGE)?;
+    memory.advise(replaced[1] * PAGE, PAGE, libc::MADV_DONTNEED)?;
+    for page in replaced {
+        memory.set(page * PAGE, stamp(27, page as u64));
+    }
+    let head = frames::flags(frames::frames(&memory, 0, PAGE)?[0])?;
+    check!(head & frames::THP != 0, "the huge page was taken apart");
+    let device = Device::open()?;
+    let buffer = device.create(&[memory.range()])?;
+    check_eq!(device.describe(&buffer)?.pins, 512, "pins");
+    let mapped = buffer.map()?;
+    for page in 0..512 {
+        let seed = if replaced.contains(&page) { 27 } else { 26 };
+        let expected = stamp(seed, page as u64);
+        check_eq!(mapped.get(page * PAGE), expected, "page {page}");
+    }
     Ok(())
 }
 

@@ -40,6 +40,8 @@ tests! { "importer":
     two_writers_in_turn,
     a_second_writer,
     a_second_writer_of_memory_beyond,
+    a_second_writer_of_memory_partly_beyond,
+    a_reader_that_goes_changes_nothing,
     a_refused_writer_changes_nothing,
     cpu_writes_while_a_device_maps within 120,
     cpu_writes_while_a_device_unmaps within 120,
@@ -620,6 +622,16 @@ fn memory_beyond(pages: usize) -> Result<Option<(Memory, Vec<Range>)>> {
     Ok(None)
 }
 
+/// Memory of which a device with 32-bit addresses has copies, page by page.
+pub fn memory_to_bounce(pages: usize) -> Result<(Memory, Vec<Range>)> {
+    if kernel::bounces_always()? {
+        let memory = Memory::small_pages(pages * PAGE)?;
+        let ranges = scattered(&memory);
+        return Ok((memory, ranges));
+    }
+    memory_beyond(pages)?.context("no memory beyond 4 GiB: boot with 5G")
+}
+
 /// One device has copies because it does not reach the memory, the other one has the memory: it is
 /// the same, whichever comes first.
 fn a_second_writer_of_memory_beyond() -> Result<()> {
@@ -653,6 +665,66 @@ fn a_second_writer_of_memory_beyond() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The same where a device reaches most of the memory: one page has a copy, and it is not the first one.
+fn a_second_writer_of_memory_partly_beyond() -> Result<()> {
+    if kernel::bounces_always()? {
+        return Ok(());
+    }
+    let Some((_memory, beyond)) = memory_beyond(1)? else {
+        bail!("no memory beyond 4 GiB: boot with 5G");
+    };
+    // The kernel takes memory above 4 GiB first; a page of what is below is asked for by a device's width.
+    let Some(below) = memory_below()? else {
+        bail!("no memory below 4 GiB");
+    };
+    let narrow = Limits {
+        mask_bits: 32,
+        max_segment: 0,
+    };
+    let device = Device::open()?;
+    for ranges in [[below.range(), beyond[0]], [beyond[0], below.range()]] {
+        let buffer = device.create(&ranges)?;
+        let (_writer, _written) = mapped(&buffer, narrow, Direction::FromDevice)?;
+        is_refused(&buffer, Limits::NONE, Direction::FromDevice)?;
+        is_refused(&buffer, Limits::NONE, Direction::Bidirectional)?;
+    }
+    Ok(())
+}
+
+/// A page below 4 GiB.
+fn memory_below() -> Result<Option<Memory>> {
+    // What is taken meanwhile stays taken, so that the next page is another one.
+    let mut others = Vec::new();
+    while kernel::available()? > 512 << 20 {
+        let memory = Memory::small_pages(16 << 20)?;
+        memory.touch_to_write();
+        let pfns = frames::all_frames(&memory)?;
+        if let Some(page) = pfns.iter().position(|pfn| *pfn < 1 << 20) {
+            let low = Memory::small_pages(PAGE)?;
+            // The page itself moves into a mapping of its own.
+            memory.move_part(page * PAGE, PAGE, &low, 0)?;
+            return Ok(Some(low));
+        }
+        others.push(memory);
+    }
+    Ok(None)
+}
+
+/// The end of a mapping whose device only reads leaves the memory as it is: what another device has written
+/// since is not in its copy.
+fn a_reader_that_goes_changes_nothing() -> Result<()> {
+    let device = Device::open()?;
+    let memory = Memory::small_pages(8 * PAGE)?;
+    memory.write(0, &pattern(74, 0, 8 * PAGE));
+    let buffer = device.create(&[memory.range()])?;
+    let (reader, read) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
+    let (writer, written) = mapped(&buffer, Limits::NONE, Direction::FromDevice)?;
+    writer.write(written, 0, &pattern(75, 0, 8 * PAGE))?;
+    writer.unmap(written)?;
+    reader.unmap(read)?;
+    holds(&Source::whole(&buffer, &memory), 75, 0, 8 * PAGE)
 }
 
 /// A map that is refused is as if it had never been: while it is tried, what the CPU (or a device

@@ -5,11 +5,13 @@
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::process::Command;
+use std::time::Instant;
 
 use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
 use nix::kmod::{delete_module, DeleteModuleFlags};
+use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::execv;
 use pinbuf_test_importer::{Direction, Importer, Limits};
@@ -34,6 +36,7 @@ tests! { "lifetime":
     maker_exits,
     maker_is_killed,
     created_while_unmapped within 120,
+    killed_while_much_is_created,
     killed_while_creating within 120,
     module_in_use,
     module_goes_and_comes,
@@ -462,6 +465,45 @@ fn killed_while_creating() -> Result<()> {
         drop(child);
     }
     check_eq!(kernel::pins()?, pins, "pinned pages");
+    Ok(())
+}
+
+/// A call over much memory that is all there, for which nothing ever has to wait, ends soon after its
+/// process was killed.
+fn killed_while_much_is_created() -> Result<()> {
+    const LEN: usize = 64 << 20;
+    let memory = Memory::small_pages(LEN)?;
+    memory.touch_to_write();
+    // As often as a buffer may have it.
+    let total = usize::try_from(kernel::field("/proc/meminfo", "MemTotal")?)? * 1024;
+    let ranges = vec![memory.range(); (total / LEN).saturating_sub(1).min(64)];
+    let device = Device::open()?;
+    let start = Instant::now();
+    drop(device.create(&ranges)?);
+    let whole = start.elapsed();
+    let link = Link::new()?;
+    let child = Child::run(|| {
+        // Pages that are shared with the parent would have to be copied first.
+        memory.touch_to_write();
+        link.theirs.signal()?;
+        loop {
+            drop(device.create(&ranges)?);
+        }
+    })?;
+    link.ours.wait()?;
+    std::thread::sleep(whole / 8);
+    let start = Instant::now();
+    child.kill(Signal::SIGKILL)?;
+    let (status, _) = child.end(PATIENCE)?;
+    let rest = start.elapsed();
+    check!(
+        matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)),
+        "the child ended by {status:?}"
+    );
+    check!(
+        rest < whole / 2,
+        "a call that takes {whole:?} went on for {rest:?} after SIGKILL"
+    );
     Ok(())
 }
 

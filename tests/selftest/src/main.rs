@@ -9,11 +9,13 @@
 mod compat32;
 mod create;
 mod errors;
+mod fences;
 mod fork;
 mod held;
 mod huge;
 mod importer;
 mod info;
+mod leaks;
 mod lifetime;
 mod lists;
 mod mapped;
@@ -73,12 +75,14 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         mappings::giga_twice::TESTS,
         poison::TESTS,
         importer::TESTS,
+        fences::TESTS,
         huge::TESTS,
         memlock::TESTS,
         held::TESTS,
         namespaces::TESTS,
         fork::TESTS,
         lifetime::TESTS,
+        leaks::TESTS,
         compat32::TESTS,
         uffd::TESTS,
         vivid::TESTS,

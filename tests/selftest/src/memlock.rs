@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::sched::{unshare, CloneFlags};
+use nix::sys::resource::{setrlimit, Resource};
 use pinbuf_uapi::{CHARGE_ALLOWANCE, CHARGE_NONE, CHARGE_USER};
 
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
@@ -21,6 +22,9 @@ use pinbuf_test_harness::tests;
 tests! { "memlock":
     limit,
     limit_zero,
+    limit_within_a_page,
+    the_soft_limit_counts,
+    users_have_limits_of_their_own,
     failures_charge_nothing,
     across_processes,
     given_back_at_exit,
@@ -135,6 +139,50 @@ fn limit() -> Result<()> {
         drop(gets(&device, &memory, 16)?);
         Ok(())
     })
+}
+
+/// Sets the soft `RLIMIT_MEMLOCK` and the hard one, in bytes.
+fn set_soft_memlock(soft: usize, hard: usize) -> Result<()> {
+    let (soft, hard) = (soft as u64, hard as u64);
+    setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard).context("setting RLIMIT_MEMLOCK")
+}
+
+/// A page of which the limit has only a part is not within it.
+fn limit_within_a_page() -> Result<()> {
+    let _setting = no_allowance()?;
+    in_child(|| {
+        let (device, memory) = user_with(USER, 16, 20)?;
+        set_soft_memlock(3 * PAGE + 1, 16 * PAGE)?;
+        too_many(&device, &memory, 4, "of 3 and a byte")?;
+        gets(&device, &memory, 3)?;
+        set_soft_memlock(4 * PAGE - 1, 16 * PAGE)?;
+        too_many(&device, &memory, 4, "of 4 but for a byte")?;
+        gets(&device, &memory, 3)?;
+        Ok(())
+    })
+}
+
+/// The hard limit is only what the soft one may be raised to.
+fn the_soft_limit_counts() -> Result<()> {
+    let _setting = no_allowance()?;
+    in_child(|| {
+        let (device, memory) = user_with(USER, 16, 20)?;
+        set_soft_memlock(4 * PAGE, 16 * PAGE)?;
+        let limit = device.query()?.memlock_bytes;
+        check_eq!(limit, 4 * PAGE as u64, "the limit that is reported");
+        too_many(&device, &memory, 5, "of 4")?;
+        gets(&device, &memory, 4)?;
+        Ok(())
+    })
+}
+
+/// What one user has pinned leaves the limit of another one as it is.
+fn users_have_limits_of_their_own() -> Result<()> {
+    let _setting = no_allowance()?;
+    let first = Holder::new(USER, 16, 16)?;
+    let second = Holder::new(OTHER_USER, 16, 16).context("beside another user's")?;
+    first.release()?;
+    second.release()
 }
 
 fn limit_zero() -> Result<()> {

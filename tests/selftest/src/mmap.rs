@@ -40,6 +40,7 @@ tests! { "mmap":
     huge_entries,
     huge_entries_need_alignment,
     huge_entries_inside_extents_only,
+    huge_entries_end_with_their_extent,
     huge_entries_not_beyond,
     no_huge_entries_if_unwanted,
     threads_fault_at_once,
@@ -686,6 +687,41 @@ fn huge_entries_need_alignment() -> Result<()> {
                 "page {page} at {remainder:#x}"
             );
         }
+    }
+    Ok(())
+}
+
+/// A block that lacks one page of a huge page, the first or the last one, has another one in its place.
+fn huge_entries_end_with_their_extent() -> Result<()> {
+    let _pool = HugePool::with_free(2)?;
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
+    let huge = Memory::map(2 * HUGE, RW, flags, None, 0)?;
+    let other = Memory::small_pages(PAGE)?;
+    for page in 0..1024 {
+        huge.set(page * PAGE, stamp(24, page as u64));
+    }
+    other.set(0, stamp(25, 0));
+    let device = Device::open()?;
+    let whole = [huge.part(0, HUGE - PAGE), other.range()];
+    let last_missing = device.create(&whole)?;
+    let first_missing = device.create(&[other.range(), huge.part(PAGE, HUGE - PAGE)])?;
+    for (buffer, odd) in [(last_missing, 511), (first_missing, 0)] {
+        let mapped = aligned(&buffer, 0, HUGE)?;
+        for page in 0..512 {
+            let expected = if page == odd {
+                stamp(25, 0)
+            } else {
+                stamp(24, page as u64)
+            };
+            check_eq!(
+                mapped.get(page * PAGE),
+                expected,
+                "page {page}, {odd} is another's"
+            );
+        }
+        mapped.set(odd * PAGE, 7);
+        check_eq!(other.get(0), 7, "the page of small memory");
+        other.set(0, stamp(25, 0));
     }
     Ok(())
 }

@@ -29,6 +29,7 @@ tests! { "poison":
     transparent_huge_page allowing ["at dma_buf_vmap+"],
     hugetlb allowing ["at dma_buf_vmap+"],
     mapped_before allowing ["at dma_buf_vmap+"],
+    far_behind allowing ["at dma_buf_vmap+"],
     before_it_is_pinned,
     while_it_is_faulted within 180,
 }
@@ -145,6 +146,11 @@ fn is_broken(buffer: &Buffer, broken: std::ops::Range<usize>, align: usize) -> R
         Some(Signal::SIGBUS),
         "touching it after its neighbours"
     );
+    is_not_mapped(buffer)
+}
+
+/// Expects that no device and no part of the kernel gets the buffer.
+fn is_not_mapped(buffer: &Buffer) -> Result<()> {
     let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
     for direction in [
         Direction::ToDevice,
@@ -236,6 +242,24 @@ fn mapped_before() -> Result<()> {
     importer.vunmap()?;
     drop((importer, before));
     is_broken(&buffer, 5 * PAGE..6 * PAGE, PAGE)
+}
+
+/// One page of many, wherever it is: the last one, and one behind all that a look at a few thousand pages
+/// would see.
+fn far_behind() -> Result<()> {
+    const PAGES: usize = 9000;
+    let device = Device::open()?;
+    for page in [4096, 5000, PAGES - 1] {
+        let mut broken = Broken::none()?;
+        let memory = Memory::small_pages(PAGES * PAGE)?;
+        memory.touch();
+        let buffer = device.create(&[memory.range()])?;
+        let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+        importer.unmap(importer.map(Direction::Bidirectional)?.0)?;
+        broken.add(&memory, page * PAGE)?;
+        is_not_mapped(&buffer).with_context(|| format!("page {page} is broken"))?;
+    }
+    Ok(())
 }
 
 /// The mm core does not pin it.

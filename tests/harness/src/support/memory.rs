@@ -214,6 +214,13 @@ impl Memory {
         }
     }
 
+    /// Writes one word of each page, which makes every page one of its own.
+    pub fn touch_to_write(&self) {
+        for offset in (0..self.len).step_by(PAGE) {
+            self.set(offset, offset as u64);
+        }
+    }
+
     /// `madvise` on a part.
     pub fn advise(&self, offset: usize, len: usize, advice: i32) -> Result<(), Errno> {
         // SAFETY: the part belongs to this mapping, and no Rust object lies in it.

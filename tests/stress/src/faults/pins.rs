@@ -34,6 +34,7 @@ tests! { "faults":
     pins_of_checked_hugetlb within 300,
     pins_of_missing_pages within 300,
     pins_within_memlock within 300,
+    pins_that_fail_again_and_again,
 }
 
 /// More than a batch of the driver's.
@@ -180,6 +181,32 @@ where
         let _impatient = Setting::parameter("pin_retries", 0)?;
         self.sweep_pins(&impatient(calls))
     }
+}
+
+/// The retries of a call, in terms of those for the same pages: as `DESIGN.md` says.
+const IN_ALL: u64 = 4;
+
+/// Pages of which each can be had at the second try: a call tries again so often, and no more.
+fn pins_that_fail_again_and_again() -> Result<()> {
+    let _patient = Setting::parameter("pin_retries", RETRIES)?;
+    let pins = FailingPins::new()?;
+    let device = Device::open()?;
+    let memory = Memory::small_pages(128 * PAGE)?;
+    memory.touch_to_write();
+    // Single pages, of which no two are neighbours.
+    let ranges: Vec<Range> = (0..64)
+        .rev()
+        .map(|n| memory.part(2 * n * PAGE, PAGE))
+        .collect();
+    let (result, counts) = pins.every_other(libc::EAGAIN, || device.create(&ranges).map(drop))?;
+    check_eq!(result, Err(Errno::EBUSY), "create");
+    let most = IN_ALL * u64::from(RETRIES);
+    check!(
+        (most..=most + 2).contains(&counts.failed),
+        "{} pins failed before it was given up, and not {most}",
+        counts.failed
+    );
+    Ok(())
 }
 
 /// Only the thread that asked for it has its pins failing, and only until it says so; and what it gets

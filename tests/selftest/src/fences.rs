@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Devices that are not done yet: the CPU's access begins after them, and sees what they have written.
+//!
+//! vgem makes fences that a program signals. They get into a buffer by way of a sync file.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{bail, Context, Result};
+use pinbuf_test_importer::{Direction, Importer, Limits};
+
+use pinbuf_test_harness::support::memory::{pattern, PAGE};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Skip, Sync};
+use pinbuf_test_harness::tests;
+
+use crate::importer::memory_to_bounce;
+
+tests! { "fences":
+    an_access_waits_for_a_device,
+}
+
+/// `struct drm_mode_create_dumb`.
+#[repr(C)]
+#[derive(Default)]
+struct Dumb {
+    height: u32,
+    width: u32,
+    bpp: u32,
+    flags: u32,
+    handle: u32,
+    pitch: u32,
+    size: u64,
+}
+
+/// `struct drm_prime_handle`.
+#[repr(C)]
+#[derive(Default)]
+struct Prime {
+    handle: u32,
+    flags: u32,
+    fd: i32,
+}
+
+/// `struct drm_vgem_fence_attach`.
+#[repr(C)]
+#[derive(Default)]
+struct FenceAttach {
+    handle: u32,
+    flags: u32,
+    out_fence: u32,
+    pad: u32,
+}
+
+/// `struct drm_vgem_fence_signal`.
+#[repr(C)]
+#[derive(Default)]
+struct FenceSignal {
+    fence: u32,
+    flags: u32,
+}
+
+/// `struct dma_buf_export_sync_file`, and the one for importing.
+#[repr(C)]
+#[derive(Default)]
+struct SyncFile {
+    flags: u32,
+    fd: i32,
+}
+
+nix::ioctl_readwrite!(
+    /// DRM_IOCTL_MODE_CREATE_DUMB.
+    create_dumb, b'd', 0xb2, Dumb
+);
+nix::ioctl_readwrite!(
+    /// DRM_IOCTL_PRIME_HANDLE_TO_FD.
+    handle_to_fd, b'd', 0x2d, Prime
+);
+nix::ioctl_readwrite!(
+    /// DRM_IOCTL_VGEM_FENCE_ATTACH.
+    fence_attach, b'd', 0x41, FenceAttach
+);
+nix::ioctl_write_ptr!(
+    /// DRM_IOCTL_VGEM_FENCE_SIGNAL.
+    fence_signal, b'd', 0x42, FenceSignal
+);
+nix::ioctl_readwrite!(
+    /// DMA_BUF_IOCTL_EXPORT_SYNC_FILE.
+    export_sync_file, b'b', 2, SyncFile
+);
+nix::ioctl_write_ptr!(
+    /// DMA_BUF_IOCTL_IMPORT_SYNC_FILE.
+    import_sync_file, b'b', 3, SyncFile
+);
+
+/// DMA_BUF_SYNC_WRITE, and VGEM_FENCE_WRITE.
+const SYNC_WRITE: u32 = 2;
+const FENCE_WRITE: u32 = 1;
+
+/// vgem, and an object of its, whose fences there are.
+struct Vgem {
+    card: File,
+    handle: u32,
+    object: OwnedFd,
+}
+
+impl Vgem {
+    fn open() -> Result<Self> {
+        let status = Command::new("modprobe")
+            .args(["--quiet", "vgem"])
+            .status()?;
+        if !status.success() {
+            bail!(Skip("this kernel has no vgem".to_owned()));
+        }
+        let mut cards = fs::read_dir("/sys/class/drm")?.flatten().filter(|entry| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let device = fs::canonicalize(entry.path()).unwrap_or_default();
+            name.starts_with("card") && device.to_string_lossy().contains("/vgem/")
+        });
+        let card = cards.next().context("vgem has no card")?.file_name();
+        let card = File::options()
+            .read(true)
+            .write(true)
+            .open(format!("/dev/dri/{}", card.to_string_lossy()))?;
+        let mut dumb = Dumb {
+            height: 32,
+            width: 32,
+            bpp: 32,
+            ..Default::default()
+        };
+        // SAFETY: the kernel reads and writes the struct.
+        unsafe { create_dumb(card.as_raw_fd(), &mut dumb) }.context("creating an object")?;
+        let mut prime = Prime {
+            handle: dumb.handle,
+            flags: libc::O_CLOEXEC as u32,
+            fd: -1,
+        };
+        // SAFETY: as above.
+        unsafe { handle_to_fd(card.as_raw_fd(), &mut prime) }.context("exporting it")?;
+        Ok(Self {
+            card,
+            handle: dumb.handle,
+            // SAFETY: the call has just returned it.
+            object: unsafe { OwnedFd::from_raw_fd(prime.fd) },
+        })
+    }
+
+    /// A fence in a buffer, as of a device that writes to it.
+    fn writes_to(&self, buffer: BorrowedFd<'_>) -> Result<Fence<'_>> {
+        let mut attach = FenceAttach {
+            handle: self.handle,
+            flags: FENCE_WRITE,
+            ..Default::default()
+        };
+        // SAFETY: the kernel reads and writes the struct.
+        unsafe { fence_attach(self.card.as_raw_fd(), &mut attach) }.context("making a fence")?;
+        let fence = Fence(self, attach.out_fence);
+        let mut file = SyncFile {
+            flags: SYNC_WRITE,
+            fd: -1,
+        };
+        // SAFETY: as above.
+        unsafe { export_sync_file(self.object.as_raw_fd(), &mut file) }.context("exporting")?;
+        // SAFETY: the call has just returned it.
+        let held = unsafe { OwnedFd::from_raw_fd(file.fd) };
+        // SAFETY: the kernel reads the struct.
+        unsafe { import_sync_file(buffer.as_raw_fd(), &file) }.context("importing")?;
+        drop(held);
+        Ok(fence)
+    }
+}
+
+/// A fence that has not been signalled.
+struct Fence<'a>(&'a Vgem, u32);
+
+impl Fence<'_> {
+    fn signal(self) -> Result<()> {
+        let signal = FenceSignal {
+            fence: self.1,
+            flags: 0,
+        };
+        // SAFETY: the kernel reads the struct. After ten seconds it says that the fence was signalled.
+        unsafe { fence_signal(self.0.card.as_raw_fd(), &signal) }.context("signalling")?;
+        Ok(())
+    }
+}
+
+/// A device with a copy of the memory writes late: whatever access begins meanwhile waits for it, and then
+/// for its copy to be copied back.
+fn an_access_waits_for_a_device() -> Result<()> {
+    const LEN: usize = 4 * PAGE;
+    let vgem = Vgem::open()?;
+    let (memory, ranges) = memory_to_bounce(4)?;
+    let buffer = Device::open()?.create(&ranges)?;
+    // A device with wide addresses has the memory itself, if nothing is bounced at all.
+    let narrow = Limits {
+        mask_bits: 32,
+        max_segment: 0,
+    };
+    for direction in [Direction::FromDevice, Direction::Bidirectional] {
+        let importer = Importer::attach(buffer.as_fd(), narrow)?;
+        let slots = kernel::bounce_slots()?;
+        let mapping = importer.map(direction)?.0;
+        check!(kernel::bounce_slots()? > slots, "nothing was bounced");
+        for (seed, access) in [(1, Sync::Read), (2, Sync::Write), (3, Sync::ReadWrite)] {
+            let fence = vgem.writes_to(buffer.as_fd())?;
+            let begun = AtomicBool::new(false);
+            let seen = std::thread::scope(|scope| -> Result<Vec<u8>> {
+                let cpu = scope.spawn(|| read(&buffer, access, &begun));
+                std::thread::sleep(Duration::from_millis(200));
+                check!(!begun.load(Ordering::Relaxed), "{access:?} did not wait");
+                importer.write(mapping, 0, &pattern(seed, 0, LEN))?;
+                fence.signal()?;
+                cpu.join().map_err(|_| anyhow::anyhow!("the thread"))?
+            })?;
+            check_eq!(
+                seen == pattern(seed, 0, LEN),
+                true,
+                "whether {access:?} sees what the device wrote, {direction:?}"
+            );
+        }
+    }
+    drop(memory);
+    Ok(())
+}
+
+/// What an access of the CPU sees.
+fn read(buffer: &Buffer, access: Sync, begun: &AtomicBool) -> Result<Vec<u8>> {
+    let mapped = buffer.map()?;
+    let mut seen = vec![0; mapped.len()];
+    buffer.synced(access, || {
+        begun.store(true, Ordering::Relaxed);
+        mapped.read(0, &mut seen);
+    })?;
+    Ok(seen)
+}

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What is done again and again piles nothing up in the kernel: neither objects of its allocators, nor
+//! address space, nor open files.
+//!
+//! A reference that is never dropped shows in no counter of pins, charges or dma-bufs. The object that it
+//! keeps is one more for each round, in each of several repetitions; what allocators keep in stock comes to an
+//! end. On kernels with kmemleak that finds such objects, and KASAN keeps freed ones for a while.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+
+use anyhow::{bail, Context, Result};
+use nix::unistd::{setresuid, Uid};
+use pinbuf_test_importer::{Direction, Importer, Limits};
+use pinbuf_uapi::{Backing, CHARGE_USER};
+
+use pinbuf_test_harness::support::memory::{memfd, PAGE};
+use pinbuf_test_harness::support::process::{drop_ipc_lock, in_child, set_memlock};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::tests;
+
+tests! { "leaks":
+    users within 120,
+    processes within 120,
+    devices within 120,
+    kernel_mappings,
+    files,
+}
+
+/// How often what is done is repeated as a whole.
+const REPETITIONS: usize = 3;
+
+/// How many there are of all that the kernel counts.
+fn counts() -> Result<BTreeMap<String, i64>> {
+    let mut counts = BTreeMap::new();
+    let slabs = kernel::read("/proc/slabinfo")?;
+    // The version, and the names of the columns.
+    for line in slabs.lines().skip(2) {
+        let mut words = line.split_whitespace();
+        if let (Some(name), Some(count)) = (words.next(), words.next()) {
+            counts.insert(format!("objects of {name}"), count.parse()?);
+        }
+    }
+    let areas = kernel::read("/proc/vmallocinfo")?;
+    let ours = areas.lines().filter(|line| line.contains("[pinbuf]"));
+    counts.insert(
+        "areas of the kernel's addresses".to_owned(),
+        i64::try_from(ours.count())?,
+    );
+    let files = kernel::read("/proc/sys/fs/file-nr")?;
+    let files = files.split_whitespace().next().context("file-nr")?;
+    counts.insert("open files".to_owned(), files.parse()?);
+    Ok(counts)
+}
+
+/// Does something `rounds` times, and that several times over; of nothing may there be one more a round each
+/// time.
+fn piles_nothing_up(rounds: usize, mut action: impl FnMut(usize) -> Result<()>) -> Result<()> {
+    if Path::new("/sys/kernel/debug/kmemleak").exists() {
+        return Ok(());
+    }
+    let mut grown: Option<BTreeMap<String, i64>> = None;
+    for repetition in 0..=REPETITIONS {
+        let before = counts()?;
+        for round in 0..rounds {
+            action(repetition * rounds + round)?;
+        }
+        if repetition == 0 {
+            // What is made at the first time stays.
+            continue;
+        }
+        let after = counts()?;
+        let by = |name: &str| after.get(name).unwrap_or(&0) - before.get(name).unwrap_or(&0);
+        let still = |name: &str| by(name) >= i64::try_from(rounds).unwrap_or(i64::MAX) * 8 / 10;
+        grown = Some(match grown {
+            None => after.keys().map(|name| (name.clone(), by(name))).collect(),
+            Some(grown) => grown,
+        });
+        if let Some(grown) = &mut grown {
+            grown.retain(|name, _| still(name));
+            if grown.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+    bail!("{rounds} rounds each time leave behind: {grown:?}")
+}
+
+/// A buffer that is charged to a user.
+fn users() -> Result<()> {
+    let device = Device::open()?;
+    in_child(|| {
+        drop_ipc_lock()?;
+        set_memlock(8 * PAGE)?;
+        let memory = Memory::anonymous(PAGE)?;
+        let root = Uid::from_raw(0);
+        piles_nothing_up(1000, |round| {
+            let uid = Uid::from_raw(100_000 + u32::try_from(round)?);
+            setresuid(uid, root, root).context("setresuid")?;
+            let buffer = device.create(&[memory.range()])?;
+            if round % 100 == 0 {
+                let charge = device.describe(&buffer)?.charge;
+                check_eq!(charge, CHARGE_USER, "what is charged");
+            }
+            Ok(())
+        })
+    })
+}
+
+/// A buffer of a process that ends.
+fn processes() -> Result<()> {
+    let device = Device::open()?;
+    piles_nothing_up(200, |_| {
+        in_child(|| {
+            let memory = Memory::anonymous(PAGE)?;
+            drop(device.create(&[memory.range()])?);
+            Ok(())
+        })
+    })
+}
+
+/// A device that maps a buffer.
+fn devices() -> Result<()> {
+    let memory = Memory::small_pages(16 * PAGE)?;
+    let ranges: Vec<_> = (0..16).rev().map(|n| memory.part(n * PAGE, PAGE)).collect();
+    let buffer = Device::open()?.create(&ranges)?;
+    piles_nothing_up(300, |_| {
+        let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+        let mapping = importer.map(Direction::Bidirectional)?.0;
+        importer.unmap(mapping)?;
+        importer.detach().context("detaching")
+    })
+}
+
+/// A kernel mapping of memory that is not in one piece.
+fn kernel_mappings() -> Result<()> {
+    let memory = Memory::small_pages(16 * PAGE)?;
+    let ranges = [memory.part(PAGE, 15 * PAGE), memory.part(0, PAGE)];
+    let device = Device::open()?;
+    let buffer = device.create(&ranges)?;
+    check!(device.describe(&buffer)?.extents > 1, "one extent");
+    let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    piles_nothing_up(300, |_| {
+        importer.vmap()?;
+        importer.vunmap()?;
+        Ok(())
+    })
+}
+
+/// A file whose pages are compared with a buffer's.
+fn files() -> Result<()> {
+    let device = Device::open()?;
+    piles_nothing_up(300, |_| {
+        let file = memfd(PAGE, 0)?;
+        let memory = Memory::shared(&file, PAGE)?;
+        let backing = Backing {
+            fd: file.as_raw_fd(),
+            reserved: 0,
+            offset: 0,
+        };
+        drop(device.create_checked(&[memory.range()], &[backing])?);
+        Ok(())
+    })
+}
