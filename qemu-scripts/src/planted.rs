@@ -25,11 +25,14 @@ use crate::kernel::Kernel;
 use crate::runs::{Run, Verdict, RUNS};
 use crate::test::{Collector, BOOTS, BOOT_LIMIT, HANG};
 use crate::tree::Tree;
-use crate::ui::{say, seconds};
+use crate::ui::{say, seconds, step};
 use crate::{ktap, module, paths, userspace, vm};
 
 /// Where the patches are, from the root of the repository.
 const PATCHES: &str = "tests/planted";
+
+/// Mutants that no test need notice, and why.
+const MUTANTS_MISSED: &str = "tests/planted/mutants-missed.txt";
 
 /// Where the results go.
 const RESULTS: &str = "tests/RESULTS-planted.md";
@@ -390,6 +393,121 @@ fn boot(options: &Options) -> Result<(Outcome, String)> {
     unreachable!("a boot ends the loop")
 }
 
+/// What came of the mutants.
+#[derive(Debug, Default)]
+pub struct Mutants {
+    /// Those that a test noticed, or that never came to an end.
+    pub caught: usize,
+    /// Those that do not compile.
+    unviable: usize,
+    /// Those that nothing noticed, for a known reason.
+    excused: Vec<String>,
+    /// Those that nothing noticed.
+    pub missed: Vec<String>,
+}
+
+/// Lets `cargo mutants` change the driver's pure parts in each way that it knows, and runs their tests.
+/// It is installed below `build/` if it is not there.
+pub fn mutants() -> Result<Mutants> {
+    let place = place();
+    copy(&place)?;
+    let home = paths::build().join("cargo-mutants");
+    let program = home.join("bin/cargo-mutants");
+    if !program.exists() {
+        step("cargo-mutants", |step| {
+            let mut command = userspace::cargo();
+            command
+                .args(["install", "--locked", "cargo-mutants", "--root"])
+                .arg(&home);
+            step.run(&mut command, "mutants.log")
+                .context("cargo-mutants cannot be installed")
+        })?;
+    }
+    let out = paths::build().join("planted");
+    step("mutants of the pure parts", |step| {
+        let mut command = userspace::cargo();
+        command
+            .current_dir(&place)
+            .args(["mutants", "--package", "pinbuf-pure"])
+            .args(["--file", "**/driver/*.rs", "--colors", "never"])
+            .args(["--timeout", "120", "--jobs", &crate::jobs().to_string()])
+            .arg("--output")
+            .arg(&out)
+            .env("PATH", with_path(&home.join("bin"))?)
+            .env("PROPTEST_MAX_SHRINK_ITERS", "0")
+            .env("PROPTEST_FAILURE_PERSISTENCE", "off");
+        // It fails if a mutant was missed; whether it came to the end shows below.
+        let result = step.run(&mut command, "mutants.log");
+        let outcomes = out.join("mutants.out/outcomes.json");
+        if !outcomes.exists() {
+            result?;
+        }
+        read_mutants(
+            &serde_json::from_slice(&fs::read(outcomes)?)?,
+            &fs::read_to_string(paths::root().join(MUTANTS_MISSED)).context(MUTANTS_MISSED)?,
+        )
+    })
+}
+
+fn with_path(directory: &Path) -> Result<std::ffi::OsString> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let all = std::iter::once(directory.to_owned()).chain(std::env::split_paths(&path));
+    Ok(std::env::join_paths(all)?)
+}
+
+/// Reads `outcomes.json`; `reasons` are lines of mutants, below remarks that say why nothing notices them.
+fn read_mutants(outcomes: &serde_json::Value, reasons: &str) -> Result<Mutants> {
+    let mut mutants = Mutants::default();
+    let all = outcomes["outcomes"]
+        .as_array()
+        .context("no list of outcomes")?;
+    let mut baseline = false;
+    for outcome in all {
+        let summary = outcome["summary"].as_str().unwrap_or_default();
+        let Some(mutant) = outcome["scenario"].get("Mutant") else {
+            baseline = summary == "Success";
+            continue;
+        };
+        let name = mutant["name"].as_str().unwrap_or_default();
+        // Without the place in the file, which every change moves.
+        let file = mutant["file"].as_str().unwrap_or_default();
+        let file = file.rsplit("../").next().unwrap_or(file);
+        let change = name.split_once(": ").map_or(name, |(_, change)| change);
+        let name = format!("{file}: {change}");
+        match summary {
+            "CaughtMutant" | "Timeout" => mutants.caught += 1,
+            "Unviable" => mutants.unviable += 1,
+            _ if reasons.lines().any(|line| line == name) => mutants.excused.push(name),
+            _ => mutants.missed.push(name),
+        }
+    }
+    if !baseline || mutants.caught == 0 {
+        bail!("the tests of the pure parts fail without any mutant, or there is none");
+    }
+    Ok(mutants)
+}
+
+impl Mutants {
+    /// For the file with the results.
+    pub fn text(&self) -> String {
+        let viable = self.caught + self.excused.len() + self.missed.len();
+        let mut text = format!(
+            "Of {viable} mutants of the driver's pure parts that compile ({} do not), `tests/pure` catches {}, and \
+             {} change nothing that a test could notice (`{MUTANTS_MISSED}` says why).\n",
+            self.unviable,
+            self.caught,
+            self.excused.len()
+        );
+        if !self.missed.is_empty() {
+            text += "\nNot caught:\n\n";
+            for name in &self.missed {
+                text += &format!("* `{name}`\n");
+            }
+        }
+        text
+    }
+}
+
 /// The results of a run, and of earlier ones.
 pub struct Results(BTreeMap<String, String>);
 
@@ -472,6 +590,38 @@ impl Caught {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn mutants_are_counted() {
+        let mutant = |name: &str, summary: &str| {
+            serde_json::json!({
+                "scenario": { "Mutant": {
+                    "name": format!("tests/pure/src/../../../driver/a.rs:1:2: {name}"),
+                    "file": "tests/pure/src/../../../driver/a.rs",
+                } },
+                "summary": summary,
+            })
+        };
+        let baseline =
+            |summary: &str| serde_json::json!({ "scenario": "Baseline", "summary": summary });
+        let all = [
+            baseline("Success"),
+            mutant("replace a", "CaughtMutant"),
+            mutant("replace b", "Timeout"),
+            mutant("replace c", "Unviable"),
+            mutant("replace d", "MissedMutant"),
+            mutant("replace e", "MissedMutant"),
+        ];
+        let outcomes = serde_json::json!({ "outcomes": all });
+        let reasons = "# Never reached.\ndriver/a.rs: replace d\n";
+        let mutants = read_mutants(&outcomes, reasons).unwrap();
+        assert_eq!((mutants.caught, mutants.unviable), (2, 1));
+        assert_eq!(mutants.excused, ["driver/a.rs: replace d"]);
+        assert_eq!(mutants.missed, ["driver/a.rs: replace e"]);
+        let failing = [baseline("Failure"), mutant("replace a", "CaughtMutant")];
+        let outcomes = serde_json::json!({ "outcomes": failing });
+        assert!(read_mutants(&outcomes, "").is_err());
+    }
 
     /// A patch that no longer applies plants nothing.
     #[test]

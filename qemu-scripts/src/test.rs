@@ -37,6 +37,8 @@ const LINT: &str = "lint";
 const SANITIZE: &str = "sanitize";
 /// Only with `--long`, or by this name.
 const PLANTED: &str = "planted";
+/// The part of it that `cargo mutants` does.
+const MUTANTS: &str = "mutants";
 
 /// Within this a kernel comes to its first process, or never: once in some hundreds of times an emulated
 /// processor gets no more timer interrupts while the kernel boots, and all that waits for time hangs.
@@ -262,6 +264,17 @@ impl Test {
                     say(&format!("FAILED {PLANTED}: {}: {error:#}", bug.name));
                 }
             }
+        }
+        if wanted(MUTANTS) {
+            let mutants = planted::mutants()?;
+            counts.passed += mutants.caught;
+            counts.failed += mutants.missed.len();
+            for name in &mutants.missed {
+                say(&format!(
+                    "FAILED {PLANTED}: no test notices the mutant {name}"
+                ));
+            }
+            results.set_mutants(mutants.text())?;
         }
         Ok(())
     }
