@@ -400,11 +400,16 @@ fn transparent_adjacent() -> Result<()> {
         memory.part(first * HUGE, HUGE),
         memory.part(second * HUGE, HUGE),
     ];
-    let buffer = device.create(&ranges)?;
-    let info = device.describe(&buffer)?;
-    check_eq!((info.extents, info.pins), (1, 1024), "extents and pins");
-    drop(buffer);
-    check_eq!(kernel::pins()?, pins, "pinned pages");
+    // Pins that the wrong page loses leave the sum as it is, and a count that nobody can pin any more.
+    for round in 0..3 {
+        let buffer = device
+            .create(&ranges)
+            .with_context(|| format!("round {round}"))?;
+        let info = device.describe(&buffer)?;
+        check_eq!((info.extents, info.pins), (1, 1024), "extents and pins");
+        drop(buffer);
+        check_eq!(kernel::pins()?, pins, "pinned pages");
+    }
     Ok(())
 }
 
