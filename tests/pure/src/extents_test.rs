@@ -213,6 +213,14 @@ fn room_is_given_back_where_it_is_worth_it() {
             "{count} extents of {each} pages, {expected} pages expected"
         );
     }
+    // Room for just as many extents as there are pages stays.
+    let mut extents = Extents::new(64).unwrap();
+    for n in 0..63 {
+        let pages = if n == 62 { 2 } else { 1 };
+        extents.push(1000 * n, pages, Kind::Pages, true).unwrap();
+    }
+    extents.shrink().unwrap();
+    assert_eq!((extents.pages(), extents.bytes() / EXTENT), (64, 64));
 }
 
 #[test]
