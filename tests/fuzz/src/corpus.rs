@@ -152,7 +152,7 @@ mod tests {
 
     #[test]
     fn text_is_json() {
-        let mut rng = fastrand::Rng::with_seed(3);
+        let mut rng = Rng::with_seed(3);
         for input in [Input::default(), generate(&mut rng), generate(&mut rng)] {
             let text = to_text(&input).unwrap();
             assert_eq!(serde_json::from_str::<Input>(&text).unwrap(), input);
