@@ -17,9 +17,9 @@ const MOST: usize = 256;
 /// addresses of a process, which are 128 TiB as a rule.
 const FARTHEST: u64 = 1 << 40;
 
-/// Pages between two parts of a file up to which they are mapped as one, where the file has all of its pages: to
-/// enter so few costs less than another mapping. Huge pages are entered when they are pinned, so that more of
-/// them than are needed cost nothing.
+/// Pages between two parts of a file up to which they are mapped as one: to enter so few costs less than another
+/// mapping. Huge pages are entered when they are pinned, so that more of them than are needed cost nothing. Both
+/// for files that have all of their pages: after `mlockall()` a mapping allocates those that are missing.
 const CLOSE: u64 = 16;
 
 /// How much a read fault enters, if it is there, in bytes and as aligned; the kernel's `fault_around_bytes`
@@ -120,12 +120,12 @@ impl<'a> Window<'a> {
         self.runs.sort_by_key(|run| (files[run.file].id, run.start));
         let page = sys::page_size();
         self.join_if(|last, run| {
-            let close = if run.block > page {
-                FARTHEST.saturating_sub(last.end - last.start)
-            } else if files[run.file].is_full() {
-                CLOSE * page
-            } else {
+            let close = if !files[run.file].is_full() {
                 0
+            } else if run.block > page {
+                FARTHEST.saturating_sub(last.end - last.start)
+            } else {
+                CLOSE * page
             };
             run.start <= last.end.saturating_add(close)
         });
@@ -332,14 +332,15 @@ mod tests {
         assert_eq!(small(&[(1, 5, 1), (1, 511, 2)]), [(1, 0, 2 * huge)]);
         assert_eq!(
             small(&[(0, 0, 1), (1, 2048, 1), (1, 5, 1)]),
-            // What lies between huge pages costs nothing.
-            [(1, 0, 5 * huge), (0, 0, page)]
+            [(1, 0, huge), (1, 4 * huge, 5 * huge), (0, 0, page)]
         );
-        // Close pieces of a file that has all of its pages.
-        let full = [File {
+        // Files that have all of their pages: close pieces, and huge pages however far they are apart.
+        let full = [file(1, page), file(2, huge)].map(|file| File {
             stored: 1 << 40,
-            ..file(1, page)
-        }];
+            ..file
+        });
+        let pieces = [(1, 0, page), (1, 4 * huge, page)];
+        assert_eq!(planned(&full, &pieces), [(1, 0, 5 * huge)]);
         let pieces = [(0, 0, page), (0, 17 * page, page), (0, 35 * page, page)];
         assert_eq!(
             planned(&full, &pieces),
