@@ -114,16 +114,11 @@ impl Charge {
         })
     }
 
-    /// Whether the memory that is kept in place counts, and not only the pages that are named.
-    pub(crate) fn counts_memory(&self) -> bool {
-        matches!(self.to, To::Allowance)
-    }
-
     /// Sees to it that `besides` pages that the buffer keeps in place besides its own are charged
     /// where that counts, or fails with `ENOMEM`.
     pub(crate) fn hold_besides(&mut self, besides: usize) -> Result {
         let more = besides.saturating_sub(self.besides);
-        if more == 0 || !self.counts_memory() {
+        if more == 0 || !matches!(self.to, To::Allowance) {
             return Ok(());
         }
         take(self.uid, Account::Allowance, more, allowance_caps())?;

@@ -61,13 +61,12 @@ pub(crate) fn pin(
     parts: impl Iterator<Item = Part>,
     charge: &mut Charge,
 ) -> Result<(Held, usize)> {
-    let faults_alone = charge.counts_memory();
     let mut pinner = Pinner {
         mm,
         held: Held::new(pages)?,
         rest: Rest::new(),
         charge,
-        patience: Patience::new(faults_alone),
+        patience: Patience::new(),
         batch: KVec::new(),
         hugetlb: true,
         work: 0,

@@ -49,8 +49,6 @@ pub(super) struct Patience {
     /// The most pages to ask for.
     most: usize,
     turn: Option<Turn>,
-    /// Pages that are not there are pinned alone.
-    faults_alone: bool,
     /// Pages to pin alone before many are asked for again, and how many these were last.
     alone: usize,
     row: usize,
@@ -61,14 +59,13 @@ const ROW: usize = 16;
 
 impl Patience {
     /// The retries of a new call.
-    pub(super) fn new(faults_alone: bool) -> Self {
+    pub(super) fn new() -> Self {
         let each = params::pin_retries();
         Self {
             each,
             left: IN_ALL * each,
             most: usize::MAX,
             turn: None,
-            faults_alone,
             alone: 0,
             row: 0,
         }
@@ -117,13 +114,14 @@ impl Patience {
         }
     }
 
-    /// Asks GUP once.
+    /// Pins what is there, or else one page that is not.
     ///
     /// GUP can be made to wait in a fault for ever, with all that it has pinned before in the same
-    /// call. Where memory counts ([`Charge::counts_memory`](crate::charge::Charge::counts_memory)),
-    /// what a call holds while it waits has to have been counted. So there GUP is asked for what is
-    /// there, or else for one page that is not; where pages are not there, more and more of them, up to
-    /// [`ROW`], are pinned alone before it is asked again for many.
+    /// call. So it faults in one page at a time: what a call holds while it waits has been counted. And
+    /// where something else is mapped than the caller believes, no more than that is faulted in before the
+    /// page is compared with the file that was expected.
+    /// Where pages are not there, more and more of them, up to [`ROW`], are pinned alone before it is
+    /// tried again whether many are.
     fn pin_once(
         &mut self,
         mm: &CurrentMm<'_>,
@@ -131,9 +129,6 @@ impl Patience {
         max: usize,
         out: &mut KVec<PagePin>,
     ) -> Result {
-        if !self.faults_alone {
-            return pages::pin_user_pages(mm, addr, max, How::Long, out);
-        }
         if max > 1 && self.alone == 0 {
             match pages::pin_user_pages(mm, addr, max, How::LongIfPresent, out) {
                 Err(code::EFAULT) => {
