@@ -32,13 +32,6 @@ pub struct File {
 // SAFETY: integers, of which every pattern is valid; zeroes are the default.
 unsafe impl Plain for File {}
 
-impl File {
-    /// Whether it has all of its pages.
-    pub fn is_full(&self) -> bool {
-        self.stored >= self.size
-    }
-}
-
 /// The files of a call.
 ///
 /// The checks are made on the program's descriptors; another thread may put another file in the

@@ -17,14 +17,12 @@ const MOST: usize = 256;
 /// addresses of a process, which are 128 TiB as a rule.
 const FARTHEST: u64 = 1 << 40;
 
-/// Pages between two parts of a file up to which they are mapped as one: to enter so few costs less than another
-/// mapping. Huge pages are entered when they are pinned, so that more of them than are needed cost nothing. Both
-/// for files that have all of their pages: after `mlockall()` a mapping allocates those that are missing.
-const CLOSE: u64 = 16;
-
 /// How much a read fault enters, if it is there, in bytes and as aligned; the kernel's `fault_around_bytes`
 /// unless it was changed.
 const AROUND: u64 = 64 << 10;
+
+/// The most that is entered ahead of pinning in one call, in bytes.
+const AHEAD: u64 = 64 << 20;
 
 /// No architecture has larger pages in a table: a table of 64 KiB has 8,192 entries, of pages of 512 MiB, of
 /// which sixteen may be one.
@@ -55,7 +53,7 @@ pub struct Window<'a> {
     runs: Buffer<Run, 8>,
     /// What is mapped.
     spans: Spans,
-    /// How much may still be entered ahead, in bytes: what is mapped, also where pieces name it many times.
+    /// How much may still be entered ahead.
     ahead: u64,
 }
 
@@ -66,7 +64,7 @@ impl<'a> Window<'a> {
             files,
             runs: Buffer::new(),
             spans: Spans::new(),
-            ahead: 0,
+            ahead: AHEAD,
         }
     }
 
@@ -102,7 +100,6 @@ impl<'a> Window<'a> {
             let addr = map(len as usize, file.fd, run.start, &mut writable)? as u64;
             // INVARIANT: just mapped.
             run.addr = addr;
-            self.ahead = self.ahead.saturating_add(len);
             self.spans.push(Span {
                 id: file.id,
                 offset: run.start,
@@ -114,21 +111,11 @@ impl<'a> Window<'a> {
         Ok(())
     }
 
-    /// Sorts what shall be mapped, and joins what touches or overlaps, or is close.
+    /// Sorts what shall be mapped, and joins what touches or overlaps.
     fn join(&mut self) {
         let files = self.files;
         self.runs.sort_by_key(|run| (files[run.file].id, run.start));
-        let page = sys::page_size();
-        self.join_if(|last, run| {
-            let close = if !files[run.file].is_full() {
-                0
-            } else if run.block > page {
-                FARTHEST.saturating_sub(last.end - last.start)
-            } else {
-                CLOSE * page
-            };
-            run.start <= last.end.saturating_add(close)
-        });
+        self.join_if(|last, run| run.start <= last.end);
         if self.runs.len() > MOST {
             self.join_if(|last, run| run.end - last.start <= FARTHEST);
         }
@@ -157,17 +144,17 @@ impl<'a> Window<'a> {
     /// those around the address as well, while pinning takes one fault for each. A file's huge pages take few
     /// faults anyway.
     ///
-    /// That is done for files that have all of their pages only: a fault for a page that is not there would
-    /// allocate it, and the driver has not yet compared the size with any limit.
+    /// That is done for files that have all of their pages only, and up to a bound: a fault for a page that is
+    /// not there would allocate it, and the driver has not yet compared the size with any limit.
     pub fn fault_in(&mut self, piece: Piece) -> u64 {
         let file = &self.files[piece.file];
         let address = self.spans.at(file.id, piece.offset).0.unwrap_or(0);
         let page = sys::page_size();
-        if file.block <= page && file.is_full() && piece.len > page {
+        if file.block <= page && file.stored >= file.size && piece.len > page {
             let around = AROUND.max(page);
             let mut next = address;
-            while next < address + piece.len && self.ahead > 0 {
-                self.ahead = self.ahead.saturating_sub(around);
+            while next < address + piece.len && self.ahead >= around {
+                self.ahead -= around;
                 // If there is no memory for it, the pin reports that.
                 let _ = sys::can_read(next as usize);
                 next = (next / around + 1) * around;
@@ -334,18 +321,6 @@ mod tests {
             small(&[(0, 0, 1), (1, 2048, 1), (1, 5, 1)]),
             [(1, 0, huge), (1, 4 * huge, 5 * huge), (0, 0, page)]
         );
-        // Files that have all of their pages: close pieces, and huge pages however far they are apart.
-        let full = [file(1, page), file(2, huge)].map(|file| File {
-            stored: 1 << 40,
-            ..file
-        });
-        let pieces = [(1, 0, page), (1, 4 * huge, page)];
-        assert_eq!(planned(&full, &pieces), [(1, 0, 5 * huge)]);
-        let pieces = [(0, 0, page), (0, 17 * page, page), (0, 35 * page, page)];
-        assert_eq!(
-            planned(&full, &pieces),
-            [(0, 0, 18 * page), (0, 35 * page, 36 * page)]
-        );
     }
 
     #[test]
@@ -503,13 +478,12 @@ mod tests {
     #[test]
     fn only_pages_that_are_there_are_faulted_in() {
         let page = sys::page_size();
-        let pages = (8 << 20) / page;
+        let pages = 2 * AHEAD / page;
         // SAFETY: a terminated name.
         let fd = unsafe { libc::memfd_create(c"holes".as_ptr(), 0) };
         // SAFETY: no memory is involved.
         assert_eq!(unsafe { libc::ftruncate(fd, (pages * page) as i64) }, 0);
         let resident = |window: &Window| {
-            let pages = (window.runs[0].end - window.runs[0].start) / page;
             let mut list = vec![0u8; pages as usize];
             let addr = window.runs[0].addr as usize;
             let pagemap = std::fs::File::open("/proc/self/pagemap").unwrap();
@@ -535,11 +509,13 @@ mod tests {
             assert_eq!(window.fault_in(piece), window.runs[0].addr);
             resident(&window)
         };
-        assert_eq!((fault_in(), stored()), (0, 0));
+        assert_eq!(fault_in(), 0);
+        assert_eq!(stored(), 0);
         // SAFETY: no memory is involved.
         let result = unsafe { libc::fallocate(fd, 0, 0, (pages * page) as i64) };
         assert_eq!(result, 0);
-        assert!(fault_in() > 0);
+        let entered = fault_in();
+        assert!(entered > 0 && entered <= AHEAD / page, "{entered}");
         sys::close(fd);
     }
 }
