@@ -141,7 +141,8 @@ impl Extents {
             self.grow()?;
             self.list.push_within_capacity(new).map_err(|_| ENOMEM)?;
         }
-        // INVARIANT: `pages` is at least one. There are fewer frames than numbers, by far.
+        // INVARIANT: `pages` is at least one. The sum does not wrap: it is the buffer's size in pages, and the
+        // size in bytes is an `isize` (`ranges::total_pages`).
         self.pages = self.pages.wrapping_add(pages);
         self.next = new.frame.wrapping_add(pages);
         Ok(())

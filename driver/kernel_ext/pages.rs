@@ -156,8 +156,9 @@ impl PagePin {
     pub(crate) fn folio_and_flags(&self) -> (Folio<'_>, FolioFlags) {
         let page = self.0.as_ptr();
         // SAFETY: A valid page, by the type invariant. Bit 0 of the first word after the flags tells a tail
-        // page, whatever else the word is used for. While the page is pinned neither that bit nor
-        // `PG_head` changes; what else is in the words does, which volatile reads cope with.
+        // page, whatever else the word is used for. (On older kernels a tail page of hugetlb may look
+        // like a head; that is not taken for a folio of its own either.) While the page is pinned neither
+        // that bit nor `PG_head` changes; what else is in the words does, which volatile reads cope with.
         let (flags, word) = unsafe {
             (
                 (&raw const (*page).flags.f).read_volatile(),
