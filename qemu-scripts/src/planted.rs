@@ -5,7 +5,8 @@
 //! A patch begins with a line that says what is wrong. A second line, `First: ROW [FILTER ...]`, names the
 //! row, and of its tests those, that are run before all others: it only saves time. Then come the tests of the
 //! driver's pure parts on the host, where the patch changes one of these, and the rows [`ROWS`] in guests,
-//! each until its first failure. A bug that passes all of them is a missing test.
+//! each until its first failure. A bug that passes all of them is a missing test. The [`control`] is the driver
+//! without any bug, in the same way: what fails there is not caught by anything else either.
 //!
 //! `cargo mutants` plants its own bugs into the pure parts ([`mutants`]).
 
@@ -204,6 +205,25 @@ pub fn hunt(bug: &Bug) -> Result<Option<Caught>> {
     let place = place();
     copy(&place)?;
     bug.apply(&place, &[])?;
+    let pure = bug.files.iter().any(|file| PURE.contains(&file.as_str()));
+    search(&place, pure, bug.rows()?)
+}
+
+/// Looks for a test that fails with the driver as it is.
+pub fn control() -> Result<Option<Caught>> {
+    let place = place();
+    copy(&place)?;
+    let rows = RUNS.iter().filter(|run| ROWS.contains(&run.name));
+    search(&place, true, rows.map(|run| (run, Vec::new())).collect())
+}
+
+/// The first test that fails with the driver in `place`: of the pure parts on the host, if `pure` says so,
+/// then of these rows.
+fn search(
+    place: &Path,
+    pure: bool,
+    rows: Vec<(&'static Run, Vec<String>)>,
+) -> Result<Option<Caught>> {
     let start = Instant::now();
     let caught = |by: String| {
         Some(Caught {
@@ -211,16 +231,16 @@ pub fn hunt(bug: &Bug) -> Result<Option<Caught>> {
             after: start.elapsed(),
         })
     };
-    if bug.files.iter().any(|file| PURE.contains(&file.as_str())) {
-        if let Some(test) = on_host(&place)? {
+    if pure {
+        if let Some(test) = on_host(place)? {
             return Ok(caught(format!("host: {test}")));
         }
     }
     let tools = Tree::tools()?;
     let kernel = Kernel::select(&tools, "default")?;
-    module::build(&tools, &kernel, &place)?;
-    for (run, filters) in bug.rows()? {
-        if let Some(test) = in_guest(run, &filters, &place)? {
+    module::build(&tools, &kernel, place)?;
+    for (run, filters) in rows {
+        if let Some(test) = in_guest(run, &filters, place)? {
             return Ok(caught(format!("{}: {test}", run.name)));
         }
     }

@@ -37,6 +37,8 @@ const LINT: &str = "lint";
 const SANITIZE: &str = "sanitize";
 /// Only with `--long`, or by this name.
 const PLANTED: &str = "planted";
+/// The part of it that has no bug.
+const CONTROL: &str = "control";
 /// The part of it that `cargo mutants` does.
 const MUTANTS: &str = "mutants";
 
@@ -237,6 +239,18 @@ impl Test {
         let wanted = |name: &str| {
             self.filter.is_empty() || self.filter.iter().any(|part| name.contains(part.as_str()))
         };
+        if wanted(CONTROL) {
+            match planted::control()? {
+                None => counts.passed += 1,
+                Some(caught) => {
+                    counts.failed += 1;
+                    say(&format!(
+                        "FAILED {PLANTED}: {CONTROL}: without any bug, {} fails",
+                        caught.text()
+                    ));
+                }
+            }
+        }
         let all = planted::bugs()?;
         let mut results = planted::Results::read(&all);
         let bugs: Vec<_> = all.iter().filter(|bug| wanted(&bug.name)).collect();
