@@ -14,7 +14,7 @@ use crate::memory::SLOTS;
 
 /// The most operations that an input grows to.
 const OPERATIONS: usize = 40;
-/// Of so many inputs, one may fork.
+/// One input in [`FORKS`] may fork: a fork costs as much as all else that an input does.
 const FORKS: u32 = 32;
 
 /// Something of any type.
