@@ -42,7 +42,8 @@ fn keep_spare(address: usize) -> bool {
 /// # Invariants
 ///
 /// `mapped` is 0, or the address of a mapping that this list owns alone, of [`SPARE`] bytes or, where
-/// `capacity` elements take more, of that size. `len <= capacity`, and without a mapping `capacity <= N`. The first `len` elements are filled in.
+/// `capacity` elements take more, of that size. `len <= capacity`, and without a mapping `capacity <= N`. The
+/// first `len` elements are filled in.
 pub struct Buffer<T: Plain, const N: usize> {
     inline: [MaybeUninit<T>; N],
     mapped: usize,
