@@ -580,9 +580,10 @@ impl World {
                 Source::Unknown
             }
             Harm::Drop => {
-                // A shared file keeps its pages.
-                if self.sources.advise(at, len, libc::MADV_DONTNEED).is_err() || slot.file.is_some()
-                {
+                // Where a part of it is not mapped, the call fails after it has dropped the rest.
+                let _ = self.sources.advise(at, len, libc::MADV_DONTNEED);
+                if slot.file.is_some() {
+                    // A shared file keeps its pages.
                     return Ok(());
                 }
                 Source::Unknown
@@ -641,7 +642,8 @@ impl World {
             }
         };
         for seen in &mut slot.memory[page..page + pages] {
-            if *seen != Source::Gone {
+            // Only a new mapping brings back what was unmapped.
+            if *seen != Source::Gone || harm == Harm::Replace {
                 *seen = state;
             }
         }
@@ -745,6 +747,11 @@ impl World {
             .at(at)
             .map(|(start, one)| (start + one.len, one.is_buffer()));
         let is_buffer = here.is_some_and(|(_, is_buffer)| is_buffer);
+        // Advice for a part of a mapping makes the kernel cut it there, which nothing but this call shows.
+        let here = match here {
+            Some((end, is_buffer)) => Some((end.min(self.end_of_vma(at)?), is_buffer)),
+            None => None,
+        };
         if let (Some((end, _)), true) = (here, keep) {
             len = len.min(end - at);
         }
@@ -859,6 +866,25 @@ impl World {
             self.mappings.insert(start, Mapping { prot, ..mapping });
         }
         Ok(())
+    }
+
+    /// The place where the kernel's own mapping ends that is at `at`; of what is not mapped, `at`.
+    fn end_of_vma(&self, at: usize) -> Result<usize> {
+        let address = self.arena.address(at);
+        for line in kernel::read("/proc/self/maps")?.lines() {
+            let ends = line
+                .split_once(' ')
+                .and_then(|(range, _)| range.split_once('-'));
+            let Some((Ok(start), Ok(end))) = ends
+                .map(|(start, end)| (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16)))
+            else {
+                bail!("/proc/self/maps: {line}");
+            };
+            if (start..end).contains(&address) {
+                return Ok(at + (end - address) as usize);
+            }
+        }
+        Ok(at)
     }
 
     fn advise(&mut self, at: Spot, extent: Extent, advice: i32) -> Result<()> {
