@@ -129,6 +129,26 @@ bool pinbuf_folio_test_anon(const struct folio *folio)
 	return folio_test_anon(folio);
 }
 
+bool pinbuf_folio_test_swapcache(const struct folio *folio)
+{
+	return folio_test_swapcache(folio);
+}
+
+bool pinbuf_folio_mapped(const struct folio *folio)
+{
+	return folio_mapped(folio);
+}
+
+int pinbuf_folio_entire_mapcount(const struct folio *folio)
+{
+	return folio_entire_mapcount(folio);
+}
+
+void pinbuf_smp_rmb(void)
+{
+	smp_rmb();
+}
+
 /* Scatterlists and DMA */
 
 void pinbuf_sg_set_page(struct scatterlist *sg, struct page *page,

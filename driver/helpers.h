@@ -43,6 +43,10 @@ unsigned long pinbuf_folio_page_idx(const struct folio *folio,
 unsigned long pinbuf_folio_nr_pages(const struct folio *folio);
 bool pinbuf_folio_test_hugetlb(const struct folio *folio);
 bool pinbuf_folio_test_anon(const struct folio *folio);
+bool pinbuf_folio_test_swapcache(const struct folio *folio);
+bool pinbuf_folio_mapped(const struct folio *folio);
+int pinbuf_folio_entire_mapcount(const struct folio *folio);
+void pinbuf_smp_rmb(void);
 
 /* Scatterlists and DMA */
 void pinbuf_sg_set_page(struct scatterlist *sg, struct page *page,

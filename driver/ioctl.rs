@@ -9,11 +9,18 @@ use crate::{
         Charge,
         To, //
     },
+    discards::{
+        survey,
+        Part, //
+    },
     kernel_ext::{
         dma_buf::DmaBuf,
         miscdevice,
         module,
-        pages::CurrentMm,
+        pages::{
+            CurrentMm,
+            Sight, //
+        },
         pfn_map,
         user, //
     },
@@ -31,6 +38,7 @@ use crate::{
     },
     uapi, //
 };
+use core::ops::ControlFlow;
 use kernel::{
     ffi::c_long,
     page::{
@@ -38,7 +46,11 @@ use kernel::{
         PAGE_SIZE, //
     },
     prelude::*,
-    uaccess::UserPtr, //
+    transmute::AsBytes,
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    }, //
 };
 
 // SAFETY: Fixed-width integers without padding, the first of them the size.
@@ -56,6 +68,14 @@ unsafe impl Extensible for uapi::Info {
     const FIRST_SIZE: usize = 96;
 }
 
+// SAFETY: As above.
+unsafe impl Extensible for uapi::Discards {
+    const FIRST_SIZE: usize = 32;
+}
+
+// SAFETY: As above.
+unsafe impl AsBytes for Element<uapi::Discard> {}
+
 /// The device's calls.
 pub(crate) struct Calls;
 
@@ -66,6 +86,7 @@ impl miscdevice::Calls for Calls {
             CREATE => create(argument),
             QUERY => query(argument),
             INFO => info(argument),
+            DISCARDS => discards(argument),
             _ => Err(ENOTTY),
         }
     }
@@ -76,6 +97,7 @@ const SIZE_MASK: u32 = 0x3fff << 16;
 const CREATE: u32 = uapi::CREATE & !SIZE_MASK;
 const QUERY: u32 = uapi::QUERY & !SIZE_MASK;
 const INFO: u32 = uapi::INFO & !SIZE_MASK;
+const DISCARDS: u32 = uapi::DISCARDS & !SIZE_MASK;
 
 fn create(argument: UserPtr) -> Result<c_long> {
     let (create, _) = uaccess::read_struct::<uapi::Create>(argument)?;
@@ -126,6 +148,7 @@ fn query(argument: UserPtr) -> Result<c_long> {
         size: size_of::<uapi::Query>() as u32,
         version: uapi::VERSION,
         features: uapi::FEATURE_CHECK_BACKING
+            | uapi::FEATURE_DISCARDS
             | if pfn_map::huge_entries_allowed() {
                 uapi::FEATURE_HUGE_MMAP
             } else {
@@ -147,12 +170,18 @@ fn query(argument: UserPtr) -> Result<c_long> {
 
 fn info(argument: UserPtr) -> Result<c_long> {
     let (info, claimed) = uaccess::read_struct::<uapi::Info>(argument)?;
-    if info.reserved != [0; 2] {
-        return Err(EINVAL);
-    }
     let dma_buf = DmaBuf::from_fd(info.fd)?;
     let (buffer, mappings) = dma_buf.inspect::<Buffer>().ok_or(EINVAL)?;
     let (held, charge) = (buffer.held(), buffer.charge());
+    let (mut discarded, mut unsure) = (0, 0);
+    survey(held, 0, |part| {
+        match part.sight {
+            Sight::Seen => {}
+            Sight::Discarded => discarded += part.pages,
+            Sight::Unsure => unsure += part.pages,
+        }
+        Ok(ControlFlow::Continue(()))
+    })?;
     let extents = held.extents();
     let answer = uapi::Info {
         size: size_of::<uapi::Info>() as u32,
@@ -169,12 +198,67 @@ fn info(argument: UserPtr) -> Result<c_long> {
             To::Nothing => uapi::CHARGE_NONE,
         },
         mappings: mappings as u32,
-        state: 0,
+        state: state(Sight::Discarded, discarded) | state(Sight::Unsure, unsure),
         held_bytes: bytes(extents.pages() + buffer.rest()),
-        reserved: [0; 2],
+        discarded_bytes: bytes(discarded),
+        unsure_bytes: bytes(unsure),
     };
     uaccess::write_struct(argument, answer, claimed)?;
     Ok(0)
+}
+
+fn discards(argument: UserPtr) -> Result<c_long> {
+    let (call, claimed) = uaccess::read_struct::<uapi::Discards>(argument)?;
+    if call.reserved != 0 || call.offset % PAGE_SIZE as u64 != 0 {
+        return Err(EINVAL);
+    }
+    let dma_buf = DmaBuf::from_fd(call.fd)?;
+    let (buffer, _) = dma_buf.inspect::<Buffer>().ok_or(EINVAL)?;
+    let held = buffer.held();
+    if call.offset > bytes(held.extents().pages()) {
+        return Err(EINVAL);
+    }
+    let room = (call.count as usize)
+        .checked_mul(size_of::<uapi::Discard>())
+        .ok_or(EOVERFLOW)?;
+    let list = usize::try_from(call.list).map_err(|_| EFAULT)?;
+    let mut list = UserSlice::new(UserPtr::from_addr(list), room).writer();
+    let mut count = 0;
+    let end = survey(held, (call.offset >> PAGE_SHIFT) as usize, |part: &Part| {
+        let state = state(part.sight, part.pages);
+        if state == 0 {
+            return Ok(ControlFlow::Continue(()));
+        }
+        if count == call.count {
+            return Ok(ControlFlow::Break(()));
+        }
+        list.write(&Element(uapi::Discard {
+            offset: bytes(part.first),
+            len: bytes(part.pages),
+            state: state as u32,
+            reserved: 0,
+        }))?;
+        count += 1;
+        Ok(ControlFlow::Continue(()))
+    })?;
+    let answer = uapi::Discards {
+        size: size_of::<uapi::Discards>() as u32,
+        offset: bytes(end),
+        count,
+        ..call
+    };
+    uaccess::write_struct(argument, answer, claimed)?;
+    Ok(0)
+}
+
+/// The bit for `pages` pages of which this is known, if there are any.
+fn state(sight: Sight, pages: usize) -> u64 {
+    match sight {
+        _ if pages == 0 => 0,
+        Sight::Seen => 0,
+        Sight::Discarded => uapi::STATE_DISCARDED.into(),
+        Sight::Unsure => uapi::STATE_UNSURE.into(),
+    }
 }
 
 fn bytes(pages: usize) -> u64 {

@@ -6,11 +6,11 @@
 //! hands back a dma-buf of them. `uapi/pinbuf.h` says what user space may rely on, `DESIGN.md` how
 //! it is reached. From here, in the order of a call:
 //!
-//! * [`ioctl`]: the three calls; [`uaccess`] reads what they are given, [`ranges`] checks it;
+//! * [`ioctl`]: the four calls; [`uaccess`] reads what they are given, [`ranges`] checks it;
 //! * [`charge`] on [`allowances`]: who is charged for the pages, and how many may be pinned;
 //! * [`pin`]: pinning them by GUP, and holding the pins;
 //! * [`extents`]: remembering which pages they are;
-//! * [`buffer`]: what is exported;
+//! * [`buffer`]: what is exported; [`discards`]: which parts of it the owner does not see any more;
 //! * [`kernel_ext`]: safe wrappers of what the `kernel` crate does not wrap yet, and everything that
 //!   differs between kernel versions; [`ffi`] and `helpers.c` below it; [`params`].
 //!
@@ -40,6 +40,7 @@ compile_error!("pinbuf needs CONFIG_SPARSEMEM_VMEMMAP: adjacent frames have adja
 mod allowances;
 mod buffer;
 mod charge;
+mod discards;
 mod extents;
 mod ffi;
 mod ioctl;

@@ -70,7 +70,7 @@ struct pinbuf_backing {
  */
 #define PINBUF_CREATE_CHECK_BACKING	(1U << 1)
 /*
- * Bit 2 is reserved for reporting discards under a live buffer.  Bit 3 was used
+ * Bit 2 is reserved for notices of discards under a live buffer.  Bit 3 was used
  * by a development version and stays unused.
  */
 #define PINBUF_CREATE_FLAGS \
@@ -156,6 +156,8 @@ struct pinbuf_create {
 /* PINBUF_CREATE_CHECK_BACKING is known. */
 #define PINBUF_FEATURE_CHECK_BACKING	(1ULL << 1)
 /* Bit 2 was used by a development version and stays unused. */
+/* PINBUF_DISCARDS is known, and PINBUF_INFO fills in what it says of discards. */
+#define PINBUF_FEATURE_DISCARDS		(1ULL << 3)
 
 /*
  * How pages are charged; see struct pinbuf_query and struct pinbuf_info.  1 was
@@ -208,15 +210,21 @@ struct pinbuf_query {
  *                for the whole of large folios, or for a buffer of few pages
  * @charge:       PINBUF_CHARGE_*: to what
  * @mappings:     devices' mappings that live now
- * @state:        zero; kept for reporting discards
+ * @state:        PINBUF_STATE_*: which kinds of parts there are
  * @held_bytes:   memory that the buffer keeps in place: its pages (each as often
  *                as it is there), and the rest of the large folios that they are
  *                in.  One page of a transparent huge page keeps all of it.  Of
  *                hugetlb, the pages alone: its pool is bounded already
- * @reserved:     zero
+ * @discarded_bytes: of @bytes, those that the memory's owner does not see any
+ *                more
+ * @unsure_bytes: of @bytes, those of which the kernel does not tell
+ *
+ * PINBUF_DISCARDS says where they are.  The time that the call takes grows with
+ * the number of pages, or of huge pages.
  *
  *   EBADF   @fd is not open
  *   EINVAL  @fd is no dma-buf of pinbuf's
+ *   EINTR   a fatal signal arrived
  */
 struct pinbuf_info {
 	__u32 size;
@@ -231,7 +239,75 @@ struct pinbuf_info {
 	__u32 mappings;
 	__u64 state;
 	__u64 held_bytes;
-	__u64 reserved[2];
+	__u64 discarded_bytes;
+	__u64 unsure_bytes;
+};
+
+/*
+ * The memory's owner does not see this part of the buffer any more, and never
+ * will again: the buffer and the owner have different pages there.
+ */
+#define PINBUF_STATE_DISCARDED	(1U << 0)
+/* The kernel does not tell whether the owner sees this part of the buffer. */
+#define PINBUF_STATE_UNSURE	(1U << 1)
+
+/**
+ * struct pinbuf_discard - a part of a buffer
+ * @offset:   first byte of the buffer; a multiple of the page size
+ * @len:      length in bytes; a multiple of the page size, not zero
+ * @state:    one of PINBUF_STATE_*
+ * @reserved: zero
+ */
+struct pinbuf_discard {
+	__u64 offset;
+	__u64 len;
+	__u32 state;
+	__u32 reserved;
+};
+
+/**
+ * struct pinbuf_discards - parts of a buffer that its memory's owner may not see
+ * @size:     in: sizeof(struct pinbuf_discards); out: the kernel's own size
+ * @fd:       in: the dma-buf's descriptor
+ * @offset:   in: the first byte to check, a multiple of the page size; out: the
+ *            byte behind the last that was checked
+ * @list:     address of an array of struct pinbuf_discard
+ * @count:    in: elements for which @list has room; out: those filled in
+ * @reserved: zero
+ *
+ * Lists the parts of the buffer, from @offset on and in its order, that the
+ * memory's owner does not see any more or may not see.  When @list is full the
+ * call returns, and @offset is where the next call goes on; it is the buffer's
+ * size when nothing is left.  With a @count of zero, @offset becomes the first
+ * byte of the first such part.
+ *
+ * Memory of files (memfd, tmpfs, System V, hugetlbfs, shared anonymous memory)
+ * is seen while it is the file's, whether a process maps it or not.  A hole, a
+ * truncation and the end of the file take pages away.  Private memory is seen
+ * while a process maps it, at whatever address: munmap(), MADV_DONTNEED,
+ * MADV_GUARD_INSTALL, another mapping in its place and the process's end take
+ * it away.  A part of a huge page that a hole cuts is cleared and stays seen.
+ *
+ * What the call reports as discarded stays so.  What it does not report may be
+ * discarded by the time it returns.  PINBUF_STATE_UNSURE is reported of memory
+ * in the swap cache, and of parts of transparent huge pages on a kernel without
+ * CONFIG_PAGE_MAPCOUNT.
+ *
+ * The time that the call takes grows with the number of pages, or of huge pages.
+ *
+ *   EBADF   @fd is not open
+ *   EINVAL  @fd is no dma-buf of pinbuf's; @offset is beyond its end, or no
+ *           multiple of the page size
+ *   EFAULT  @list cannot be written
+ *   EINTR   a fatal signal arrived
+ */
+struct pinbuf_discards {
+	__u32 size;
+	__s32 fd;
+	__u64 offset;
+	__u64 list;
+	__u32 count;
+	__u32 reserved;
 };
 
 /* 'u' 50-5F: behind udmabuf's 'u' 40-4F, free in ioctl-number.rst. */
@@ -239,5 +315,6 @@ struct pinbuf_info {
 #define PINBUF_CREATE	_IOW(PINBUF_IOC_TYPE, 0x50, struct pinbuf_create)
 #define PINBUF_QUERY	_IOWR(PINBUF_IOC_TYPE, 0x51, struct pinbuf_query)
 #define PINBUF_INFO	_IOWR(PINBUF_IOC_TYPE, 0x52, struct pinbuf_info)
+#define PINBUF_DISCARDS	_IOWR(PINBUF_IOC_TYPE, 0x53, struct pinbuf_discards)
 
 #endif /* _UAPI_LINUX_PINBUF_H */

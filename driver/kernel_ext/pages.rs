@@ -149,34 +149,10 @@ impl PagePin {
     }
 
     /// The folio that the page is in, and its flags.
-    ///
-    /// A page that is a folio of its own, which most are, is recognised here: a call for each page costs
-    /// as much as all else that the driver does with the page.
     #[inline]
     pub(crate) fn folio_and_flags(&self) -> (Folio<'_>, FolioFlags) {
-        let page = self.0.as_ptr();
-        // SAFETY: A valid page, by the type invariant. Bit 0 of the first word after the flags tells a tail
-        // page, whatever else the word is used for. (On older kernels a tail page of hugetlb may look
-        // like a head; that is not taken for a folio of its own either.) While the page is pinned neither
-        // that bit nor `PG_head` changes; what else is in the words does, which volatile reads cope with.
-        let (flags, word) = unsafe {
-            (
-                (&raw const (*page).flags.f).read_volatile(),
-                (&raw const (*page).__bindgen_anon_1)
-                    .cast::<usize>()
-                    .read_volatile(),
-            )
-        };
-        let flags = FolioFlags(flags);
-        if !flags.is_large() && word & 1 == 0 {
-            // INVARIANT: The page is its folio; the pin keeps it while `self` is borrowed.
-            return (Folio(self.0.cast(), PhantomData), flags);
-        }
-        // SAFETY: A valid page, by the type invariant.
-        let folio = unsafe { ffi::pinbuf_page_folio(page) };
-        // SAFETY: Every page is in a folio. INVARIANT: The pin keeps it while `self` is borrowed.
-        let folio = Folio(unsafe { NonNull::new_unchecked(folio) }, PhantomData);
-        (folio, folio.flags())
+        // SAFETY: A valid page, of which `self` owns a pin, by the type invariant.
+        unsafe { folio_and_flags(self.0) }
     }
 
     /// Makes the pin of a page that was pinned at the address `addr` the pin of its whole folio, if
@@ -253,6 +229,41 @@ impl FolioPin {
     }
 }
 
+/// The folio that a page is in, and its flags.
+///
+/// A page that is a folio of its own, which most are, is recognised here: a call for each page costs
+/// as much as all else that the driver does with the page.
+///
+/// # Safety
+///
+/// The page is valid, and its folio stays pinned for `'a`.
+#[inline]
+unsafe fn folio_and_flags<'a>(page: NonNull<bindings::page>) -> (Folio<'a>, FolioFlags) {
+    let raw = page.as_ptr();
+    // SAFETY: By the function's requirements. Bit 0 of the first word after the flags tells a tail
+    // page, whatever else the word is used for. (On older kernels a tail page of hugetlb may look
+    // like a head; that is not taken for a folio of its own either.) While the page is pinned neither
+    // that bit nor `PG_head` changes; what else is in the words does, which volatile reads cope with.
+    let (flags, word) = unsafe {
+        (
+            (&raw const (*raw).flags.f).read_volatile(),
+            (&raw const (*raw).__bindgen_anon_1)
+                .cast::<usize>()
+                .read_volatile(),
+        )
+    };
+    let flags = FolioFlags(flags);
+    if !flags.is_large() && word & 1 == 0 {
+        // INVARIANT: The page is its folio, which stays pinned.
+        return (Folio(page.cast(), PhantomData), flags);
+    }
+    // SAFETY: By the function's requirements.
+    let folio = unsafe { ffi::pinbuf_page_folio(raw) };
+    // SAFETY: Every page is in a folio. INVARIANT: It stays pinned.
+    let folio = Folio(unsafe { NonNull::new_unchecked(folio) }, PhantomData);
+    (folio, folio.flags())
+}
+
 /// A folio that stays pinned for `'a`.
 ///
 /// # Invariants
@@ -317,16 +328,45 @@ impl Folio<'_> {
     /// follow.
     #[inline]
     pub(crate) fn is_of(self, file: FileMapping<'_>, index: usize, place: usize) -> bool {
-        // SAFETY: A valid folio, by the type invariant. Both fields change when the folio is
-        // truncated, which volatile reads cope with.
-        let (mapping, first) = unsafe {
+        // SAFETY: A valid folio, by the type invariant. The field changes when the folio is truncated,
+        // which a volatile read copes with.
+        let first = unsafe {
             let fields = &raw const (*self.0.as_ptr()).__bindgen_anon_1.__bindgen_anon_1;
-            (
-                (&raw const (*fields).mapping).read_volatile(),
-                (&raw const (*fields).__bindgen_anon_2.index).read_volatile(),
-            )
+            (&raw const (*fields).__bindgen_anon_2.index).read_volatile()
         };
-        mapping == file.0 && first.wrapping_add(place) == index
+        self.mapping() == file.0 && first.wrapping_add(place) == index
+    }
+
+    /// The file that it is a part of, or what stands for anonymous memory. Null once it was truncated.
+    #[inline]
+    fn mapping(self) -> *mut bindings::address_space {
+        // SAFETY: A valid folio, by the type invariant. The field changes when the folio is truncated,
+        // which a volatile read copes with.
+        unsafe {
+            let fields = &raw const (*self.0.as_ptr()).__bindgen_anon_1.__bindgen_anon_1;
+            (&raw const (*fields).mapping).read_volatile()
+        }
+    }
+
+    /// Whether a process has the folio mapped, or a part of it.
+    fn is_mapped(self) -> bool {
+        // SAFETY: A valid folio, by the type invariant.
+        unsafe { ffi::pinbuf_folio_mapped(self.0.as_ptr()) }
+    }
+
+    /// Whether swap space is set aside for the folio, by which its owner finds it again.
+    fn is_in_swap_cache(self) -> bool {
+        // SAFETY: A valid folio, by the type invariant.
+        unsafe { ffi::pinbuf_folio_test_swapcache(self.0.as_ptr()) }
+    }
+
+    /// What [`Sight`] the owner has of a folio that is not where it was.
+    fn lost(self) -> Sight {
+        if self.is_in_swap_cache() {
+            Sight::Unsure
+        } else {
+            Sight::Discarded
+        }
     }
 }
 
@@ -359,6 +399,94 @@ impl FolioFlags {
     pub(crate) fn is_swapbacked(self) -> bool {
         self.0 & (1 << bindings::pageflags_PG_swapbacked) != 0
     }
+}
+
+/// Whether the owner of pinned memory still sees it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sight {
+    /// The page is still the file's, or still mapped by a process.
+    Seen,
+    /// Neither, and it will never be again.
+    Discarded,
+    /// The kernel does not tell.
+    Unsure,
+}
+
+/// What has become of a pinned page, and of how many pages from it on, at most `pages`, the same is known.
+/// As of now; a discard may follow, and none is undone.
+///
+/// * A page of a file is seen as long as it is the file's. What takes it away (a hole, truncation, the end
+///   of the file itself) clears its folio's `mapping` for good; pieces smaller than a folio are cleared
+///   in place while the folio is pinned, and stay seen.
+/// * A page of private memory is seen as long as a page table maps it. GUP pins pages that belong to one
+///   process alone, and while they are pinned a fork copies them, and neither KSM, migration nor
+///   `UFFDIO_MOVE` takes them: so it is that process, or one that shares its address space, which has
+///   it mapped, wherever it has moved it to.
+/// * What reclaim has put into the swap cache comes back from there.
+///
+/// # Safety
+///
+/// The frame is of a page whose folio is pinned, and `pages` is at least one.
+#[inline]
+pub(crate) unsafe fn sight(array: PageArray, pfn: Pfn, pages: usize) -> (Sight, usize) {
+    let Some(page) = NonNull::new(array.page(pfn)) else {
+        return (Sight::Unsure, pages);
+    };
+    // SAFETY: By the function's requirements; used within this function only.
+    let (folio, flags) = unsafe { folio_and_flags(page) };
+    let left = if flags.is_large() {
+        // SAFETY: By the function's requirements.
+        pages.min(unsafe { left_in_folio(page.as_ptr()) })
+    } else {
+        1
+    };
+    let is_seen = if !folio.is_anon() {
+        !folio.mapping().is_null()
+    } else if flags.is_large() && !folio.is_hugetlb() {
+        // SAFETY: By the function's requirements; a large folio.
+        return unsafe { sight_of_part(folio, page, left) };
+    } else {
+        folio.is_mapped()
+    };
+    (if is_seen { Sight::Seen } else { folio.lost() }, left)
+}
+
+/// [`sight`] for private memory in a transparent huge page, which is mapped as a whole or by the page.
+///
+/// # Safety
+///
+/// `page` is in `folio`, which is large.
+unsafe fn sight_of_part(
+    folio: Folio<'_>,
+    page: NonNull<bindings::page>,
+    left: usize,
+) -> (Sight, usize) {
+    // SAFETY: A valid folio, by the type invariant, and a large one.
+    if unsafe { ffi::pinbuf_folio_entire_mapcount(folio.0.as_ptr()) } > 0 {
+        return (Sight::Seen, left);
+    }
+    if !cfg!(CONFIG_PAGE_MAPCOUNT) {
+        // Nothing counts by the page.
+        let sight = if folio.is_mapped() {
+            Sight::Unsure
+        } else {
+            folio.lost()
+        };
+        return (sight, left);
+    }
+    // What was mapped as a whole is mapped page by page before it is no longer mapped as a whole.
+    // SAFETY: Always allowed.
+    unsafe { ffi::pinbuf_smp_rmb() };
+    // SAFETY: A valid page, by the function's requirements. The counter changes meanwhile, which a
+    // volatile read copes with. It is one less than the number of page table entries.
+    let count =
+        unsafe { (&raw const (*page.as_ptr()).__bindgen_anon_2._mapcount.counter).read_volatile() };
+    let sight = if count >= 0 {
+        Sight::Seen
+    } else {
+        folio.lost()
+    };
+    (sight, 1)
 }
 
 /// Pages whose pins are dropped between two chances for other tasks to run.

@@ -42,7 +42,7 @@ pub struct Backing {
 pub const CREATE_CLOEXEC: u32 = 1 << 0;
 /// Answer `EAGAIN` unless the pinned pages are those that [`Create::backing`] names.
 pub const CREATE_CHECK_BACKING: u32 = 1 << 1;
-/// All flags of [`CREATE`] that this version knows. (Bit 2 is reserved for reporting discards. Bit 3
+/// All flags of [`CREATE`] that this version knows. (Bit 2 is reserved for notices of discards. Bit 3
 /// was used by a development version and stays unused.)
 pub const CREATE_FLAGS: u32 = CREATE_CLOEXEC | CREATE_CHECK_BACKING;
 
@@ -69,6 +69,8 @@ pub const FEATURE_HUGE_MMAP: u64 = 1 << 0;
 /// [`CREATE_CHECK_BACKING`] is known.
 pub const FEATURE_CHECK_BACKING: u64 = 1 << 1;
 // Feature bit 2 was used by a development version and stays unused.
+/// [`DISCARDS`] is known, and [`INFO`] fills in what it says of discards.
+pub const FEATURE_DISCARDS: u64 = 1 << 3;
 
 /// Charged to the user's locked pages, under `RLIMIT_MEMLOCK`.
 pub const CHARGE_USER: u32 = 0;
@@ -132,13 +134,53 @@ pub struct Info {
     pub charge: u32,
     /// Devices' mappings that live now.
     pub mappings: u32,
-    /// Zero; kept for reporting discards.
+    /// `STATE_*`: which kinds of parts there are.
     pub state: u64,
     /// Memory that the buffer keeps in place, bytes: its own, and the rest of the large folios that
     /// its pages are in. Of hugetlb, the pages alone.
     pub held_bytes: u64,
+    /// Bytes that the memory's owner does not see any more: [`STATE_DISCARDED`].
+    pub discarded_bytes: u64,
+    /// Bytes of which the kernel does not tell: [`STATE_UNSURE`].
+    pub unsure_bytes: u64,
+}
+
+/// The memory's owner does not see this part of a buffer any more, and never will again.
+pub const STATE_DISCARDED: u32 = 1 << 0;
+/// The kernel does not tell whether the memory's owner sees this part of a buffer.
+pub const STATE_UNSURE: u32 = 1 << 1;
+
+/// A part of a buffer that the memory's owner does not see any more, or may not see.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Discard {
+    /// First byte of the buffer; a multiple of the page size.
+    pub offset: u64,
+    /// Length in bytes; a multiple of the page size, not zero.
+    pub len: u64,
+    /// One of `STATE_*`.
+    pub state: u32,
     /// Zero.
-    pub reserved: [u64; 2],
+    pub reserved: u32,
+}
+
+/// The argument of [`DISCARDS`]: which parts of a buffer the memory's owner does not see any more.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Discards {
+    /// In: size of this struct in bytes. Out: the kernel's own.
+    pub size: u32,
+    /// In: the dma-buf's descriptor.
+    pub fd: i32,
+    /// In: the first byte to check, a multiple of the page size. Out: the byte behind the last that
+    /// was checked; the buffer's size if nothing is left.
+    pub offset: u64,
+    /// Address of an array for [`Discard`]s.
+    pub list: u64,
+    /// In: elements for which the array has room. Out: those that were filled in.
+    pub count: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// The type byte of the ioctl numbers, behind udmabuf's `'u' 40-4F`.
@@ -149,6 +191,8 @@ pub const NR_CREATE: u32 = 0x50;
 pub const NR_QUERY: u32 = 0x51;
 /// The number of [`INFO`] within [`IOC_TYPE`].
 pub const NR_INFO: u32 = 0x52;
+/// The number of [`DISCARDS`] within [`IOC_TYPE`].
+pub const NR_DISCARDS: u32 = 0x53;
 
 const WRITE: u32 = 1;
 const READ_WRITE: u32 = 3;
@@ -164,6 +208,8 @@ pub const CREATE: u32 = ioc(WRITE, NR_CREATE, size_of::<Create>());
 pub const QUERY: u32 = ioc(READ_WRITE, NR_QUERY, size_of::<Query>());
 /// Describes a dma-buf; takes an [`Info`].
 pub const INFO: u32 = ioc(READ_WRITE, NR_INFO, size_of::<Info>());
+/// Lists the parts of a dma-buf that the memory's owner does not see any more; takes a [`Discards`].
+pub const DISCARDS: u32 = ioc(READ_WRITE, NR_DISCARDS, size_of::<Discards>());
 
 // The layout is part of the contract.
 const _: () = assert!(size_of::<Range>() == 16);
@@ -171,3 +217,5 @@ const _: () = assert!(size_of::<Backing>() == 16);
 const _: () = assert!(size_of::<Create>() == 32);
 const _: () = assert!(size_of::<Query>() == 72);
 const _: () = assert!(size_of::<Info>() == 96);
+const _: () = assert!(size_of::<Discard>() == 24);
+const _: () = assert!(size_of::<Discards>() == 32);

@@ -434,9 +434,10 @@ impl Executor {
     /// `PINBUF_INFO`.
     pub(crate) fn info(&mut self, descriptor: Descriptor, envelope: &Envelope) -> Result<()> {
         let fd = self.descriptor(descriptor);
+        // What the kernel fills in may be anything before.
         let argument = uapi::Info {
             fd,
-            reserved: [0, envelope.reserved.into()],
+            unsure_bytes: envelope.reserved.into(),
             ..Default::default()
         };
         let mut expected = Expected::default();
@@ -447,8 +448,7 @@ impl Executor {
         } else if kept.is_none() {
             expected.must(Errno::EINVAL);
         }
-        let reserved = envelope.reserved != 0;
-        let answer = self.ask(uapi::INFO, &argument, envelope, reserved, expected)?;
+        let answer = self.ask(uapi::INFO, &argument, envelope, false, expected)?;
         let (Some(answer), Some(kept)): (Option<uapi::Info>, _) = (answer, kept) else {
             return Ok(());
         };
@@ -459,10 +459,65 @@ impl Executor {
             || answer.pages != pages
             || !charged_rightly(&answer)
             || answer.mappings != mappings
-            || answer.state != 0
-            || answer.reserved != [0; 2]
         {
             bail!("{answer:?}, expected {pages} pages and {mappings} mappings");
+        }
+        self.discards(fd, &answer, envelope)
+    }
+
+    /// `PINBUF_DISCARDS`, which has to say the same in detail, a few parts a call.
+    fn discards(&self, fd: RawFd, info: &uapi::Info, envelope: &Envelope) -> Result<()> {
+        let room = envelope.reserved as usize % 5 + 1;
+        let mut bytes = [0; 2];
+        let mut offset = 0;
+        let mut last = None;
+        while offset < info.bytes {
+            let mut list = vec![uapi::Discard::default(); room];
+            let mut call = uapi::Discards {
+                size: size_of::<uapi::Discards>() as u32,
+                fd,
+                offset,
+                list: list.as_mut_ptr() as u64,
+                count: room as u32,
+                reserved: 0,
+            };
+            let address = std::ptr::from_mut(&mut call) as u64;
+            self.call(uapi::DISCARDS, address)
+                .context("PINBUF_DISCARDS")?;
+            list.truncate(call.count as usize);
+            let is_full = list.len() == room;
+            for part in list {
+                let end = part.offset.saturating_add(part.len);
+                let index = match part.state {
+                    uapi::STATE_DISCARDED => 0,
+                    uapi::STATE_UNSURE => 1,
+                    state => bail!("a part is in state {state}"),
+                };
+                if part.len == 0 || part.reserved != 0 || part.offset < offset || end > call.offset
+                {
+                    bail!("{part:?} from {offset:#x} to {:#x}", call.offset);
+                }
+                if last == Some((part.offset, part.state)) {
+                    bail!("{part:?} is a part of the one before");
+                }
+                last = Some((end, part.state));
+                bytes[index] += part.len;
+                offset = end;
+            }
+            if call.offset < info.bytes && !is_full {
+                bail!("PINBUF_DISCARDS ended at {:#x}", call.offset);
+            }
+            offset = call.offset;
+        }
+        let states = [uapi::STATE_DISCARDED, uapi::STATE_UNSURE];
+        let state: u32 = states
+            .iter()
+            .zip(bytes)
+            .filter(|(_, bytes)| *bytes > 0)
+            .map(|(state, _)| state)
+            .sum();
+        if bytes != [info.discarded_bytes, info.unsure_bytes] || info.state != u64::from(state) {
+            bail!("{bytes:?} bytes in all, but {info:?}");
         }
         Ok(())
     }

@@ -70,7 +70,11 @@ fn pinbuf_header() -> Header {
             }),
             describe!(pinbuf::Info as "pinbuf_info" {
                 size, fd, bytes, pages, extents, pins, kernel_bytes, charged_pages, charge,
-                mappings, state, held_bytes, reserved,
+                mappings, state, held_bytes, discarded_bytes, unsure_bytes,
+            }),
+            describe!(pinbuf::Discard as "pinbuf_discard" { offset, len, state, reserved }),
+            describe!(pinbuf::Discards as "pinbuf_discards" {
+                size, fd, offset, list, count, reserved,
             }),
         ],
         constants: constants! {
@@ -81,6 +85,9 @@ fn pinbuf_header() -> Header {
             "PINBUF_CREATE_FLAGS" = pinbuf::CREATE_FLAGS,
             "PINBUF_FEATURE_HUGE_MMAP" = pinbuf::FEATURE_HUGE_MMAP,
             "PINBUF_FEATURE_CHECK_BACKING" = pinbuf::FEATURE_CHECK_BACKING,
+            "PINBUF_FEATURE_DISCARDS" = pinbuf::FEATURE_DISCARDS,
+            "PINBUF_STATE_DISCARDED" = pinbuf::STATE_DISCARDED,
+            "PINBUF_STATE_UNSURE" = pinbuf::STATE_UNSURE,
             "PINBUF_CHARGE_USER" = pinbuf::CHARGE_USER,
             "PINBUF_CHARGE_ALLOWANCE" = pinbuf::CHARGE_ALLOWANCE,
             "PINBUF_CHARGE_NONE" = pinbuf::CHARGE_NONE,
@@ -90,6 +97,7 @@ fn pinbuf_header() -> Header {
             ("PINBUF_CREATE", pinbuf::CREATE),
             ("PINBUF_QUERY", pinbuf::QUERY),
             ("PINBUF_INFO", pinbuf::INFO),
+            ("PINBUF_DISCARDS", pinbuf::DISCARDS),
         ],
     }
 }

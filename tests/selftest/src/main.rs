@@ -8,6 +8,7 @@
 
 mod compat32;
 mod create;
+mod discards;
 mod errors;
 mod fences;
 mod fork;
@@ -61,6 +62,7 @@ struct Options {
 fn tests() -> impl Iterator<Item = &'static Test> {
     [
         create::TESTS,
+        discards::TESTS,
         info::TESTS,
         errors::TESTS,
         lists::TESTS,

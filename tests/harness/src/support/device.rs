@@ -5,12 +5,12 @@
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{open, OFlag};
 use nix::sys::stat::Mode;
 use nix::unistd::{lseek, Whence};
-use pinbuf_uapi::{Backing, Create, Info, Query, Range};
+use pinbuf_uapi::{Backing, Create, Discard, Discards, Info, Query, Range};
 
 use super::memory::{Memory, RW};
 
@@ -107,6 +107,41 @@ impl Device {
             std::ptr::from_mut(&mut info) as u64,
         )?;
         Ok(info)
+    }
+
+    /// `PINBUF_DISCARDS` as it is.
+    pub fn discards_raw(&self, argument: &mut Discards) -> nix::Result<()> {
+        let argument = std::ptr::from_mut(argument) as u64;
+        ioctl(self, pinbuf_uapi::DISCARDS, argument).map(drop)
+    }
+
+    /// The parts of a buffer that its owner does not see any more, asked for `at_once` a call.
+    pub fn discards(&self, buffer: &Buffer, at_once: usize) -> Result<Vec<Discard>> {
+        let mut all = Vec::new();
+        let len = buffer.len()? as u64;
+        let mut offset = 0;
+        while offset < len {
+            let mut list = vec![Discard::default(); at_once];
+            let mut call = Discards {
+                size: size_of::<Discards>() as u32,
+                fd: buffer.as_fd().as_raw_fd(),
+                offset,
+                list: list.as_mut_ptr() as u64,
+                count: at_once as u32,
+                reserved: 0,
+            };
+            self.discards_raw(&mut call).context("PINBUF_DISCARDS")?;
+            list.truncate(call.count as usize);
+            all.extend(list);
+            if call.offset <= offset {
+                bail!(
+                    "PINBUF_DISCARDS went from {offset:#x} to {:#x}",
+                    call.offset
+                );
+            }
+            offset = call.offset;
+        }
+        Ok(all)
     }
 
     /// What there is to know about a buffer.
