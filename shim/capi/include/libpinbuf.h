@@ -44,6 +44,16 @@ int pinbuf_query(int device, struct pinbuf_query *query);
 int pinbuf_info(int device, int buffer, struct pinbuf_info *info);
 
 /*
+ * Lists parts of a buffer that the memory's owner does not see any more, or may not see: from the
+ * byte *offset on, up to count.  *offset becomes the byte where the next call goes on; it is the
+ * buffer's size when nothing is left.  Returns how many parts were filled in.
+ *   -EINVAL  buffer is no dma-buf of pinbuf's, or *offset is beyond its end or inside of a page
+ *   -ENOTTY  the kernel's pinbuf does not know the call
+ */
+int pinbuf_discards(int device, int buffer, struct pinbuf_discard *list, size_t count,
+		    uint64_t *offset);
+
+/*
  * Makes a dma-buf of a range of the address space and returns its descriptor (close-on-exec).
  * From now on, whoever has the buffer can read and write this memory.  Errors: see
  * struct pinbuf_create.

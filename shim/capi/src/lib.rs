@@ -109,6 +109,43 @@ pub unsafe extern "C" fn pinbuf_info(device: c_int, buffer: c_int, info: *mut ua
     ret.min(0)
 }
 
+/// Lists parts of a buffer that the memory's owner may not see.
+///
+/// # Safety
+///
+/// `list` must be an array of `count` elements, which `count` zero makes unused, and `offset` null or a
+/// number's place.
+#[no_mangle]
+pub unsafe extern "C" fn pinbuf_discards(
+    device: c_int,
+    buffer: c_int,
+    list: *mut uapi::Discard,
+    count: size_t,
+    offset: *mut u64,
+) -> c_int {
+    if offset.is_null() {
+        return -libc::EFAULT;
+    }
+    let mut call = uapi::Discards {
+        size: size_of::<uapi::Discards>() as u32,
+        fd: buffer,
+        // SAFETY: by the contract of this function.
+        offset: unsafe { offset.read() },
+        list: list as u64,
+        // More than can be returned are not asked for.
+        count: count.min(c_int::MAX as size_t) as u32,
+        reserved: 0,
+    };
+    // SAFETY: the struct of this call; the list is as long as the caller says.
+    let ret = unsafe { ioctl(device, uapi::DISCARDS, &mut call) };
+    if ret < 0 {
+        return ret;
+    }
+    // SAFETY: by the contract of this function.
+    unsafe { offset.write(call.offset) };
+    call.count as c_int
+}
+
 /// Makes a buffer of a range.
 ///
 /// # Safety

@@ -54,6 +54,8 @@ pub struct Query {
     pub huge_mmap: bool,
     /// [`Device::export_file_ranges`] is possible.
     pub check_backing: bool,
+    /// [`DmaBuf::discarded`] is possible.
+    pub discards: bool,
     /// The most ranges of a buffer.
     pub max_ranges: usize,
     /// What addresses and lengths must be multiples of, bytes.
@@ -163,6 +165,7 @@ impl Device {
             version: query.version,
             huge_mmap: query.features & uapi::FEATURE_HUGE_MMAP != 0,
             check_backing: query.features & uapi::FEATURE_CHECK_BACKING != 0,
+            discards: query.features & uapi::FEATURE_DISCARDS != 0,
             max_ranges: query.max_ranges as usize,
             page_size: query.page_size as usize,
             charged_to: query.charge_mode.into(),

@@ -63,6 +63,11 @@ pub struct Info {
     pub charged_to: ChargedTo,
     /// Devices' mappings that live now.
     pub mappings: u32,
+    /// Of the size, bytes that the memory's owner does not see any more; [`DmaBuf::discarded`] says
+    /// which.
+    pub discarded_bytes: u64,
+    /// Of the size, bytes of which the kernel does not tell whether the owner sees them.
+    pub unsure_bytes: u64,
 }
 
 /// A dma-buf.
@@ -126,6 +131,8 @@ impl DmaBuf {
             charged_pages: info.charged_pages,
             charged_to: info.charge.into(),
             mappings: info.mappings,
+            discarded_bytes: info.discarded_bytes,
+            unsure_bytes: info.unsure_bytes,
         })
     }
 

@@ -3,6 +3,7 @@
 #![doc = include_str!("../README.md")]
 
 mod device;
+mod discards;
 mod dmabuf;
 mod error;
 mod image;
@@ -10,6 +11,7 @@ mod memory;
 mod region;
 
 pub use device::{ChargedTo, Device, FileRange, Query, Range};
+pub use discards::{Change, Discard, DiscardState, Watch};
 pub use dmabuf::{Access, CpuAccess, DmaBuf, Info, Mapping, SyncGuard};
 pub use drm_fourcc::{DrmFourcc, DrmModifier};
 pub use error::{Error, ImageError, Result};

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Parts of buffers that the memory's owner does not see any more.
+
+use std::ops::Deref;
+use std::os::fd::{AsFd, AsRawFd};
+
+use nix::errno::Errno;
+use pinbuf_uapi as uapi;
+
+use crate::{Device, DmaBuf, Error, Result};
+
+nix::ioctl_readwrite_bad!(ioctl_discards, uapi::DISCARDS, uapi::Discards);
+
+/// Elements of a list that is asked for at once. Most buffers have no such parts.
+const AT_ONCE: usize = 64;
+
+/// What is known of a part of a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DiscardState {
+    /// The memory's owner does not see it any more, and never will again.
+    Discarded,
+    /// The kernel does not tell whether the owner sees it.
+    Unsure,
+}
+
+/// A part of a buffer that the memory's owner does not see any more, or may not see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Discard {
+    /// The first byte of the buffer, a multiple of the page size.
+    pub offset: u64,
+    /// Bytes, a multiple of the page size.
+    pub len: u64,
+    /// What is known of it.
+    pub state: DiscardState,
+}
+
+impl DmaBuf {
+    /// The parts of the buffer that the memory's owner does not see any more, in their order: a hole
+    /// was punched into the file, a balloon took the pages, the owner unmapped them or told the kernel
+    /// to drop them. Devices and mappings of the buffer go on with the old pages.
+    ///
+    /// The time that this takes grows with the number of pages, or of huge pages.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotADmaBuf`] if it is another exporter's, [`Error::Unsupported`] if the kernel's pinbuf
+    /// does not know the call.
+    ///
+    /// ```no_run
+    /// # let device = pinbuf::Device::open()?;
+    /// let memory = pinbuf::Region::anonymous(1 << 20)?;
+    /// let buffer = device.export(&memory)?;
+    /// assert!(buffer.discarded(&device)?.is_empty());
+    /// drop(memory);
+    /// assert_eq!(buffer.discarded(&device)?[0].len, 1 << 20);
+    /// # Ok::<(), pinbuf::Error>(())
+    /// ```
+    pub fn discarded(&self, device: &Device) -> Result<Vec<Discard>> {
+        let mut all = Vec::new();
+        let mut offset = 0;
+        loop {
+            let mut list = [uapi::Discard::default(); AT_ONCE];
+            let mut call = uapi::Discards {
+                size: size_of::<uapi::Discards>() as u32,
+                fd: self.as_fd().as_raw_fd(),
+                offset,
+                list: list.as_mut_ptr() as u64,
+                count: list.len() as u32,
+                reserved: 0,
+            };
+            // SAFETY: PINBUF_DISCARDS reads and writes this struct, and writes as many elements to the
+            // list as it has.
+            match unsafe { ioctl_discards(device.as_fd().as_raw_fd(), &mut call) } {
+                Ok(_) => {}
+                Err(Errno::EINVAL) => return Err(Error::NotADmaBuf),
+                Err(Errno::ENOTTY) => return Err(Error::Unsupported),
+                Err(errno) => return Err(Error::system("PINBUF_DISCARDS")(errno)),
+            }
+            let found = &list[..list.len().min(call.count as usize)];
+            all.extend(found.iter().map(|part| Discard {
+                offset: part.offset,
+                len: part.len,
+                state: match part.state {
+                    uapi::STATE_DISCARDED => DiscardState::Discarded,
+                    _ => DiscardState::Unsure,
+                },
+            }));
+            // A list that is not full ends at the end of the buffer.
+            if found.len() < list.len() || call.offset <= offset {
+                return Ok(all);
+            }
+            offset = call.offset;
+        }
+    }
+}
+
+/// Asks many buffers, from time to time, for parts that the memory's owner does not see any more.
+///
+/// It holds references to buffers of any kind: `&DmaBuf`, `Arc<DmaBuf>`. There is no thread: whoever has
+/// it calls [`poll`](Self::poll).
+///
+/// ```no_run
+/// # let device = pinbuf::Device::open()?;
+/// # let memory = pinbuf::Region::anonymous(1 << 20)?;
+/// # let buffer = device.export(&memory)?;
+/// let mut watch = pinbuf::Watch::new(&device);
+/// watch.add(&buffer);
+/// loop {
+///     for change in watch.poll()? {
+///         println!("{:?}", change.discards);
+///     }
+///     std::thread::sleep(std::time::Duration::from_millis(500));
+/// }
+/// # #[allow(unreachable_code)]
+/// # Ok::<(), pinbuf::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Watch<'d, B> {
+    device: &'d Device,
+    /// The buffers, and what was known of them when they were last asked.
+    buffers: Vec<(B, Vec<Discard>)>,
+}
+
+/// A buffer of which more, or less, is discarded than before.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Change<'w, B> {
+    /// The buffer.
+    pub buffer: &'w B,
+    /// All of its parts that are discarded now.
+    pub discards: &'w [Discard],
+}
+
+impl<'d, B: Deref<Target = DmaBuf>> Watch<'d, B> {
+    /// Watches nothing yet.
+    pub fn new(device: &'d Device) -> Self {
+        Self {
+            device,
+            buffers: Vec::new(),
+        }
+    }
+
+    /// Watches a buffer too. What is discarded already is a change.
+    pub fn add(&mut self, buffer: B) {
+        self.buffers.push((buffer, Vec::new()));
+    }
+
+    /// Watches only those buffers for which `keep` is true.
+    pub fn retain(&mut self, mut keep: impl FnMut(&B) -> bool) {
+        self.buffers.retain(|(buffer, _)| keep(buffer));
+    }
+
+    /// Asks all buffers, and returns those that changed since they were asked before.
+    ///
+    /// # Errors
+    ///
+    /// As for [`DmaBuf::discarded`], of the first buffer that has one. Buffers behind it are not asked.
+    pub fn poll(&mut self) -> Result<Vec<Change<'_, B>>> {
+        let mut changed = Vec::new();
+        for (buffer, known) in &mut self.buffers {
+            let discards = buffer.discarded(self.device)?;
+            if discards != *known {
+                *known = discards;
+                changed.push(Change {
+                    buffer,
+                    discards: known,
+                });
+            }
+        }
+        Ok(changed)
+    }
+}
