@@ -299,10 +299,10 @@ impl Folio<'_> {
         unsafe { ffi::pinbuf_folio_test_hugetlb(self.0.as_ptr()) }
     }
 
-    /// Whether it is anonymous memory.
+    /// Whether it is anonymous memory: `folio_test_anon()`.
+    #[inline]
     pub(crate) fn is_anon(self) -> bool {
-        // SAFETY: A valid folio, by the type invariant.
-        unsafe { ffi::pinbuf_folio_test_anon(self.0.as_ptr()) }
+        self.mapping() as usize & bindings::FOLIO_MAPPING_ANON as usize != 0
     }
 
     /// Its reference count, of which each pin of a small folio takes 1,024.
@@ -361,6 +361,7 @@ impl Folio<'_> {
     }
 
     /// What [`Sight`] the owner has of a folio that is not where it was.
+    #[cold]
     fn lost(self) -> Sight {
         if self.is_in_swap_cache() {
             Sight::Unsure
@@ -427,7 +428,7 @@ pub(crate) enum Sight {
 /// # Safety
 ///
 /// The frame is of a page whose folio is pinned, and `pages` is at least one.
-#[inline]
+#[inline(always)] // Once a page, and for most without a call.
 pub(crate) unsafe fn sight(array: PageArray, pfn: Pfn, pages: usize) -> (Sight, usize) {
     let Some(page) = NonNull::new(array.page(pfn)) else {
         return (Sight::Unsure, pages);

@@ -321,6 +321,7 @@ fn huge(sizes: Sizes) -> Vec<Experiment> {
         of("", What::Sync)
             .inform("first DMA_BUF_IOCTL_SYNC", Metric::Sync)
             .inform("next DMA_BUF_IOCTL_SYNC", Metric::SyncAgain),
+        ask(of_kind(part, KIND), shape, part),
         of("aligned", What::Touch { aligned: true })
             .inform("mmap + touch of every page", Metric::Touch)
             .line(
@@ -449,6 +450,7 @@ fn small(sizes: Sizes) -> Vec<Experiment> {
         )
         .inform("map for a device", Metric::Map)
         .inform("scatterlist entries", Metric::Entries),
+        ask(of_kind(FRAMES[0].0, KIND), shape, FRAMES[0].0),
         footprint(
             "framebuffer of 8 MiB in 138 items, shmem",
             shape,
@@ -500,6 +502,17 @@ fn small(sizes: Sizes) -> Vec<Experiment> {
     // Last: its pages come and go, and what is allocated later lies anywhere.
     list.extend(unmapped_lives(sparse, "sparse shmem", AtMost(1.5)));
     list
+}
+
+/// Asking which parts of a buffer are discarded.
+fn ask(about: String, shape: Shape, bytes: u64) -> Experiment {
+    Experiment::new(about, shape, whole(bytes), What::Ask { times: 8 }).line(
+        "PINBUF_DISCARDS",
+        Metric::Ask,
+        Pinbuf,
+        None,
+        Goal::None,
+    )
 }
 
 fn threads(shape: Shape, bytes: u64, side: Side) -> Experiment {

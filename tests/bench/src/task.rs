@@ -84,6 +84,8 @@ pub enum What {
     Device { max_segment: u32, iommu: bool },
     /// The first `DMA_BUF_IOCTL_SYNC`, and the next one.
     Sync,
+    /// Asking which parts of it are discarded: the mean of this many times.
+    Ask { times: u32 },
     /// Mapping it into the kernel.
     Vmap,
     /// What the kernel keeps for a buffer: the mean of this many, each made by a process of its own
@@ -127,6 +129,8 @@ pub enum Metric {
     Sync,
     /// The next one.
     SyncAgain,
+    /// A question about discards.
+    Ask,
     /// The kernel's mapping.
     Vmap,
     /// The end of it.

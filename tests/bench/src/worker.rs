@@ -7,7 +7,7 @@
 //! one side leaves in its address space costs no other.
 
 use std::io::{stdin, stdout, BufRead, Write};
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Barrier;
 use std::thread;
@@ -23,6 +23,7 @@ use nix::unistd::Pid;
 use pinbuf_test_harness::support::memory::{Memory, HUGE, PAGE};
 use pinbuf_test_harness::support::{device, kernel, processor, Buffer, Device, Sync};
 use pinbuf_test_importer::{pin_cost, segment_cost, Direction, Importer, Limits};
+use pinbuf_uapi::{Discard, Discards};
 
 use crate::maker::Maker;
 use crate::memory;
@@ -128,6 +129,7 @@ impl Worker {
             (_, What::Touch { aligned }) => self.touch(self.make()?.as_fd(), aligned),
             (_, What::Device { max_segment, iommu }) => self.device(max_segment, iommu),
             (_, What::Sync) => self.sync(),
+            (_, What::Ask { times }) => self.ask(times),
             (_, What::Vmap) => self.vmap(),
             (_, What::Footprint { buffers, orphans }) => self.footprint(buffers, orphans),
             (_, What::Table { max_segment }) => self.table(max_segment),
@@ -278,6 +280,33 @@ impl Worker {
             (Metric::Sync, first),
             (Metric::SyncAgain, again),
         ]))
+    }
+
+    fn ask(&self, times: u32) -> Result<Sample> {
+        let buffer = Buffer::from_fd(self.make()?);
+        let device = Device::open()?;
+        let mut list = [Discard::default(); 8];
+        let mut cost = 0.0;
+        for _ in 0..times {
+            let mut call = Discards {
+                size: size_of::<Discards>() as u32,
+                fd: buffer.as_fd().as_raw_fd(),
+                list: list.as_mut_ptr() as u64,
+                count: list.len() as u32,
+                ..Discards::default()
+            };
+            let (asked, took) = timed(|| device.discards_raw(&mut call));
+            asked.context("PINBUF_DISCARDS")?;
+            if call.count != 0 || call.offset != self.bytes() {
+                bail!(
+                    "{} parts up to {:#x} are discarded",
+                    call.count,
+                    call.offset
+                );
+            }
+            cost += took;
+        }
+        Ok(Sample::from([(Metric::Ask, cost / f64::from(times))]))
     }
 
     fn vmap(&self) -> Result<Sample> {

@@ -16,7 +16,9 @@ use pinbuf_test_harness::support::kernel::{needs_transparent_huge_pages, HugePoo
 use pinbuf_test_harness::support::memory::{
     huge_memfd, memfd, pattern, punch_hole, GIGA, HUGE, PAGE, RW,
 };
-use pinbuf_test_harness::support::process::{in_child, Child, Link, PATIENCE};
+use pinbuf_test_harness::support::process::{
+    become_user, in_child, set_memlock, Child, Link, PATIENCE, USER,
+};
 use pinbuf_test_harness::support::{check, check_eq, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
 
@@ -51,6 +53,7 @@ tests! { "discards":
     twice_in_a_buffer,
     from_an_offset,
     arguments,
+    amplification within 120,
     killed within 120,
 }
 
@@ -668,6 +671,57 @@ fn arguments() -> Result<()> {
         check_eq!(device.discards_raw(&mut call), expected, "case {number}");
     }
     Ok(())
+}
+
+/// Memory that is discarded under a buffer and filled anew, again and again: the pages that the buffers keep
+/// are bounded by the limit and the allowance, whatever the owner has left of them.
+fn amplification() -> Result<()> {
+    const ALLOWANCE: usize = 8 << 20;
+    const LIMIT: usize = 1 << 20;
+    const MEMORY: usize = 1 << 20;
+    let _setting = Setting::parameter("allowance_mb", ALLOWANCE >> 20)?;
+    in_child(|| {
+        let device = Device::open()?;
+        become_user(USER)?;
+        set_memlock(LIMIT)?;
+        let file = memfd(MEMORY, 0)?;
+        let memory = Memory::shared(&file, MEMORY)?;
+        memory.advise(0, MEMORY, libc::MADV_NOHUGEPAGE)?;
+        let mut buffers = Vec::new();
+        loop {
+            memory.touch_to_write();
+            match device.create(&[memory.range()]) {
+                Ok(buffer) => buffers.push(buffer),
+                Err(error) => {
+                    check_eq!(error, Errno::ENOMEM, "a create beyond the bounds");
+                    break;
+                }
+            }
+            check!(
+                buffers.len() <= (ALLOWANCE + LIMIT) / MEMORY,
+                "{} buffers of {MEMORY} bytes",
+                buffers.len()
+            );
+            punch_hole(&file, 0, MEMORY)?;
+        }
+        check_eq!(
+            buffers.len(),
+            (ALLOWANCE + LIMIT) / MEMORY,
+            "buffers that fit"
+        );
+        for buffer in &buffers {
+            is_gone(&device, buffer, &[(0, MEMORY / PAGE)])?;
+        }
+        // One that is closed makes room for another.
+        buffers.pop();
+        buffers.push(device.create(&[memory.range()])?);
+        check_eq!(
+            device.create(&[memory.range()]).err(),
+            Some(Errno::ENOMEM),
+            "one more"
+        );
+        Ok(())
+    })
 }
 
 /// A process that asks about a large buffer again and again can be killed at any time, and waits

@@ -689,7 +689,7 @@ fn unknown_commands() -> Result<()> {
     let device = Device::open()?;
     let page = Memory::anonymous(PAGE)?;
     let numbers = (0x40..0x50)
-        .chain(0x53..0x60)
+        .chain(0x54..0x60)
         .map(|nr| (u32::from(b'u') << 8) | nr);
     let numbers =
         numbers.flat_map(|low| [0, 1, 2, 3].map(|direction| direction << 30 | 32 << 16 | low));
