@@ -424,7 +424,7 @@ pub const RUNS: &[Run] = &[
         ..NESTED
     },
     Run {
-        // As the README tells operators of libvirt.
+        // As docs/operators.md describes for libvirt.
         name: "nested-libvirt",
         image: "libvirt",
         // libvirt looks for udmabuf, though QEMU will not use it.

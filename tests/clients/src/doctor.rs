@@ -204,7 +204,7 @@ fn knows_profiles_that_refuse_the_device() -> Result<()> {
     Ok(())
 }
 
-/// With the two lines that the README has.
+/// With the two lines of docs/operators.md.
 fn knows_profiles_that_allow_it() -> Result<()> {
     let copy = Copy::of(CLIENT, "confined")?;
     let _profile = Profile::load(

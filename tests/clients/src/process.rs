@@ -27,7 +27,7 @@ impl Start {
         }
     }
 
-    /// On pinbuf, as the README says.
+    /// On pinbuf, as docs/operators.md says.
     pub fn on_pinbuf(mut self) -> Self {
         let run = ["pinbuf", "run", "--"].map(str::to_owned);
         self.words.splice(0..0, run);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! A virtual machine that libvirt runs: another user's, in its own /dev, confined by AppArmor as
-//! Debian confines it, and set up as the README tells operators to.
+//! Debian confines it, and set up as docs/operators.md describes.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{chown, PermissionsExt};
@@ -129,7 +129,7 @@ enum Blob {
     Override,
 }
 
-/// The domain, as the README describes it.
+/// The domain, as docs/operators.md describes it.
 fn domain(kernel: &Path, initrd: &Path, blob: Blob) -> String {
     let (kernel, initrd) = (kernel.display(), initrd.display());
     let (attribute, property) = match blob {

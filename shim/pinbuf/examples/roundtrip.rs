@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The example of the repository's README.
+//! The example of `docs/programming.md`.
 
 use pinbuf::{Access, Device, Region};
 
