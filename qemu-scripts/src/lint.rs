@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What is said of the source without running it: rustfmt, clippy (of user space and of the kernel
-//! module), and the kernel's checkpatch for its C.
+//! Checks of the source that run none of it: rustfmt, clippy (of user space and of the kernel module),
+//! the kernel's checkpatch for C, and the links and commands of documents.
 
 use std::process::Command;
 
@@ -9,7 +9,7 @@ use anyhow::{bail, Context, Result};
 
 use crate::kernel::Kernel;
 use crate::tree::{Tree, BUILD};
-use crate::{module, paths, userspace};
+use crate::{documents, module, paths, userspace};
 
 /// clippy for the compiler that kernels are built with, and what checkpatch is written in.
 const PACKAGES: &[&str] = &["perl", "rust-clippy"];
@@ -46,6 +46,7 @@ pub const CHECKS: &[Check] = &[
     ("clippy.userspace", clippy_userspace),
     ("clippy.driver", clippy_driver),
     ("checkpatch", checkpatch),
+    ("documents", documents),
 ];
 
 fn format_userspace() -> Result<Outcome> {
@@ -129,6 +130,15 @@ fn checkpatch() -> Result<Outcome> {
         Outcome::Clean
     } else {
         Outcome::Dirty(text)
+    })
+}
+
+fn documents() -> Result<Outcome> {
+    let complaints = documents::check(paths::root())?;
+    Ok(if complaints.is_empty() {
+        Outcome::Clean
+    } else {
+        Outcome::Dirty(complaints.join("\n"))
     })
 }
 

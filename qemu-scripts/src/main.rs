@@ -9,6 +9,7 @@ mod cache;
 mod cleanup;
 mod debug;
 mod demo;
+mod documents;
 mod guest;
 mod image;
 mod initramfs;

@@ -80,6 +80,12 @@ pub struct Test {
     list: bool,
 }
 
+/// Whether `--run` takes this name.
+pub fn is_run(name: &str) -> bool {
+    ["host", SANITIZE, LINT, SCREEN, PLANTED].contains(&name)
+        || RUNS.iter().any(|run| run.name == name)
+}
+
 /// Counts of all runs.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 struct Counts {
@@ -110,18 +116,15 @@ impl Test {
             }
             println!("host: cargo test");
             println!("{SANITIZE}: cargo test, under AddressSanitizer");
-            println!("{LINT}: rustfmt, clippy and checkpatch");
+            println!("{LINT}: rustfmt, clippy, checkpatch, and links and commands in documents");
             println!("{SCREEN}: pinbuf-demo on default, and a look at the guest's screen");
             println!(
                 "{PLANTED}: bugs of tests/planted, one after the other, and cargo mutants (--long)"
             );
             return Ok(0);
         }
-        for name in &self.run {
-            let other = ["host", SANITIZE, LINT, SCREEN, PLANTED].contains(&name.as_str());
-            if !other && !RUNS.iter().any(|run| run.name == name) {
-                bail!("there is no run `{name}`: `test --list` names them");
-            }
+        if let Some(name) = self.run.iter().find(|name| !is_run(name)) {
+            bail!("there is no run `{name}`: `test --list` names them");
         }
         let everywhere = self.kernel.is_empty();
         let on_host: Vec<&'static str> = ["host", SANITIZE, LINT]
