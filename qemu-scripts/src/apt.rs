@@ -232,14 +232,15 @@ fn keyring(signed_by: Option<&str>) -> Result<PathBuf> {
             return Ok(path);
         }
     }
-    bail!("no keys of Debian's archive: run `apt-get install debian-archive-keyring` as root")
+    bail!("the keys of Debian's archive are missing: run `apt-get install debian-archive-keyring` as root")
 }
 
 /// The host's choices about downloads, as lines of apt.conf.
 fn options() -> Result<Vec<String>> {
-    let output = Command::new("apt-config").arg("dump").output().context(
-        "running apt-config: this host has no apt; pinbuf's guests are made on a Debian host",
-    )?;
+    let output = Command::new("apt-config")
+        .arg("dump")
+        .output()
+        .context("running apt-config, which this host lacks: building guests needs Debian")?;
     let text = String::from_utf8(output.stdout)?;
     Ok(text
         .lines()

@@ -150,7 +150,7 @@ pub fn select<'a>(stocks: &'a [Stock], selector: &str) -> Result<&'a Stock> {
             .map(|stock| stock.release.as_str())
             .collect();
         bail!(
-            "no kernel of the archive is meant by `{selector}`.\nUse default, newest, debug, a series such \
+            "the archive has no kernel `{selector}`.\nUse default, newest, debug, a series such \
              as {}.{}, a series and a flavour such as {}.{}-cloud, or one of: {}",
             OLDEST.0,
             OLDEST.1,

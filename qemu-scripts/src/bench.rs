@@ -14,35 +14,35 @@ use crate::ui::{say, seconds, tail};
 use crate::userspace::Profile;
 use crate::{paths, vm};
 
-/// Runs pinbuf-bench in a guest: the table goes to standard output, progress to standard error.
+/// Run pinbuf-bench in a guest: the table goes to standard output, progress to standard error.
 #[derive(Debug, Args)]
 pub struct Bench {
-    /// Count the guest's instructions instead of time: figures then repeat, however busy the
-    /// machine is. Processors: one.
+    /// Count the guest's instructions instead of measuring time: these figures repeat on a busy
+    /// machine too. The guest has one processor.
     #[arg(long)]
     icount: bool,
-    /// Every line once, on small memory.
+    /// Measure every line once, with little memory.
     #[arg(long)]
     quick: bool,
-    /// Only lines whose title contains this; may be given several times.
+    /// Measure only lines whose title contains this; may be given several times.
     #[arg(long, value_name = "SUBSTR")]
     filter: Vec<String>,
-    /// Write the figures there, below the current directory.
+    /// Write the figures to this file, below the current directory.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Draw a chart (SVG) there, below the current directory.
+    /// Draw a chart (SVG) to this file, below the current directory.
     #[arg(long, value_name = "FILE")]
     chart: Option<PathBuf>,
-    /// The kernel: default, debug, a series (7.2, 7.2-cloud), or a release as `uname -r` tells it.
+    /// Kernel: default, debug, a series (7.2, 7.2-cloud), or a release as `uname -r` prints it.
     #[arg(long, value_name = "RELEASE", default_value = "default")]
     kernel: String,
-    /// Memory: how cost grows is measured as far as it goes.
+    /// Memory of the guest; it bounds the sizes for which the growth of costs is measured.
     #[arg(long, value_name = "SIZE", default_value = "11G")]
     mem: String,
-    /// Processors.  [default: 2; with --icount 1]
+    /// Processors of the guest.  [default: 2, or 1 with --icount]
     #[arg(long, value_name = "N", conflicts_with = "icount")]
     cpus: Option<u32>,
-    /// Words for the kernel's command line.
+    /// Parameters to add to the kernel's command line.
     #[arg(
         long,
         value_name = "STR",
@@ -50,10 +50,10 @@ pub struct Bench {
         allow_hyphen_values = true
     )]
     cmdline: String,
-    /// Minutes until the guest is stopped.
+    /// Minutes after which the guest is stopped.
     #[arg(long, value_name = "MINUTES", default_value_t = 120)]
     timeout: u64,
-    /// Take userspace as it was built last.
+    /// Use the user space that was built last, without building it.
     #[arg(long)]
     no_build: bool,
     /// More arguments for pinbuf-bench (`-- --help` lists them).
@@ -64,7 +64,7 @@ pub struct Bench {
 impl Bench {
     /// Runs it, and returns the status to exit with.
     pub fn run(self) -> Result<i32> {
-        // A device behind an IOMMU, which nobody else uses.
+        // A device behind an IOMMU, which nothing else uses.
         let iommu = [
             "-device",
             "intel-iommu,intremap=off",
@@ -97,14 +97,14 @@ impl Bench {
         };
         let outcome = Guest::start(&options, streams)?.wait()?;
         for complaint in &outcome.complaints {
-            say(&format!("the kernel complained: {complaint}"));
+            say(&format!("the kernel reported: {complaint}"));
         }
         match (&outcome.end, outcome.complaints.is_empty()) {
             (End::Exited(0), true) => Ok(0),
             (End::Exited(status @ 1..), _) => Ok(*status),
             _ => {
                 say(&format!(
-                    "--- the end of the kernel's log:\n{}",
+                    "--- last lines of the kernel's log:\n{}",
                     tail(&outcome.log, 60)
                 ));
                 let problem = vm::problem(&outcome)

@@ -112,7 +112,9 @@ pub fn lock(name: &str) -> Result<Flock<File>> {
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(lock),
         Err((file, Errno::EWOULDBLOCK)) => {
-            say(&format!("  ... waiting: another process is at {name}"));
+            say(&format!(
+                "  ... waiting for another process that builds {name}"
+            ));
             Flock::lock(file, FlockArg::LockExclusive)
                 .map_err(|(_, error)| error)
                 .with_context(|| format!("locking {}", path.display()))

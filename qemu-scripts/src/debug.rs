@@ -78,7 +78,7 @@ pub fn ensure(tools: &Tree, stock: &Stock) -> Result<()> {
         make(tools, step, stock, &source, &[&jobs, "bzImage", "modules"])?;
         if let Some(reason) = slow(&precompiled)? {
             say(&format!(
-                "  warning: {release} took longer to build than it need: {reason}"
+                "  warning: building {release} took longer than necessary: {reason}"
             ));
         }
         remove(&precompiled)?;

@@ -34,17 +34,17 @@ enum Mode {
     Qemu,
 }
 
-/// Makes build/demo.png: a program in a guest draws into ordinary memory and shows it, through
+/// Make build/demo.png: a program in a guest draws into ordinary memory and shows it, through
 /// pinbuf, on the guest's screen.
 #[derive(Debug, Args)]
 pub struct Demo {
-    /// What is shown.
+    /// What to show.
     #[arg(value_enum, default_value = "program")]
     mode: Mode,
-    /// The kernel: default, debug, a series (7.2, 7.2-cloud), or a release as `uname -r` tells it.
+    /// Kernel: default, debug, a series (7.2, 7.2-cloud), or a release as `uname -r` prints it.
     #[arg(long, value_name = "RELEASE", default_value = "default")]
     kernel: String,
-    /// Take userspace as it was built last.
+    /// Use the user space that was built last, without building it.
     #[arg(long)]
     no_build: bool,
 }
@@ -97,7 +97,8 @@ impl Demo {
         };
         let outcome = Guest::start(&options, streams)?.wait()?;
         check_end(&outcome, "pinbuf-nested")?;
-        fs::copy(share.path().join(NAME), &picture).context("QEMU wrote no picture")?;
+        fs::copy(share.path().join(NAME), &picture)
+            .context("QEMU wrote no picture of the screen")?;
         finish(&picture, start)
     }
 
@@ -143,11 +144,11 @@ fn check_end(outcome: &Outcome, program: &str) -> Result<()> {
         return Ok(());
     }
     say(&format!(
-        "--- the end of the kernel's log:\n{}",
+        "--- last lines of the kernel's log:\n{}",
         tail(&outcome.log, 60)
     ));
     for complaint in &outcome.complaints {
-        say(&format!("the kernel complained: {complaint}"));
+        say(&format!("the kernel reported: {complaint}"));
     }
     let problem =
         vm::problem(outcome).unwrap_or_else(|| format!("{program} ended with {:?}", outcome.end));
@@ -157,10 +158,10 @@ fn check_end(outcome: &Outcome, program: &str) -> Result<()> {
     );
 }
 
-/// Looks at the picture, and tells where it is.
+/// Checks the picture, and prints its path.
 fn finish(picture: &Path, start: Instant) -> Result<i32> {
     let (width, height, colours) = check(picture)?;
-    say(&format!("  all: {}", seconds(start.elapsed())));
+    say(&format!("  total: {}", seconds(start.elapsed())));
     println!(
         "{} ({width}x{height}, {colours} colours)",
         paths::shown(picture)
@@ -189,14 +190,14 @@ fn show(mut guest: Guest, hold: OwnedFd, shown: &Receiver<()>, picture: &Path) -
         let file = guest.directory().join("screen.png");
         let arguments = json!({"filename": file.display().to_string(), "format": "png"});
         guest.qmp().execute("screendump", arguments)?;
-        fs::copy(&file, picture).context("QEMU wrote no picture")?;
+        fs::copy(&file, picture).context("QEMU wrote no picture of the screen")?;
         Ok(())
     })?;
     drop(hold);
     guest.wait()
 }
 
-/// Passes the program's output on, and tells when the picture is there.
+/// Passes the program's output on, and reports when the picture is complete.
 struct Watcher {
     showing: Sender<()>,
     line: Vec<u8>,
@@ -241,13 +242,13 @@ fn compare(picture: &Path, memory: &Path) -> Result<()> {
         .count();
     if wrong > 0 {
         bail!(
-            "{wrong} of {} pixels on the screen are not those in memory; see {}",
+            "{wrong} of {} pixels on the screen differ from the program's memory; see {}",
             expected.len() / 4,
             paths::shown(picture)
         );
     }
     say(&format!(
-        "  all {} pixels of the screen are those in the program's memory",
+        "  all {} pixels of the screen equal the program's memory",
         expected.len() / 4
     ));
     Ok(())
@@ -273,7 +274,7 @@ fn check(path: &Path) -> Result<(u32, u32, usize)> {
     let colours: BTreeSet<&[u8]> = buffer.chunks_exact(pixel.max(1)).take(8 << 20).collect();
     if colours.len() < COLOURS {
         bail!(
-            "the screen shows only {} colours: that is not the demo's picture; see {}",
+            "the screen shows only {} colours, fewer than the demo's picture has; see {}",
             colours.len(),
             paths::shown(path)
         );

@@ -356,7 +356,7 @@ fn check_script(name: &str, arguments: &[String]) -> Result<(), String> {
     }
     let rows = arguments.windows(2).filter(|pair| pair[0] == "--run");
     match rows.map(|pair| &pair[1]).find(|row| !test::is_run(row)) {
-        Some(row) => Err(format!("there is no run {row}")),
+        Some(row) => Err(format!("there is no row {row}")),
         None => Ok(()),
     }
 }
@@ -425,7 +425,7 @@ mod tests {
             ("./qemu-scripts/test --none", "test has no option --none"),
             (
                 "./qemu-scripts/test \\\n  --run none",
-                "there is no run none",
+                "there is no row none",
             ),
             ("make none", "no target none"),
             ("make NAME", "no target NAME"),

@@ -410,7 +410,7 @@ impl Guest {
                 None => "QEMU still ran".to_owned(),
             };
             let said = fs::read_to_string(self.directory.path().join(MESSAGES)).unwrap_or_default();
-            *reason = format!("{status}; it said: {:?}", said.trim_end());
+            *reason = format!("{status}; its output: {:?}", said.trim_end());
         }
         let _ = self.qemu.kill();
         self.qemu.wait()?;
@@ -579,7 +579,7 @@ fn bytes(size: &str) -> Result<u64> {
     };
     match digits.parse::<u64>() {
         Ok(number) => Ok(number << shift),
-        Err(_) => bail!("`{size}` is no size: use a number with K, M or G"),
+        Err(_) => bail!("`{size}` is not a size: use a number with K, M or G"),
     }
 }
 
@@ -612,8 +612,9 @@ fn follow(control: UnixStream) -> Receiver<Event> {
     thread::spawn(move || {
         for line in BufReader::new(control).lines() {
             let Ok(line) = line else { return };
-            let event = serde_json::from_str(&line)
-                .unwrap_or_else(|error| Event::Failed(format!("it said {line:?}: {error}")));
+            let event = serde_json::from_str(&line).unwrap_or_else(|error| {
+                Event::Failed(format!("unexpected message {line:?}: {error}"))
+            });
             if sender.send(event).is_err() {
                 return;
             }

@@ -142,7 +142,7 @@ pub fn ensure(tools: &Tree, name: &str) -> Result<PathBuf> {
     let Some((_, packages)) = IMAGES.iter().find(|(found, _)| *found == name) else {
         let names: Vec<&str> = IMAGES.iter().map(|(name, _)| *name).collect();
         bail!(
-            "there is no image `{name}`; there are: {}",
+            "there is no image `{name}`; use one of: {}",
             names.join(", ")
         );
     };

@@ -202,7 +202,7 @@ fn load_order(modules: &Path) -> Result<(Vec<String>, Sharing)> {
     };
     let is_there = |name: &&str| builtin.contains(&module_name(name)) || line_of(name).is_some();
     if let Some(missing) = BOOT_MODULES.iter().find(|name| !is_there(name)) {
-        bail!("this kernel has no {missing}: guests cannot boot it");
+        bail!("this kernel has no {missing}, without which guests cannot boot");
     }
     let Some((sharing, shares)) = SHARING
         .iter()

@@ -44,7 +44,7 @@ impl Level {
             }
             Some(plan) if plan != self.results => {
                 problems.push(format!(
-                    "{plan} results were planned and {} came",
+                    "{plan} results were planned, {} were reported",
                     self.results
                 ));
             }

@@ -38,7 +38,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::kernel::Kernel;
 use crate::tree::Tree;
 
-/// Something here failed, as opposed to what it ran.
+/// The status if this program itself failed, as opposed to the command that it ran.
 const FAILED: i32 = 97;
 
 #[derive(Debug, Parser)]
@@ -57,13 +57,13 @@ enum Task {
     Bench(bench::Bench),
 }
 
-/// Builds pinbuf.ko for a kernel, and prints where it is.
+/// Build pinbuf.ko for a kernel, and print its path.
 #[derive(Debug, Args)]
 struct Module {
-    /// The kernel: default, debug, a series (7.2, 7.2-cloud), or a release as `uname -r` tells it.
+    /// Kernel: default, debug, a series (7.2, 7.2-cloud), or a release as `uname -r` prints it.
     #[arg(long, value_name = "RELEASE", default_value = "default")]
     kernel: String,
-    /// Fetches new package lists first.
+    /// Fetch new package lists first.
     #[arg(long)]
     update: bool,
 }
@@ -82,7 +82,7 @@ impl Module {
     }
 }
 
-/// How many things are compiled at once.
+/// The number of compilations at the same time.
 fn jobs() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from)
 }

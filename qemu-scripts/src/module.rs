@@ -22,7 +22,7 @@ const TESTS: &str = "CONFIG_PINBUF_TESTS=m";
 pub fn ensure(tools: &Tree, kernel: &Kernel) -> Result<Vec<PathBuf>> {
     if !paths::root().join("Kbuild").exists() {
         bail!(
-            "there is no Kbuild in {}: nothing to build",
+            "{} has no Kbuild file, so there is nothing to build",
             paths::root().display()
         );
     }

@@ -360,7 +360,7 @@ fn in_guest(run: &Run, filters: &[String], place: &Path) -> Result<Option<String
             return Ok(Some(name.clone()));
         }
         if well && report.passed.is_empty() {
-            bail!("{} with {filters:?} runs no test", run.name);
+            bail!("row {} runs no test with the filters {filters:?}", run.name);
         }
         if outcome.complaints.is_empty() && !well && report.passed.is_empty() {
             // Not even a test began: that is no test's doing.

@@ -100,7 +100,7 @@ fn notices(directory: &Path) -> Result<bool> {
     let output = Command::new(&program).output().context("running it")?;
     let said = String::from_utf8_lossy(&output.stderr);
     if output.status.success() || !said.contains(FOUND) {
-        bail!("AddressSanitizer does not notice a {FOUND}: no result of its is worth anything");
+        bail!("AddressSanitizer does not detect a {FOUND} in a program that has one, so its results are worthless");
     }
     Ok(true)
 }

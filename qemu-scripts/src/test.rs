@@ -55,27 +55,27 @@ pub const BOOTS: usize = 3;
 /// How much of the kernel's log is shown when a guest did not end by itself.
 const TAIL: usize = 60;
 
-/// Runs all tests: on the host, then in guests.
+/// Run all tests, on the host and in guests.
 #[derive(Debug, Args)]
 pub struct Test {
-    /// Also what is too slow for every change.
+    /// Include the rows that are too slow for every change.
     #[arg(long)]
     long: bool,
-    /// Guest runs on this kernel only; may be given several times.
+    /// Run guests with this kernel only; may be given several times.
     #[arg(long, value_name = "RELEASE")]
     kernel: Vec<String>,
-    /// Only tests whose names contain this; may be given several times.
+    /// Run only tests whose names contain this; may be given several times.
     #[arg(long, value_name = "S")]
     filter: Vec<String>,
-    /// Only the guest run of this name (`host`: the tests on the host; `sanitize`:
-    /// some of them again, under AddressSanitizer; `lint`; `screen`: the demo's picture; `planted`: which test
-    /// catches which planted bug); may be given several times.
+    /// Run only the row of this name; may be given several times. Besides the rows in guests: `host`
+    /// (tests on the host), `sanitize` (some of them under AddressSanitizer), `lint`, `screen` (the demo's
+    /// picture), and `planted` (which test catches which planted bug).
     #[arg(long, value_name = "NAME")]
     run: Vec<String>,
-    /// Guests at the same time.  [default: one a processor, as far as memory goes]
+    /// Number of guests at the same time.  [default: one per processor, as memory permits]
     #[arg(long, value_name = "N")]
     jobs: Option<NonZeroUsize>,
-    /// Names the guest runs, and does nothing.
+    /// Print the names of the rows, and exit.
     #[arg(long)]
     list: bool,
 }
@@ -117,14 +117,14 @@ impl Test {
             println!("host: cargo test");
             println!("{SANITIZE}: cargo test, under AddressSanitizer");
             println!("{LINT}: rustfmt, clippy, checkpatch, and links and commands in documents");
-            println!("{SCREEN}: pinbuf-demo on default, and a look at the guest's screen");
+            println!("{SCREEN}: pinbuf-demo on default, and its picture on the guest's screen");
             println!(
-                "{PLANTED}: bugs of tests/planted, one after the other, and cargo mutants (--long)"
+                "{PLANTED}: the bugs of tests/planted, one at a time, and cargo mutants (--long)"
             );
             return Ok(0);
         }
         if let Some(name) = self.run.iter().find(|name| !is_run(name)) {
-            bail!("there is no run `{name}`: `test --list` names them");
+            bail!("there is no row `{name}`; `test --list` prints the names");
         }
         let everywhere = self.kernel.is_empty();
         let on_host: Vec<&'static str> = ["host", SANITIZE, LINT]
@@ -161,13 +161,13 @@ impl Test {
             queue.push_back(Work::Planted);
         }
         let all = self.work(queue);
-        say(&format!("all tests: {}", seconds(start.elapsed())));
+        say(&format!("total time: {}", seconds(start.elapsed())));
         println!(
             "{} passed, {} failed, {} skipped",
             all.passed, all.failed, all.skipped
         );
         if all.passed == 0 && all.failed == 0 {
-            say("nothing was tested: do --run, --kernel or --filter name what there is?");
+            say("no test matches; check --run, --kernel and --filter against `test --list`");
             return Ok(1);
         }
         Ok(i32::from(all.failed > 0))
@@ -561,9 +561,9 @@ fn show_progress() -> bool {
     stderr().is_terminal() && std::env::var_os("CI").is_none()
 }
 
-/// What is said of the source.
+/// The checks of the source.
 fn lint() -> Counts {
-    say("== lint: rustfmt, clippy, checkpatch");
+    say("== lint: rustfmt, clippy, checkpatch, documents");
     let start = Instant::now();
     let mut counts = Counts::default();
     for (name, check) in CHECKS {

@@ -232,7 +232,7 @@ impl Tree {
                 return Err(error);
             }
             say(&format!(
-                "  warning: the old package lists are used: {error:#}"
+                "  warning: using the old package lists: {error:#}"
             ));
         }
         Ok(())

@@ -20,27 +20,27 @@ use crate::{cleanup, paths};
 
 /// The command did not end because the machine stopped.
 const CRASHED: i32 = 98;
-/// The command ended well, but the kernel's checkers complained.
+/// The command succeeded, but a checker of the kernel reported a problem.
 const COMPLAINED: i32 = 99;
-/// The time was over, as with timeout(1).
+/// The timeout expired, as with timeout(1).
 const TIMED_OUT: i32 = 124;
 
-/// How many lines of the kernel's log are shown when something went wrong.
+/// The number of lines of the kernel's log that are shown when something went wrong.
 const TAIL: usize = 60;
 
-/// Boots a guest with pinbuf installed, and runs a command in it (or a shell).
+/// Boot a guest with pinbuf installed, and run a command or a shell in it.
 #[derive(Debug, Args)]
 pub struct Vm {
-    /// The kernel: default, debug, a series (7.2, 7.2-cloud), or a release as `uname -r` tells it.
+    /// Kernel: default, debug, a series (7.2, 7.2-cloud), or a release as `uname -r` prints it.
     #[arg(long, value_name = "RELEASE", default_value = "default")]
     kernel: String,
-    /// Memory.
+    /// Memory of the guest, with K, M or G.
     #[arg(long, value_name = "SIZE", default_value = "2G")]
     mem: String,
-    /// Processors.
+    /// Processors of the guest.
     #[arg(long, value_name = "N", default_value_t = 2)]
     cpus: u32,
-    /// Words for the kernel's command line.
+    /// Parameters to add to the kernel's command line.
     #[arg(
         long,
         value_name = "STR",
@@ -48,44 +48,44 @@ pub struct Vm {
         allow_hyphen_values = true
     )]
     cmdline: String,
-    /// Arguments for QEMU, as in a shell; may be given several times.
+    /// Arguments for QEMU, quoted as in a shell; may be given several times.
     #[arg(long, value_name = "STR", allow_hyphen_values = true)]
     qemu: Vec<String>,
-    /// The directory that is shared read-write with the guest, at the same path, and that the
-    /// command runs in.  [default: the current directory]
+    /// Directory to share read-write with the guest, at the same path, and to run the command
+    /// in.  [default: the current directory]
     #[arg(long, value_name = "DIR")]
     share: Option<PathBuf>,
-    /// Seconds until the guest is stopped; 0 is never.  [default: 600, or never for a shell]
+    /// Seconds after which the guest is stopped; 0 means never.  [default: 600, or never for a shell]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
-    /// Without pinbuf: neither module nor programs.
+    /// Install neither the module nor the programs of pinbuf.
     #[arg(long)]
     bare: bool,
-    /// Programs as users get them: optimised, and without the assertions that tests have.
+    /// Use optimised programs without assertions, as users get them.
     #[arg(long)]
     release: bool,
-    /// Take userspace as it was built last.
+    /// Use the user space that was built last, without building it.
     #[arg(long)]
     no_build: bool,
-    /// The image that the guest runs on: base, or qemu for virtual machines inside of it.
+    /// Image of the guest: base, or qemu for nested virtual machines.
     #[arg(long, value_name = "NAME", default_value = "base")]
     image: String,
-    /// Makes QEMU's control protocol available on this socket.
+    /// Make QEMU's control protocol (QMP) available on this socket.
     #[arg(long, value_name = "PATH")]
     qmp: Option<PathBuf>,
-    /// Gives the guest an empty disk of this size (the last of /dev/vd?, serial number `disk`).
+    /// Give the guest an empty disk of this size (the last of /dev/vd?, serial number `disk`).
     #[arg(long, value_name = "SIZE")]
     disk: Option<String>,
-    /// Loads a module before the command runs; may be given several times.
+    /// Load a module before the command runs; may be given several times.
     #[arg(long, value_name = "NAME")]
     modprobe: Vec<String>,
-    /// Do not fail because the kernel's checkers complain; what they say is still shown.
+    /// Do not fail if a checker of the kernel reports a problem; the report is still shown.
     #[arg(long)]
     expect_splat: bool,
     /// Give the command a terminal.
     #[arg(long)]
     tty: bool,
-    /// The command.
+    /// Command to run.  [default: a shell]
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
@@ -159,7 +159,7 @@ impl Vm {
     }
 }
 
-/// The status that tells how the run ended.
+/// The exit status of the run.
 fn status(outcome: &Outcome, expect_splat: bool) -> i32 {
     let complained = !outcome.complaints.is_empty() && !expect_splat;
     match &outcome.end {
@@ -171,7 +171,7 @@ fn status(outcome: &Outcome, expect_splat: bool) -> i32 {
     }
 }
 
-/// Tells what went wrong, if something did, and where the log is.
+/// Prints what went wrong, if anything, and the path of the log.
 fn report(outcome: &Outcome, expect_splat: bool) {
     let mut out = stderr().lock();
     let mut line = |text: &str| {
@@ -179,21 +179,21 @@ fn report(outcome: &Outcome, expect_splat: bool) {
     };
     if let Some(problem) = problem(outcome) {
         line(&format!(
-            "--- the end of the kernel's log:\n{}",
+            "--- last lines of the kernel's log:\n{}",
             tail(&outcome.log, TAIL)
         ));
         line(&format!("--- {problem}"));
     }
     if !outcome.complaints.is_empty() {
         let expected = if expect_splat { " (expected)" } else { "" };
-        line(&format!("--- the kernel complained{expected}:"));
+        line(&format!("--- the kernel reported problems{expected}:"));
         for complaint in &outcome.complaints {
             line(complaint);
         }
     }
     let boot = outcome.boot.map_or("never".to_owned(), seconds);
     line(&format!(
-        "  guest: command started after {boot}, all {}; kernel's log: {}",
+        "  guest: command started after {boot}, total {}; kernel's log: {}",
         seconds(outcome.total),
         paths::shown(&outcome.log)
     ));
@@ -208,11 +208,11 @@ pub fn problem(outcome: &Outcome) -> Option<String> {
             "the guest stopped before the command ended: {reason}"
         )),
         End::NotBooted => Some(format!(
-            "the kernel did not come to its first process within {}",
+            "the kernel did not start its first process within {}",
             seconds(outcome.total)
         )),
         End::TimedOut => Some(format!(
-            "the time was over after {} (--timeout)",
+            "the guest was stopped after {} (--timeout)",
             seconds(outcome.total)
         )),
     }
@@ -226,7 +226,7 @@ fn make_terminal_raw() -> Result<()> {
     tcsetattr(stdin(), SetArg::TCSANOW, &raw).context("setting the terminal")
 }
 
-/// Tells the guest when the terminal's size changes.
+/// Informs the guest of changes of the terminal's size.
 fn follow_size(mut requests: Requests) -> Result<()> {
     let mut signals = Signals::new([SIGWINCH])?;
     std::thread::spawn(move || {
@@ -240,7 +240,7 @@ fn follow_size(mut requests: Requests) -> Result<()> {
     Ok(())
 }
 
-/// Rows and columns, as stty tells them.
+/// Rows and columns of the terminal.
 fn terminal_size() -> (u16, u16) {
     let ask = || -> Option<(u16, u16)> {
         let output = std::process::Command::new("stty")

@@ -2,9 +2,10 @@
 /*
  * libpinbuf: dma-bufs of a process's own memory, for C.
  *
- * Link with -lpinbuf_c.  All lengths are bytes, and whole pages unless said otherwise.  Functions
- * return zero or a positive number, or a negative errno as the kernel's calls are documented in
- * <linux/pinbuf.h>; errno itself is not set.  All of them may be called from any thread.
+ * Link with -lpinbuf_c.  All lengths are in bytes, and multiples of the page size unless stated
+ * otherwise.  On success, functions return zero or a positive number; on failure, a negative error
+ * number, as <linux/pinbuf.h> documents for the kernel's calls.  They do not set errno.  All
+ * functions may be called from any thread.
  *
  *	struct pinbuf_region memory;
  *	int device = pinbuf_open();
@@ -28,26 +29,26 @@ extern "C" {
 #endif
 
 /*
- * Opens /dev/pinbuf, and returns its descriptor (close-on-exec); close() it.
- *   -ENOENT  there is none: load the module
- *   -EACCES  not for this user
- *   -ENOTTY  it is another device
+ * Opens /dev/pinbuf and returns a descriptor (close-on-exec), to be closed with close().
+ *   -ENOENT  there is no such device: load the module
+ *   -EACCES  this user may not open it
+ *   -ENOTTY  it is not the device of pinbuf
  */
 int pinbuf_open(void);
 
-/* Fills in what the kernel can do; size is set by the call.  Returns 0. */
+/* Fills in the features and limits of the kernel's pinbuf.  Sets query->size itself.  Returns 0. */
 int pinbuf_query(int device, struct pinbuf_query *query);
 
-/* Fills in what a buffer consists of; size and fd are set by the call.  Returns 0.
- *   -EINVAL  buffer is no dma-buf of pinbuf's
+/* Fills in what a buffer consists of.  Sets info->size and info->fd itself.  Returns 0.
+ *   -EINVAL  buffer is not a dma-buf of pinbuf
  */
 int pinbuf_info(int device, int buffer, struct pinbuf_info *info);
 
 /*
- * Lists parts of a buffer that the memory's owner does not see any more, or may not see: from the
- * byte *offset on, up to count.  *offset becomes the byte where the next call goes on; it is the
- * buffer's size when nothing is left.  Returns how many parts were filled in.
- *   -EINVAL  buffer is no dma-buf of pinbuf's, or *offset is beyond its end or inside of a page
+ * Lists the parts of a buffer that the memory's owner does not see any more, or may not see: at
+ * most count parts, from the byte *offset on.  Sets *offset to the byte where the next call
+ * continues, which is the size of the buffer if nothing is left.  Returns the number of parts.
+ *   -EINVAL  buffer is not a dma-buf of pinbuf, or *offset is beyond its end or within a page
  *   -ENOTTY  the kernel's pinbuf does not know the call
  */
 int pinbuf_discards(int device, int buffer, struct pinbuf_discard *list, size_t count,
@@ -55,54 +56,55 @@ int pinbuf_discards(int device, int buffer, struct pinbuf_discard *list, size_t 
 
 /*
  * Makes a dma-buf of a range of the address space and returns its descriptor (close-on-exec).
- * From now on, whoever has the buffer can read and write this memory.  Errors: see
+ * From this call on, every holder of the buffer can read and write this memory.  Errors: see
  * struct pinbuf_create.
  */
 int pinbuf_export(int device, void *address, size_t len);
 
 /*
  * The same for count ranges, in their order: an array of struct iovec can be cast on 64-bit
- * systems.  flags are PINBUF_CREATE_*, without PINBUF_CREATE_CHECK_BACKING (-EINVAL).
+ * systems.  flags are PINBUF_CREATE_*, except PINBUF_CREATE_CHECK_BACKING (-EINVAL).
  */
 int pinbuf_export_ranges(int device, const struct pinbuf_range *ranges, size_t count,
 			 uint32_t flags);
 
 /* Kinds of memory. */
-#define PINBUF_REGION_ANONYMOUS		0	/* pages as malloc() gives */
-#define PINBUF_REGION_THP		1	/* transparent huge pages, where there are */
-#define PINBUF_REGION_HUGETLB_2M	2	/* of the pool of 2 MiB pages */
-#define PINBUF_REGION_HUGETLB_1G	3	/* of the pool of 1 GiB pages */
+#define PINBUF_REGION_ANONYMOUS		0	/* pages of ordinary size */
+#define PINBUF_REGION_THP		1	/* transparent huge pages, if available */
+#define PINBUF_REGION_HUGETLB_2M	2	/* pages of the pool of 2 MiB pages */
+#define PINBUF_REGION_HUGETLB_1G	3	/* pages of the pool of 1 GiB pages */
 
-/* Memory that is not inherited by fork(), as exported memory should not be. */
+/* Memory that a child does not inherit on fork(), as is recommended for exported memory. */
 struct pinbuf_region {
 	void *address;
 	size_t len;		/* rounded up to whole pages of its kind */
 };
 
 /*
- * Makes zeroed memory of len bytes or more, of any len but zero.  Returns 0.
- *   -EINVAL  len is zero, or kind is not known
- *   -ENOMEM  no memory, or no free huge pages
+ * Allocates zeroed memory of at least len bytes; len need not be a multiple of the page size.
+ * Returns 0.
+ *   -EINVAL  len is zero, or kind is unknown
+ *   -ENOMEM  there is not enough memory, or there are too few free huge pages
  */
 int pinbuf_region_new(struct pinbuf_region *region, size_t len, int kind);
 
-/* Frees it.  Buffers made of it keep their pages. */
+/* Frees the memory.  Buffers that were made of it keep their pages. */
 void pinbuf_region_free(struct pinbuf_region *region);
 
 /*
- * Maps a dma-buf for reading and writing, all of it, aligned so that huge page-table entries fit.
- * Stores its size at len unless that is null.  Returns 0.  munmap() it.
+ * Maps a whole dma-buf for reading and writing, aligned so that huge page-table entries fit.
+ * Stores its size at len unless len is null.  Returns 0.  Unmap it with munmap().
  */
 int pinbuf_map(int buffer, void **address, size_t *len);
 
-/* What the CPU does between pinbuf_begin() and pinbuf_end(). */
+/* Kinds of access between pinbuf_begin() and pinbuf_end(); may be combined. */
 #define PINBUF_READ	1
 #define PINBUF_WRITE	2
 
 /* Begins an access by the CPU, through any mapping of the memory.  Returns 0. */
 int pinbuf_begin(int buffer, int access);
 
-/* Ends it, with the same access.  Returns 0. */
+/* Ends an access that began with the same value of access.  Returns 0. */
 int pinbuf_end(int buffer, int access);
 
 #ifdef __cplusplus

@@ -11,7 +11,7 @@ use libc::size_t;
 use pinbuf::{Device, DmaBuf, Error, HugePage, Region};
 use pinbuf_uapi as uapi;
 
-/// The number of an error.
+/// The negative error number of an error.
 fn number(error: &Error) -> c_int {
     -match error {
         Error::NoDevice => libc::ENOENT,
@@ -61,7 +61,7 @@ unsafe fn ioctl<T>(fd: c_int, request: u32, argument: *mut T) -> c_int {
     }
 }
 
-/// Tells what the kernel can do.
+/// Returns the features and limits of the kernel's pinbuf.
 ///
 /// # Safety
 ///
@@ -84,7 +84,7 @@ pub unsafe extern "C" fn pinbuf_query(device: c_int, query: *mut uapi::Query) ->
     ret.min(0)
 }
 
-/// Tells what a buffer consists of.
+/// Returns what a buffer consists of.
 ///
 /// # Safety
 ///
@@ -113,8 +113,8 @@ pub unsafe extern "C" fn pinbuf_info(device: c_int, buffer: c_int, info: *mut ua
 ///
 /// # Safety
 ///
-/// `list` must be an array of `count` elements, which `count` zero makes unused, and `offset` null or a
-/// number's place.
+/// `list` must be an array of `count` elements, and is unused if `count` is zero. `offset` must be null or
+/// point to a number.
 #[no_mangle]
 pub unsafe extern "C" fn pinbuf_discards(
     device: c_int,
@@ -150,7 +150,7 @@ pub unsafe extern "C" fn pinbuf_discards(
 ///
 /// # Safety
 ///
-/// Whoever has the buffer reads and writes the memory, at any time until the buffer is gone.
+/// Holders of the buffer read and write the memory at any time until the buffer is gone.
 #[no_mangle]
 pub unsafe extern "C" fn pinbuf_export(device: c_int, address: *mut c_void, len: size_t) -> c_int {
     let range = uapi::Range {
@@ -265,7 +265,7 @@ pub unsafe extern "C" fn pinbuf_region_free(region: *mut CRegion) {
 ///
 /// # Safety
 ///
-/// `address` must be null or a pointer's place; `len` null or a number's.
+/// `address` must be null or point to a pointer, `len` must be null or point to a number.
 #[no_mangle]
 pub unsafe extern "C" fn pinbuf_map(
     buffer: c_int,

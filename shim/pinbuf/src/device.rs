@@ -19,17 +19,17 @@ nix::ioctl_write_ptr_bad!(ioctl_create, uapi::CREATE, uapi::Create);
 nix::ioctl_readwrite_bad!(ioctl_query, uapi::QUERY, uapi::Query);
 nix::ioctl_readwrite_bad!(ioctl_info, uapi::INFO, uapi::Info);
 
-/// To what a buffer's pages are charged.
+/// What the pages of a buffer are charged to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ChargedTo {
-    /// The user's locked pages, under `RLIMIT_MEMLOCK`.
+    /// The locked pages of the user, under `RLIMIT_MEMLOCK`.
     User,
     /// The user's allowance beyond the limit.
     Allowance,
-    /// Nothing that is limited: the process has `CAP_IPC_LOCK`.
+    /// Nothing: the process has `CAP_IPC_LOCK`, which lifts the limit.
     Nothing,
-    /// Something that this version does not know.
+    /// A value that this version of the library does not know.
     Other(u32),
 }
 
@@ -44,7 +44,7 @@ impl From<u32> for ChargedTo {
     }
 }
 
-/// What the kernel's pinbuf can do, and what the caller may.
+/// The features of the kernel's pinbuf, and the limits of the caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Query {
@@ -52,27 +52,27 @@ pub struct Query {
     pub version: u32,
     /// Buffers are mapped with huge page-table entries where they fit.
     pub huge_mmap: bool,
-    /// [`Device::export_file_ranges`] is possible.
+    /// [`Device::export_file_ranges`] is supported.
     pub check_backing: bool,
-    /// [`DmaBuf::discarded`] is possible.
+    /// [`DmaBuf::discarded`] is supported.
     pub discards: bool,
-    /// The most ranges of a buffer.
+    /// Maximum number of ranges in one call.
     pub max_ranges: usize,
-    /// What addresses and lengths must be multiples of, bytes.
+    /// Page size in bytes: addresses and lengths must be multiples of it.
     pub page_size: usize,
-    /// To what the next buffer is charged.
+    /// What the next buffer is charged to.
     pub charged_to: ChargedTo,
-    /// `RLIMIT_MEMLOCK` in bytes; `None` is no limit.
+    /// `RLIMIT_MEMLOCK` in bytes; `None` means that there is no limit.
     pub memlock: Option<u64>,
-    /// What a user may pin beyond it, bytes.
+    /// Bytes that a user may keep in place beyond the limit.
     pub allowance: u64,
-    /// Of that, what this user's live buffers take, bytes.
+    /// Bytes of the allowance that live buffers of this user take.
     pub allowance_used: u64,
-    /// What all users together may, bytes.
+    /// Bytes that all users together may keep in place beyond their limits.
     pub allowance_system: u64,
 }
 
-/// A range, and the file and offset that it is believed to map.
+/// A range, and the file and offset that the caller expects it to map.
 #[derive(Clone, Copy, Debug)]
 pub struct FileRange<'a> {
     /// The range of the address space.
@@ -85,12 +85,12 @@ pub struct FileRange<'a> {
 
 /// `/dev/pinbuf`, opened.
 ///
-/// It has no state: one may be used by any number of threads, and after `fork`.
+/// It has no state: any number of threads may use one at the same time, also after `fork`.
 #[derive(Debug)]
 pub struct Device(OwnedFd);
 
 impl Device {
-    /// Where the device is.
+    /// The path of the device.
     pub const PATH: &'static str = "/dev/pinbuf";
 
     /// Opens the device.
@@ -108,7 +108,7 @@ impl Device {
         Self::open_path(Self::PATH)
     }
 
-    /// Opens the device at another path, in a container for example.
+    /// Opens the device at another path, for example in a container.
     ///
     /// # Errors
     ///
@@ -132,7 +132,7 @@ impl Device {
         Self::from_fd(file.into())
     }
 
-    /// Takes a descriptor of the device, which somebody with the permission opened.
+    /// Takes an open descriptor of the device, for example from a process with the permission to open it.
     ///
     /// # Errors
     ///
@@ -146,11 +146,11 @@ impl Device {
         }
     }
 
-    /// Asks what the kernel can do.
+    /// Returns the features of the kernel's pinbuf and the limits of the caller.
     ///
     /// # Errors
     ///
-    /// None are expected of a device that could be opened.
+    /// No error is expected if the device could be opened.
     pub fn query(&self) -> Result<Query> {
         let mut query = uapi::Query {
             size: size_of::<uapi::Query>() as u32,
@@ -176,7 +176,7 @@ impl Device {
         })
     }
 
-    /// Makes a buffer of all of a region.
+    /// Makes a buffer of a whole region.
     ///
     /// # Errors
     ///
@@ -213,20 +213,20 @@ impl Device {
         self.create(&ranges, &[])
     }
 
-    /// Makes a buffer of any ranges of this process's address space, in bytes, of whole pages.
+    /// Makes a buffer of ranges of this process's address space, which consist of whole pages.
     ///
     /// # Safety
     ///
-    /// From now on, and until the buffer's last user (a copy of the descriptor, a mapping, a
-    /// device) is gone, others can read and write the memory at any time. So no reference to it
-    /// may exist, except through types that allow for that, such as atomics; it must hold nothing
-    /// whose change would break an invariant; and when the memory is freed and used anew, the
-    /// buffer still shows the same pages.
+    /// From this call until the last user of the buffer (a copy of the descriptor, a mapping, a
+    /// device) is gone, other processes and devices can read and write the memory at any time. So
+    /// no reference to it may exist, except through types that permit this, such as atomics; it
+    /// must hold nothing whose change would break an invariant; and if the memory is freed and
+    /// allocated again, the buffer still shows the same pages.
     ///
     /// # Errors
     ///
     /// As for [`export_slices`](Self::export_slices); [`Error::Misaligned`], [`Error::TooLarge`],
-    /// and [`Error::NotPinnable`] for what is not mapped writable, or not memory.
+    /// and [`Error::NotPinnable`] for ranges that are not mapped writable, or not memory.
     ///
     /// ```no_run
     /// use std::alloc::{alloc_zeroed, Layout};
@@ -245,12 +245,12 @@ impl Device {
         self.create(ranges, &[])
     }
 
-    /// The same for ranges that map files, when other threads may change the mappings meanwhile:
-    /// the kernel compares the pages that it pinned with those named.
+    /// The same for ranges that map files, if other threads may change the mappings at the same
+    /// time: the kernel compares the pages that it pinned with those of the file.
     ///
     /// # Safety
     ///
-    /// As for [`export_ranges`](Self::export_ranges), of the files' memory.
+    /// As for [`export_ranges`](Self::export_ranges), for the memory of the files.
     ///
     /// # Errors
     ///
@@ -296,7 +296,7 @@ impl Device {
         // function vouches for.
         let fd = unsafe { ioctl_create(self.0.as_raw_fd(), &create) }
             .map_err(|errno| Error::of_create(errno, bytes))?;
-        // SAFETY: the kernel has just returned it, so nobody else owns it.
+        // SAFETY: the kernel has just returned it, so it has no other owner.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(DmaBuf::of_kernel(fd))
     }
@@ -328,7 +328,7 @@ impl From<Device> for OwnedFd {
     }
 }
 
-/// A place in a file, as the kernel wants it named.
+/// A place in a file, in the form that the kernel takes.
 fn backing(file: BorrowedFd<'_>, offset: u64) -> Result<uapi::Backing> {
     check_aligned(offset)?;
     Ok(uapi::Backing {
@@ -338,7 +338,7 @@ fn backing(file: BorrowedFd<'_>, offset: u64) -> Result<uapi::Backing> {
     })
 }
 
-/// Checks what can be told without the kernel, and returns the sum in bytes.
+/// Checks as much as possible without the kernel, and returns the sum in bytes.
 fn check_ranges(ranges: &[Range]) -> Result<u64> {
     let max = uapi::MAX_RANGES as usize;
     if ranges.len() > max {

@@ -12,7 +12,7 @@ use crate::{Device, DmaBuf, Error, Result};
 
 nix::ioctl_readwrite_bad!(ioctl_discards, uapi::DISCARDS, uapi::Discards);
 
-/// Elements of a list that is asked for at once. Most buffers have no such parts.
+/// Size of the list of one call. Most buffers have no such parts.
 const AT_ONCE: usize = 64;
 
 /// What is known of a part of a buffer.
@@ -21,7 +21,7 @@ const AT_ONCE: usize = 64;
 pub enum DiscardState {
     /// The memory's owner does not see it any more, and never will again.
     Discarded,
-    /// The kernel does not tell whether the owner sees it.
+    /// The kernel does not know whether the owner sees it.
     Unsure,
 }
 
@@ -29,9 +29,9 @@ pub enum DiscardState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Discard {
-    /// The first byte of the buffer, a multiple of the page size.
+    /// Offset of its first byte in the buffer, a multiple of the page size.
     pub offset: u64,
-    /// Bytes, a multiple of the page size.
+    /// Number of bytes, a multiple of the page size.
     pub len: u64,
     /// What is known of it.
     pub state: DiscardState,
@@ -40,14 +40,14 @@ pub struct Discard {
 impl DmaBuf {
     /// The parts of the buffer that the memory's owner does not see any more, in their order: a hole
     /// was punched into the file, a balloon took the pages, the owner unmapped them or told the kernel
-    /// to drop them. Devices and mappings of the buffer go on with the old pages.
+    /// to drop them. Devices and mappings of the buffer continue with the old pages.
     ///
     /// The time that this takes grows with the number of pages, or of huge pages.
     ///
     /// # Errors
     ///
-    /// [`Error::NotADmaBuf`] if it is another exporter's, [`Error::Unsupported`] if the kernel's pinbuf
-    /// does not know the call.
+    /// [`Error::NotADmaBuf`] if the buffer belongs to another exporter, [`Error::Unsupported`] if the
+    /// kernel's pinbuf does not know the call.
     ///
     /// ```no_run
     /// # let device = pinbuf::Device::open()?;
@@ -97,10 +97,10 @@ impl DmaBuf {
     }
 }
 
-/// Asks many buffers, from time to time, for parts that the memory's owner does not see any more.
+/// Finds out, for many buffers, which parts the memory's owner does not see any more.
 ///
-/// It holds references to buffers of any kind: `&DmaBuf`, `Arc<DmaBuf>`. There is no thread: whoever has
-/// it calls [`poll`](Self::poll).
+/// It holds references to buffers of any kind: `&DmaBuf`, `Arc<DmaBuf>`. It has no thread: call
+/// [`poll`](Self::poll) from time to time.
 ///
 /// ```no_run
 /// # let device = pinbuf::Device::open()?;

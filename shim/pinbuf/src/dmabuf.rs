@@ -19,7 +19,7 @@ const SYNC_READ: u64 = 1;
 const SYNC_WRITE: u64 = 2;
 const SYNC_END: u64 = 4;
 
-/// What the CPU is going to do with a buffer.
+/// The kind of access by the CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
     /// Read what devices wrote.
@@ -40,7 +40,7 @@ impl Access {
     }
 }
 
-/// What pinbuf tells of one of its buffers.
+/// What a buffer of pinbuf consists of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Info {
@@ -50,18 +50,18 @@ pub struct Info {
     pub pages: u64,
     /// Runs of physically adjacent pages.
     pub extents: u64,
-    /// References to pages or huge pages that are held.
+    /// Number of references to pages and huge pages that the buffer holds.
     pub pins: u64,
-    /// Kernel memory for remembering the extents, bytes.
+    /// Kernel memory for the list of extents, in bytes.
     pub kernel_bytes: u64,
-    /// Memory that the buffer keeps in place, bytes: its pages, and the rest of the large folios (transparent
-    /// huge pages, for one) that they are in.
+    /// Memory that the buffer keeps in place, in bytes: its pages, and the rest of the large folios,
+    /// such as transparent huge pages, that contain them.
     pub held_bytes: u64,
-    /// Pages that are charged.
+    /// Number of pages that are charged.
     pub charged_pages: u64,
-    /// To what they are charged.
+    /// What they are charged to.
     pub charged_to: ChargedTo,
-    /// Devices' mappings that live now.
+    /// Number of live mappings by devices.
     pub mappings: u32,
     /// Of the size, bytes that the memory's owner does not see any more; [`DmaBuf::discarded`] says
     /// which.
@@ -72,8 +72,8 @@ pub struct Info {
 
 /// A dma-buf.
 ///
-/// It is a descriptor and nothing else: it can be turned into an [`OwnedFd`] and passed on, and
-/// made from one that came from elsewhere. The pages live until the last copy of the descriptor
+/// It is a descriptor and nothing else: it can be converted into an [`OwnedFd`] and passed on, and
+/// be made from one that another process sent. The pages live until the last copy of the descriptor
 /// and the last mapping, the CPU's or a device's, are gone.
 #[derive(Debug)]
 pub struct DmaBuf(OwnedFd);
@@ -83,7 +83,7 @@ impl DmaBuf {
         Self(fd)
     }
 
-    /// Takes a descriptor of a dma-buf, whoever made it.
+    /// Takes a descriptor of a dma-buf, of any exporter.
     ///
     /// # Errors
     ///
@@ -108,17 +108,17 @@ impl DmaBuf {
     ///
     /// # Errors
     ///
-    /// [`Error::System`], if the descriptor's file was replaced behind our back.
+    /// [`Error::System`], if the file of the descriptor was replaced by another one.
     pub fn size(&self) -> Result<usize> {
         let end = lseek(&self.0, 0, Whence::SeekEnd).map_err(Error::system("lseek"))?;
         usize::try_from(end).map_err(|_| Error::TooLarge)
     }
 
-    /// Asks pinbuf about the buffer.
+    /// Returns what the buffer consists of.
     ///
     /// # Errors
     ///
-    /// [`Error::NotADmaBuf`] if it is another exporter's.
+    /// [`Error::NotADmaBuf`] if the buffer belongs to another exporter.
     pub fn info(&self, device: &Device) -> Result<Info> {
         let info = device.info(self.0.as_fd())?;
         Ok(Info {
@@ -136,8 +136,8 @@ impl DmaBuf {
         })
     }
 
-    /// Maps all of the buffer for reading and writing, at a multiple of 2 MiB if it is as large,
-    /// so that huge page-table entries fit.
+    /// Maps the whole buffer for reading and writing. A buffer of 2 MiB or more is mapped at a
+    /// multiple of 2 MiB, so that huge page-table entries fit.
     ///
     /// # Errors
     ///
@@ -166,9 +166,9 @@ impl DmaBuf {
         })
     }
 
-    /// Begins an access by the CPU: caches are made to show what devices wrote. It ends with the
-    /// guard. For accesses through the memory that the buffer was made of, or through a mapping
-    /// made elsewhere; [`Mapping::begin`] is this for a [`Mapping`].
+    /// Begins an access by the CPU, so that it sees what devices wrote. The access ends when the guard
+    /// is dropped. Use this for accesses through the memory that the buffer was made of, or through a
+    /// mapping that was made elsewhere; for a [`Mapping`] there is [`Mapping::begin`].
     ///
     /// # Errors
     ///
@@ -194,7 +194,7 @@ impl DmaBuf {
         }
     }
 
-    /// Another descriptor of the same buffer.
+    /// Duplicates the descriptor.
     ///
     /// # Errors
     ///
@@ -233,7 +233,7 @@ impl TryFrom<OwnedFd> for DmaBuf {
 }
 
 /// An access by the CPU that has begun. It ends when this is dropped, or with
-/// [`finish`](Self::finish), which tells errors.
+/// [`finish`](Self::finish), which returns errors.
 #[derive(Debug)]
 #[must_use = "the access ends when the guard is dropped"]
 pub struct SyncGuard<'a> {
@@ -257,7 +257,7 @@ impl SyncGuard<'_> {
 impl Drop for SyncGuard<'_> {
     fn drop(&mut self) {
         if !self.ended {
-            // Nobody is there to hear of an error; `finish` is for those who want to.
+            // There is no way to return an error here; `finish` does.
             let _ = self.buffer.sync(self.access.flags() | SYNC_END);
         }
     }
@@ -277,8 +277,8 @@ impl Mapping<'_> {
         self.memory.len()
     }
 
-    /// The first byte's address. What is read or written there, others may write and read at the
-    /// same time; begin an access first.
+    /// The address of the first byte. Other processes and devices may read and write the memory
+    /// at the same time; begin an access first.
     pub fn as_ptr(&self) -> *mut u8 {
         self.memory.address()
     }
@@ -332,7 +332,7 @@ impl CpuAccess<'_> {
         self.memory.fill(offset, len, byte)
     }
 
-    /// Ends the access, and tells errors.
+    /// Ends the access, and returns errors.
     ///
     /// # Errors
     ///

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What can go wrong, in words of what the caller did.
+//! Errors, in terms of what the caller did.
 
 use std::fmt;
 
@@ -15,65 +15,67 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// There is no `/dev/pinbuf`: the module is not loaded (`modprobe pinbuf`).
     NoDevice,
-    /// The device may not be opened by this user; who may is usually in the group `kvm`.
+    /// This user may not open the device. Members of its group, by default `kvm`, may.
     NotPermitted,
-    /// The file that was opened as the device is another.
+    /// The file that was opened is not the device of pinbuf.
     NotPinbuf,
-    /// The kernel's module is of another version than this library and does not know the call.
+    /// The kernel's module is older than this library and does not know the call.
     Unsupported,
-    /// A length of zero, or no range at all.
+    /// A length is zero, or there is no range.
     Empty,
-    /// An address, offset or length in bytes is no multiple of the page size.
+    /// An address, offset or length in bytes is not a multiple of the page size.
     Misaligned {
-        /// The number in question.
+        /// The address, offset or length.
         value: u64,
-        /// What it should be a multiple of, bytes.
+        /// The page size, in bytes.
         align: u64,
     },
-    /// More ranges than one call takes.
+    /// There are more ranges than one call accepts.
     TooManyRanges {
-        /// How many were given.
+        /// The number of ranges.
         count: usize,
-        /// How many may be given.
+        /// The maximum.
         max: usize,
     },
     /// A range ends beyond the address space, or the sum of the lengths overflows.
     TooLarge,
-    /// `offset..offset + len` is not inside of the memory or image, which has `size` bytes.
+    /// `offset..offset + len` is not within the memory or image, which has `size` bytes.
     OutOfBounds {
-        /// First byte.
+        /// Offset of the first byte.
         offset: usize,
-        /// Bytes.
+        /// Number of bytes.
         len: usize,
-        /// Bytes that there are.
+        /// Size of the memory or image, in bytes.
         size: usize,
     },
-    /// A range is not mapped, not writable, or of a kind that cannot be pinned for long; or what
-    /// backs it (a pool of huge pages, a tmpfs) is exhausted.
+    /// A range is not mapped, not writable, or of a kind that cannot be pinned for the long term; or
+    /// its backing store (a pool of huge pages, a tmpfs) is exhausted.
     NotPinnable,
-    /// Over the limit on locked memory (`ulimit -l`) and over the allowance, or out of memory.
+    /// The buffer exceeds the limit on locked memory (`ulimit -l`) and the allowance, or the
+    /// machine is out of memory.
     OverLimit {
         /// The buffer's size in bytes.
         bytes: u64,
     },
     /// There is not enough memory, or address space.
     NoMemory,
-    /// The pool has not as many free huge pages (`/sys/kernel/mm/hugepages`).
+    /// The pool has too few free huge pages (`/sys/kernel/mm/hugepages`).
     NoHugePages {
-        /// Bytes that were asked for.
+        /// Number of bytes that were requested.
         bytes: usize,
-        /// Bytes of a page.
+        /// Size of a page, in bytes.
         page: usize,
     },
-    /// The pages lie where nothing may stay pinned and could not be moved just now. Try again.
+    /// The pages lie where nothing may stay pinned (ZONE_MOVABLE, CMA), and could not be migrated.
+    /// Try again later.
     Busy,
     /// A fatal signal arrived.
     Interrupted,
-    /// A range does not map the file and offset that were named with it.
+    /// A range does not map the file and offset that the caller expects: the mapping has changed.
     NotTheBacking,
-    /// A descriptor that was named with a range is not open.
+    /// The descriptor that was given with a range is not open.
     BadDescriptor,
-    /// No descriptor is free (`ulimit -n`), or no file in the system.
+    /// The process has no free descriptor (`ulimit -n`), or the system no free file.
     TooManyFiles,
     /// The module is being unloaded.
     Unloading,
@@ -95,49 +97,50 @@ impl fmt::Display for Error {
         match self {
             Self::NoDevice => write!(
                 f,
-                "/dev/pinbuf is missing: load the module (modprobe pinbuf)"
+                "there is no /dev/pinbuf: load the module (modprobe pinbuf)"
             ),
             Self::NotPermitted => {
                 write!(
                     f,
-                    "/dev/pinbuf may not be opened: join the group that it belongs to"
+                    "no permission to open /dev/pinbuf: join the group that it belongs to"
                 )
             }
-            Self::NotPinbuf => write!(f, "the device is not pinbuf's"),
-            Self::Unsupported => write!(f, "the kernel's pinbuf is older than this library"),
-            Self::Empty => write!(f, "a length of zero, or no range"),
-            Self::Misaligned { value, align } => write!(f, "{value:#x} is no multiple of {align}"),
-            Self::TooManyRanges { count, max } => write!(f, "{count} ranges, and {max} at most"),
+            Self::NotPinbuf => write!(f, "the file is not the device of pinbuf"),
+            Self::Unsupported => write!(f, "the module is older than this library: update it"),
+            Self::Empty => write!(f, "a length is zero, or there is no range"),
+            Self::Misaligned { value, align } => write!(f, "{value:#x} is not a multiple of {align}"),
+            Self::TooManyRanges { count, max } => write!(f, "{count} ranges are more than the maximum of {max}"),
             Self::TooLarge => write!(f, "a range ends beyond the address space"),
             Self::OutOfBounds { offset, len, size } => {
-                write!(f, "{len} bytes at {offset} are not inside of {size} bytes")
+                write!(f, "{len} bytes at offset {offset} are not within {size} bytes")
             }
             Self::NotPinnable => write!(
                 f,
-                "a range is not mapped, not writable, of a kind that cannot be pinned, or what \
-                 backs it is exhausted"
+                "a range is not mapped, not writable, or of a kind that cannot be pinned, or its \
+                 backing store (huge pages, tmpfs) is exhausted"
             ),
             Self::OverLimit { bytes } => write!(
                 f,
-                "pinning {bytes} bytes exceeds the limit on locked memory (ulimit -l), or memory"
+                "pinning {bytes} bytes exceeds the limit on locked memory (raise `ulimit -l`), or there \
+                 is not enough memory"
             ),
             Self::NoMemory => write!(f, "not enough memory or address space"),
             Self::NoHugePages { bytes, page } => write!(
                 f,
-                "fewer than {} huge pages of {} KiB are free",
+                "fewer than {} huge pages of {} KiB are free; raise vm.nr_hugepages",
                 bytes.div_ceil(*page),
                 page / 1024
             ),
             Self::Busy => write!(
                 f,
-                "pages cannot be moved just now to where they may be pinned"
+                "pages could not be migrated to memory where they may be pinned; try again later"
             ),
             Self::Interrupted => write!(f, "interrupted by a fatal signal"),
-            Self::NotTheBacking => write!(f, "a range does not map the file and offset named"),
+            Self::NotTheBacking => write!(f, "a range does not map the file and offset that were given with it"),
             Self::BadDescriptor => write!(f, "a descriptor is not open"),
-            Self::TooManyFiles => write!(f, "no descriptor is free (ulimit -n)"),
+            Self::TooManyFiles => write!(f, "no file descriptor is free (raise `ulimit -n`)"),
             Self::Unloading => write!(f, "the module is being unloaded"),
-            Self::NotADmaBuf => write!(f, "the descriptor is no dma-buf of this kind"),
+            Self::NotADmaBuf => write!(f, "the descriptor is not a dma-buf, or not one of pinbuf"),
             Self::Image(error) => error.fmt(f),
             Self::System { call, errno } => write!(f, "{call}: {}", errno.desc()),
         }
@@ -161,7 +164,7 @@ impl From<ImageError> for Error {
 }
 
 impl Error {
-    /// Of a call that has no errors of its own kind.
+    /// The error of a call for which there are no special ones.
     pub(crate) fn system(call: &'static str) -> impl Fn(Errno) -> Self {
         move |errno| match errno {
             Errno::ENOMEM => Self::NoMemory,
@@ -171,7 +174,7 @@ impl Error {
         }
     }
 
-    /// Of `PINBUF_CREATE`, whose arguments were checked for what can be told beforehand.
+    /// The error of `PINBUF_CREATE`, whose arguments were checked as far as possible before.
     pub(crate) fn of_create(errno: Errno, bytes: u64) -> Self {
         match errno {
             Errno::EOVERFLOW => Self::TooLarge,
@@ -192,35 +195,36 @@ impl Error {
     }
 }
 
-/// What is wrong with an [`Image`](crate::Image).
+/// Errors in the description of an [`Image`](crate::Image).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ImageError {
     /// The width or the height is zero.
     NoPixels,
-    /// The layout of this format is not known here.
+    /// The layout of this format is not known to this library.
     UnknownFormat(drm_fourcc::DrmFourcc),
-    /// Only linear images have rows that can be described; this one is tiled or compressed.
+    /// The image is tiled or compressed: only linear images have rows.
     NotLinear(u64),
-    /// The width or the height is no multiple of what the format's subsampling needs.
+    /// The width or the height is not a multiple of the number that the format's subsampling
+    /// requires.
     NotSubsampled {
-        /// The number in question, pixels.
+        /// The width or height, in pixels.
         value: u32,
-        /// What it should be a multiple of.
+        /// The number that it has to be a multiple of.
         multiple: u32,
     },
-    /// A stride is shorter than a row, or no multiple of a pixel.
+    /// A stride is shorter than a row, or not a multiple of a pixel.
     Stride {
-        /// The stride given, bytes.
+        /// The stride, in bytes.
         stride: usize,
-        /// The least that is needed, bytes.
+        /// The minimum, in bytes.
         least: usize,
     },
-    /// The image does not fit.
+    /// The image does not fit into the buffer.
     TooSmall {
-        /// Bytes of the buffer.
+        /// Size of the buffer, in bytes.
         buffer: usize,
-        /// Bytes that the image takes.
+        /// Size of the image, in bytes.
         image: usize,
     },
     /// The image has no such plane or row.
@@ -237,25 +241,30 @@ pub enum ImageError {
 impl fmt::Display for ImageError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NoPixels => write!(f, "an image without pixels"),
+            Self::NoPixels => write!(f, "the width or the height of the image is zero"),
             Self::UnknownFormat(format) => write!(f, "the layout of {format} is not known"),
             Self::NotLinear(modifier) => write!(f, "modifier {modifier:#x} is not linear"),
             Self::NotSubsampled { value, multiple } => {
                 write!(
                     f,
-                    "{value} pixels are no multiple of {multiple}, as the format needs"
+                    "{value} pixels are not a multiple of {multiple}, which the format requires"
                 )
             }
             Self::Stride { stride, least } => {
                 write!(
                     f,
-                    "a stride of {stride} bytes where a row takes {least}, in whole pixels"
+                    "a stride of {stride} bytes is shorter than a row of {least} bytes, or not whole pixels"
                 )
             }
             Self::TooSmall { buffer, image } => {
-                write!(f, "a buffer of {buffer} bytes for an image of {image}")
+                write!(
+                    f,
+                    "the image needs {image} bytes, and the buffer has {buffer}"
+                )
             }
-            Self::NoSuchRow { plane, row } => write!(f, "no row {row} in plane {plane}"),
+            Self::NoSuchRow { plane, row } => {
+                write!(f, "the image has no row {row} in plane {plane}")
+            }
             Self::Overflow => write!(f, "the image's size overflows"),
         }
     }
@@ -286,6 +295,9 @@ mod tests {
             page: 2 << 20,
         }
         .to_string();
-        assert_eq!(text, "fewer than 3 huge pages of 2048 KiB are free");
+        assert_eq!(
+            text,
+            "fewer than 3 huge pages of 2048 KiB are free; raise vm.nr_hugepages"
+        );
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What is in a buffer, when it is a picture.
+//! The layout of an image in a buffer.
 
 use drm_fourcc::{DrmFourcc, DrmModifier};
 
@@ -11,13 +11,13 @@ type Result<T> = std::result::Result<T, ImageError>;
 /// One of an image's planes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plane {
-    /// Where it begins in the buffer, bytes.
+    /// Offset of the plane in the buffer, in bytes.
     pub offset: usize,
-    /// From one row to the next, bytes.
+    /// Distance from one row to the next, in bytes.
     pub stride: usize,
-    /// Bytes of a row that hold pixels.
+    /// Number of bytes of a row that hold pixels.
     pub row_bytes: usize,
-    /// Rows.
+    /// Number of rows.
     pub rows: u32,
 }
 
@@ -30,7 +30,7 @@ pub struct Plane {
 /// let image = Image::new(DrmFourcc::Nv12, 1920, 1080)?;
 /// assert_eq!(image.planes().len(), 2);
 /// assert_eq!(image.size(), 1920 * 1080 * 3 / 2);
-/// // As a device wants it, with rows at multiples of 256 bytes.
+/// // With rows at multiples of 256 bytes, as some devices require.
 /// let image = Image::with_stride_align(DrmFourcc::Xrgb8888, 1000, 500, 256)?;
 /// assert_eq!(image.planes()[0].stride, 4096);
 /// assert!(image.check_size(4096 * 500).is_ok());
@@ -76,7 +76,7 @@ fn layout(format: DrmFourcc) -> Result<&'static [Layout]> {
 }
 
 impl Image {
-    /// An image of `width` by `height` pixels whose rows, and planes, follow each other closely.
+    /// An image of `width` by `height` pixels without padding between rows and planes.
     ///
     /// # Errors
     ///
@@ -124,7 +124,7 @@ impl Image {
         })
     }
 
-    /// An image whose planes lie where somebody else put them: offset and stride of each, bytes.
+    /// An image with a given offset and stride of each plane, in bytes.
     ///
     /// # Errors
     ///
@@ -178,17 +178,17 @@ impl Image {
         self.format
     }
 
-    /// The modifier: linear, or not told ([`DrmModifier::Invalid`]).
+    /// The modifier: linear, or unspecified ([`DrmModifier::Invalid`]).
     pub fn modifier(&self) -> DrmModifier {
         self.modifier
     }
 
-    /// Pixels in a row.
+    /// Width, in pixels.
     pub fn width(&self) -> u32 {
         self.width
     }
 
-    /// Rows of pixels.
+    /// Height, in pixels.
     pub fn height(&self) -> u32 {
         self.height
     }
@@ -198,7 +198,7 @@ impl Image {
         &self.planes
     }
 
-    /// Bytes from the buffer's start to the last row's end.
+    /// Number of bytes from the start of the buffer to the end of the last row.
     pub fn size(&self) -> usize {
         // Each was checked when the image was made.
         self.planes
@@ -208,7 +208,7 @@ impl Image {
             .unwrap_or(0)
     }
 
-    /// Does the image fit into a buffer of so many bytes?
+    /// Checks that the image fits into a buffer of `buffer` bytes.
     ///
     /// # Errors
     ///
@@ -222,7 +222,7 @@ impl Image {
         }
     }
 
-    /// Where a row of a plane begins in the buffer, bytes.
+    /// Offset of a row of a plane in the buffer, in bytes.
     ///
     /// # Errors
     ///

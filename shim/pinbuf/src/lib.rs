@@ -24,7 +24,7 @@ pub fn page_size() -> usize {
     static SIZE: OnceLock<usize> = OnceLock::new();
     *SIZE.get_or_init(|| {
         let size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
-        // Every Linux system tells it; x86's is the smallest that there is.
+        // Every Linux system reports it; 4 KiB is the smallest page of all architectures.
         size.ok()
             .flatten()
             .and_then(|size| usize::try_from(size).ok())

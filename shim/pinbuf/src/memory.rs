@@ -64,7 +64,7 @@ impl Memory {
         map: impl Fn(Option<NonZeroUsize>, MapFlags) -> Result<NonNull<c_void>>,
     ) -> Result<Self> {
         if align <= crate::page_size() {
-            // INVARIANT: mapped by the caller's closure, and known to nobody else.
+            // INVARIANT: mapped by the caller's closure, and known nowhere else.
             return Ok(Self {
                 address: map(None, MapFlags::empty())?,
                 len,
@@ -80,7 +80,7 @@ impl Memory {
         let aligned = first.next_multiple_of(align);
         let unmap = |from: usize, to: usize| {
             if let (Some(at), true) = (NonNull::new(from as *mut c_void), from < to) {
-                // SAFETY: a part of what was reserved above, which nobody uses.
+                // SAFETY: a part of what was reserved above, which nothing uses.
                 let _ = unsafe { mman::munmap(at, to - from) };
             }
         };
@@ -91,7 +91,7 @@ impl Memory {
                     aligned + len.next_multiple_of(crate::page_size()),
                     first + reserved,
                 );
-                // INVARIANT: mapped by the caller's closure, and known to nobody else.
+                // INVARIANT: mapped by the caller's closure, and known nowhere else.
                 Ok(Self { address, len })
             }
             Err(error) => {
@@ -122,7 +122,7 @@ impl Memory {
     pub(crate) fn read_at(&self, offset: usize, to: &mut [u8]) -> Result<()> {
         let from = self.at(offset, to.len())?;
         // SAFETY: `from` is mapped for that length, and `to` is a reference of its own, so the two
-        // do not overlap. Whoever writes meanwhile changes which bytes are copied, no more.
+        // do not overlap. A concurrent writer changes which bytes are copied, and nothing else.
         unsafe { copy(from, to.as_mut_ptr(), to.len()) };
         Ok(())
     }

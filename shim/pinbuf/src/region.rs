@@ -18,7 +18,7 @@ use crate::{Error, Result};
 pub enum HugePage {
     /// 2 MiB.
     Mib2,
-    /// 1 GiB. Such pages are usually set aside at boot (`hugepagesz=1G hugepages=N`).
+    /// 1 GiB. Such pages are usually reserved at boot (`hugepagesz=1G hugepages=N`).
     Gib1,
 }
 
@@ -38,13 +38,13 @@ impl HugePage {
 
 /// Memory of this process that can be exported as a dma-buf.
 ///
-/// It owns its memory, and never shows it through a reference: bytes are copied with
+/// It owns its memory, and never lends it by reference: bytes are copied with
 /// [`read_at`](Self::read_at) and [`write_at`](Self::write_at), so a device or another process may
-/// change them at any time. All memory reads as zero at first. Lengths are rounded up to whole
-/// pages, of the region's kind.
+/// change them at any time. New memory is zeroed. Lengths are rounded up to whole pages of the
+/// region's kind.
 ///
-/// Private regions are not inherited by `fork`: a child's first write would otherwise give one of
-/// the two other pages than the buffer has.
+/// Private regions are not inherited by `fork`: otherwise the first write afterwards would give one
+/// of the two processes a copy of the page, which the buffer does not have.
 ///
 /// Dropping a region unmaps it; buffers made of it keep their pages.
 ///
@@ -80,8 +80,8 @@ impl Region {
         )?)
     }
 
-    /// The same, aligned to 2 MiB and with the kernel asked for transparent huge pages. It gives
-    /// them where it can.
+    /// The same, aligned to 2 MiB and with advice to the kernel to use transparent huge pages, which
+    /// it does where it can.
     ///
     /// # Errors
     ///
@@ -99,7 +99,7 @@ impl Region {
     /// # Errors
     ///
     /// [`Error::Empty`]; [`Error::NoHugePages`] if the pool has too few;
-    /// [`Error::Misaligned`] never, for `len` in bytes is rounded up.
+    /// never [`Error::Misaligned`], as `len` is rounded up.
     pub fn hugetlb(len: usize, page: HugePage) -> Result<Self> {
         let len = round_up(len, page.bytes())?;
         let size = match page {
@@ -112,9 +112,9 @@ impl Region {
         Self::private(memory)
     }
 
-    /// A memfd of `len` bytes, mapped shared; with `page`, of huge pages. The file is sealed
-    /// against shrinking and growing and can be passed on ([`memfd`](Self::memfd)). `name` is
-    /// shown in `/proc`.
+    /// A memfd of `len` bytes that is mapped shared; with `page`, of huge pages. The file is sealed
+    /// against shrinking and growing, and can be passed on (see
+    /// [`memfd_descriptor`](Self::memfd_descriptor)). `name` is shown in `/proc`.
     ///
     /// # Errors
     ///
@@ -177,13 +177,12 @@ impl Region {
         self.memory.len()
     }
 
-    /// The first byte's address. What is read or written there is shared with whoever has a
-    /// buffer of it.
+    /// The address of the first byte. All users of a buffer of this region share the memory.
     pub fn as_ptr(&self) -> *mut u8 {
         self.memory.address()
     }
 
-    /// The memfd, of a region made by [`Region::memfd`].
+    /// The memfd, if the region was made by [`Region::memfd`].
     pub fn memfd_descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.memfd.as_ref().map(AsFd::as_fd)
     }
@@ -244,7 +243,7 @@ impl Region {
         })
     }
 
-    /// All of it.
+    /// The whole region as a part.
     pub fn as_slice(&self) -> RegionSlice<'_> {
         RegionSlice {
             region: self,
@@ -330,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_huge_page_is_told() {
+    fn a_missing_huge_page_is_reported() {
         // 1 PiB.
         let error = Region::hugetlb(1 << 50, HugePage::Mib2).err();
         assert!(

@@ -107,10 +107,10 @@ fn open_pinbuf(mut own: c_int, flags: c_int) -> c_int {
     }
     let error = errno();
     if own >= 0 {
-        log!("/dev/pinbuf cannot be opened: errno {error}; fd {own} is the kernel's udmabuf");
+        log!("cannot open /dev/pinbuf (errno {error}): fd {own} is the kernel's udmabuf");
         set_errno(before);
     } else {
-        log!("/dev/udmabuf cannot be opened as /dev/pinbuf: errno {error}");
+        log!("cannot open /dev/pinbuf in place of /dev/udmabuf: errno {error}");
         set_errno(error_of(before, error));
     }
     own

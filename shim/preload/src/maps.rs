@@ -115,7 +115,7 @@ impl Maps {
         let fd = match sys::open(c"/proc/self/maps", flags) {
             Ok(fd) => fd,
             Err(Errno(errno)) => {
-                log!("/proc/self/maps cannot be opened: errno {errno}");
+                log!("cannot open /proc/self/maps (errno {errno}): memfds are mapped for each create");
                 return;
             }
         };
@@ -132,7 +132,7 @@ impl Maps {
         // Where the program has set a low limit there are mappings of our own instead: a low number would be
         // missing among the program's.
         let Ok(fd) = high else {
-            log!("/proc/self/maps is not kept: no descriptor from {HIGH} on");
+            log!("no descriptor from {HIGH} on is free for /proc/self/maps: memfds are mapped for each create");
             return;
         };
         let claimed = self.state.compare_exchange(
