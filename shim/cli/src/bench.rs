@@ -21,16 +21,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::shim;
 
-/// Measures making, mapping and closing buffers, against udmabuf where the kernel has it.
+/// Measure creating, mapping and closing buffers, compared with udmabuf if the kernel has it.
 #[derive(Debug, Args)]
 pub struct Bench {
-    /// The buffers' size in MiB. udmabuf's limit is 64, unless it was raised.
+    /// Size of the buffers in MiB. By default, udmabuf takes at most 64 (up to Linux 7.2).
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     size: usize,
-    /// How many times each is measured; medians are shown.
+    /// Number of measurements, of which the medians are shown.
     #[arg(long, value_name = "N", default_value_t = 11)]
     repeat: usize,
-    /// For scripts.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
     /// Measures one side, and prints times.
@@ -61,7 +61,7 @@ enum Memory {
     Hugetlb,
     /// A memfd that the program has mapped.
     Memfd,
-    /// A memfd that nobody has mapped.
+    /// A memfd that no process has mapped.
     MemfdUnmapped,
     /// A memfd with pages of 2 MiB, mapped.
     MemfdHugetlb,
@@ -184,7 +184,7 @@ impl Bench {
             .checked_mul(1 << 20)
             .context("--size is too large")?;
         if bytes == 0 || self.repeat == 0 {
-            bail!("--size and --repeat must not be zero");
+            bail!("--size and --repeat must be greater than zero");
         }
         if let (Some(side), Some(memory)) = (self.side, self.memory) {
             println!(
@@ -193,7 +193,7 @@ impl Bench {
             );
             return Ok(ExitCode::SUCCESS);
         }
-        Device::open().context("pinbuf cannot be measured")?;
+        Device::open().context("cannot measure pinbuf")?;
         let shim = shim::find();
         let mut rows = Vec::new();
         for memory in ALL {
@@ -440,7 +440,7 @@ fn udmabuf(device: &File, memfd: &OwnedFd, bytes: usize) -> Result<DmaBuf> {
     if fd < 0 {
         return Err(std::io::Error::last_os_error()).context("UDMABUF_CREATE");
     }
-    // SAFETY: the kernel has just returned it, so nobody else owns it.
+    // SAFETY: the kernel has just returned it, so it has no other owner.
     Ok(DmaBuf::from_fd(unsafe { OwnedFd::from_raw_fd(fd) })?)
 }
 

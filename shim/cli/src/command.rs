@@ -38,24 +38,26 @@ impl fmt::Display for Obstacle {
         f.write_str(match self {
             Self::SetId => {
                 "it is set-user-ID or set-group-ID, so the dynamic linker ignores LD_PRELOAD; \
-                 run it as the user that it becomes, without the bit"
+                 remove the bit, and run it as the user that it would become"
             }
             Self::FileCapabilities => {
                 "its file has capabilities (getcap), so the dynamic linker ignores LD_PRELOAD; \
-                 start it from a service that gives it AmbientCapabilities instead"
+                 give it the capabilities by AmbientCapabilities= of a service instead"
             }
             Self::Static => {
                 "it is statically linked, so nothing can be preloaded; use a dynamically linked \
-                 build, or teach it /dev/pinbuf"
+                 build, or add support for /dev/pinbuf to it"
             }
             Self::Go => {
-                "it is written in Go, which makes system calls without libc; teach it /dev/pinbuf"
+                "it is written in Go, whose runtime makes system calls without libc; add support for \
+                 /dev/pinbuf to it"
             }
             Self::Bits32 => {
-                "it is a 32-bit program, and the shim is for 64 bits; use a 64-bit build"
+                "it is a 32-bit program, and the shim is built for 64 bits; use a 64-bit build"
             }
-            Self::OtherMachine => "it is for another kind of machine",
-            Self::Musl => "it is linked with musl, and the shim with glibc",
+            Self::OtherMachine => "it is built for another architecture; use a build for this machine",
+            Self::Musl => "it is linked with musl, whose programs cannot load the shim, which is linked with \
+                 glibc; use a build for glibc",
         })
     }
 }
@@ -152,7 +154,7 @@ fn inspect(path: &Path) -> Result<Kind> {
     (&file).take(256).read_to_end(&mut start)?;
     if let Some(line) = start.strip_prefix(b"#!") {
         return Ok(Kind::Script(
-            interpreter(line).context("a script without an interpreter")?,
+            interpreter(line).context("the script names no interpreter")?,
         ));
     }
     let elf = Elf::read(&file).with_context(|| format!("{}", path.display()))?;

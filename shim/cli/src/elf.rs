@@ -82,7 +82,7 @@ impl Fields<'_> {
 fn part(file: &File, offset: u64, len: u64) -> Result<Vec<u8>> {
     let mut bytes = vec![0; usize::try_from(len)?];
     file.read_exact_at(&mut bytes, offset)
-        .context("a damaged program")?;
+        .context("the ELF file is damaged")?;
     Ok(bytes)
 }
 
@@ -92,7 +92,7 @@ impl Elf {
         let mut start = [0; HEADER];
         let len = file.read_at(&mut start, 0)?;
         if len < 20 || !start.starts_with(b"\x7fELF") {
-            bail!("neither a program nor a script");
+            bail!("the file is neither an ELF program nor a script");
         }
         let header = Fields(&start);
         if start[4] == ELFCLASS32 {
@@ -107,12 +107,12 @@ impl Elf {
                 ..Self::default()
             });
         }
-        ensure!(len == HEADER, "a damaged program");
+        ensure!(len == HEADER, "the ELF file is damaged");
         let mut elf = Self::default();
         let (offset, size, count) = (header.u64(32), header.u16(54), header.u16(56));
         ensure!(
             count == 0 || usize::from(size) >= SEGMENT,
-            "a damaged program"
+            "the ELF file is damaged"
         );
         let table = part(file, offset, u64::from(size) * u64::from(count))?;
         for segment in table.chunks_exact(usize::from(size).max(1)) {

@@ -17,7 +17,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// dma-bufs of a process's own memory.
+/// Run programs on pinbuf, check the setup, list buffers, and measure.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {

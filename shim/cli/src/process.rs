@@ -35,7 +35,9 @@ impl Process {
     pub fn find(pid: u32) -> Result<Self> {
         let path = |name: &str| format!("/proc/{pid}/{name}");
         let program = fs::read_link(path("exe")).with_context(|| match fs::exists(path("")) {
-            Ok(true) => format!("process {pid} may not be looked at (by root, it may)"),
+            Ok(true) => {
+                format!("no permission to examine process {pid}: run this as root or as its user")
+            }
             _ => format!("there is no process {pid}"),
         })?;
         let auxv = fs::read(path("auxv"))?;
@@ -76,7 +78,7 @@ fn made_by_pinbuf(pid: u32, entry: &fs::DirEntry) -> bool {
 
 const AT_SECURE: u64 = 23;
 
-/// Is the mark set with which the kernel tells the dynamic linker not to trust the environment?
+/// Whether the kernel asked the dynamic linker not to trust the environment.
 fn is_secure(auxv: &[u8], bits32: bool) -> bool {
     let word = if bits32 { 4 } else { 8 };
     auxv.chunks_exact(2 * word).any(|pair| {

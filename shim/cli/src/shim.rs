@@ -34,7 +34,7 @@ pub fn find() -> Result<PathBuf> {
             // The dynamic linker splits LD_PRELOAD there, and knows no quotes.
             if path.to_string_lossy().contains([' ', ':', '\t', '\n']) {
                 bail!(
-                    "{} cannot be preloaded, for its path has a space or a colon in it: \
+                    "{} cannot be preloaded, because its path contains a space or a colon: \
                      install it elsewhere",
                     path.display()
                 );
@@ -46,7 +46,10 @@ pub fn find() -> Result<PathBuf> {
         .iter()
         .map(|place| place.display().to_string())
         .collect();
-    bail!("{NAME} is not installed; looked for {}", tried.join(", "))
+    bail!(
+        "{NAME} is not installed; run `make install-user`, or install its package (searched: {})",
+        tried.join(", ")
+    )
 }
 
 /// The value for LD_PRELOAD: the shim before what is there already.
