@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `pinbuf`: run programs written for udmabuf on pinbuf, find out why that does not work, look at
+//! live buffers, and measure.
+
+mod apparmor;
+mod bench;
+mod command;
+mod doctor;
+mod elf;
+mod info;
+mod process;
+mod run;
+mod shim;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+/// Run programs on pinbuf, check the setup, list buffers, and measure.
+#[derive(Debug, Parser)]
+#[command(name = "pinbuf", version)]
+struct Arguments {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    Run(run::Run),
+    Doctor(doctor::Doctor),
+    Info(info::Info),
+    Bench(bench::Bench),
+}
+
+/// The status for errors of `pinbuf` itself, as with env(1) and timeout(1): those of the command
+/// that it runs are the command's.
+const OWN_ERROR: u8 = 125;
+
+/// The command line, for manual pages and completions.
+pub fn command() -> clap::Command {
+    Arguments::command()
+}
+
+/// Does what the command line says.
+pub fn main() -> ExitCode {
+    let result = match Arguments::parse().action {
+        Action::Run(run) => run.run(),
+        Action::Doctor(doctor) => doctor.run(),
+        Action::Info(info) => info.run(),
+        Action::Bench(bench) => bench.run(),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("pinbuf: {error:#}");
+            ExitCode::from(OWN_ERROR)
+        }
+    }
+}
