@@ -3,6 +3,7 @@
 //! Checks of the source that run none of it: rustfmt, clippy (of user space and of the kernel module),
 //! the kernel's checkpatch for C, and the links and commands of documents.
 
+use std::fs;
 use std::process::Command;
 
 use anyhow::{bail, Context, Result};
@@ -11,8 +12,12 @@ use crate::kernel::Kernel;
 use crate::tree::{Tree, BUILD};
 use crate::{documents, module, paths, userspace};
 
-/// clippy for the compiler that kernels are built with, and what checkpatch is written in.
-const PACKAGES: &[&str] = &["perl", "rust-clippy"];
+/// clippy for the compiler that kernels are built with, what checkpatch is written in, and the checker
+/// of manual pages.
+const PACKAGES: &[&str] = &["mandoc", "perl", "rust-clippy"];
+
+/// The manual pages that are written by hand.
+const PAGES: &str = "docs/man";
 
 /// The C of the kernel modules.  checkpatch would have `BIT()` in the uapi header, which user space
 /// does not know.
@@ -47,6 +52,7 @@ pub const CHECKS: &[Check] = &[
     ("clippy.driver", clippy_driver),
     ("checkpatch", checkpatch),
     ("documents", documents),
+    ("manuals", manuals),
 ];
 
 fn format_userspace() -> Result<Outcome> {
@@ -139,6 +145,42 @@ fn documents() -> Result<Outcome> {
         Outcome::Clean
     } else {
         Outcome::Dirty(complaints.join("\n"))
+    })
+}
+
+/// The pages of `docs/man`, and those that are made of the command line.
+fn manuals() -> Result<Outcome> {
+    let tools = Tree::tools()?;
+    tools.require("lint", PACKAGES)?;
+    let place = paths::build().join("lint/man");
+    let _ = fs::remove_dir_all(&place);
+    let mut command = userspace::cargo();
+    command.args(["run", "--quiet", "--package", "pinbuf-cli"]);
+    command.args(["--example", "manual", "--"]).arg(&place);
+    let (well, text) = run(&mut command)?;
+    if !well {
+        return Ok(Outcome::Dirty(text));
+    }
+    for page in fs::read_dir(paths::root().join(PAGES)).context(PAGES)? {
+        let page = page?;
+        fs::copy(page.path(), place.join(page.file_name()))?;
+    }
+    // The completions of shells are there as well.  Style is left out: it includes pages that other
+    // packages have, and the tree has none.
+    let mut words = vec!["mandoc".to_owned(), "-T".to_owned(), "lint".to_owned()];
+    words.extend(["-W".to_owned(), "warning".to_owned()]);
+    for page in fs::read_dir(&place)? {
+        let name = page?.file_name().to_string_lossy().into_owned();
+        if name.ends_with(|c: char| c.is_ascii_digit()) {
+            words.push(format!("{BUILD}/lint/man/{name}"));
+        }
+    }
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let (well, text) = run(&mut tools.command(&words)?)?;
+    Ok(if well {
+        Outcome::Clean
+    } else {
+        Outcome::Dirty(text)
     })
 }
 
