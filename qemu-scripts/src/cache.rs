@@ -83,7 +83,7 @@ pub fn ensure(
     let stamp = paths::build().join("stamps").join(name);
     let key = key.finish();
     let fresh = || fs::read_to_string(&stamp).is_ok_and(|found| found == key);
-    // A look without the lock, so that what is there can be used while something else is made.
+    // First without the lock, so that what exists can be used while something else is made.
     if fresh() {
         return Ok(());
     }

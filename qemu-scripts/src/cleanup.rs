@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What has to be undone when this program is told to stop.
+//! What has to be undone when this program is stopped by a signal.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -26,7 +26,7 @@ const MAKEFILE: &str = include_str!("../debug.mk");
 const WRAPPER: &str = include_str!("../debug-cc");
 const HEADERS: &str = include_str!("../debug-cc.h");
 
-/// So many files may not begin with those headers until it is worth a word.
+/// The number of files that cannot begin with those headers above which a warning is printed.
 const WITHOUT: usize = 50;
 
 /// Rust and KASAN together need clang.

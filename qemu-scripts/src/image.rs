@@ -137,7 +137,7 @@ const LEFT_OUT: &[&str] = &[
     "usr/share/locale",
 ];
 
-/// Makes the image of this name, and tells where it is.
+/// Makes the image of this name, and returns its path.
 pub fn ensure(tools: &Tree, name: &str) -> Result<PathBuf> {
     let Some((_, packages)) = IMAGES.iter().find(|(found, _)| *found == name) else {
         let names: Vec<&str> = IMAGES.iter().map(|(name, _)| *name).collect();

@@ -18,7 +18,7 @@ use crate::ui::{step, Step};
 /// Asks the root Kbuild for the modules of the tests, too.
 const TESTS: &str = "CONFIG_PINBUF_TESTS=m";
 
-/// Builds the modules for this kernel if their source changed, and tells where each one is.
+/// Builds the modules for this kernel if their source changed, and returns their paths.
 pub fn ensure(tools: &Tree, kernel: &Kernel) -> Result<Vec<PathBuf>> {
     if !paths::root().join("Kbuild").exists() {
         bail!(

@@ -19,7 +19,7 @@ use crate::{image, module, paths};
 /// How many layers are kept, for runs that change nothing.
 const KEPT: usize = 12;
 
-/// Makes the layer for this kernel, and tells where it is.
+/// Makes the layer for this kernel, and returns its path.
 pub fn ensure(
     tools: &Tree,
     kernel: &Kernel,
@@ -84,7 +84,7 @@ pub fn ensure(
     Ok(image)
 }
 
-/// Makes the lists that modprobe reads, of the kernel's modules and of ours, and tells where they
+/// Makes the lists that modprobe reads, of the kernel's modules and of ours, and returns where they
 /// are.  depmod reads every module for that, so it runs only when ours need or offer other things.
 fn lists(tools: &Tree, kernel: &Kernel, ours: &[PathBuf]) -> Result<PathBuf> {
     let mut key = Key::new().text("1").text(&kernel.stamp()?);

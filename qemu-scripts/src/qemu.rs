@@ -112,7 +112,7 @@ impl Sockets {
         }
     }
 
-    /// Adds one, and tells its path.
+    /// Adds one, and returns its path.
     pub fn add(&mut self, name: &str) -> Result<PathBuf> {
         let path = self.directory.join(name);
         let listener = UnixListener::bind(&path)

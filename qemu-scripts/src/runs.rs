@@ -11,7 +11,7 @@ pub enum When {
     Long,
 }
 
-/// How a run tells whether it went well.
+/// How the result of a run is determined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// By KTAP on standard output.
@@ -43,7 +43,7 @@ pub struct Run {
     pub modules: &'static [&'static str],
     /// The command, as in a shell.
     pub command: &'static str,
-    /// How it tells its result.
+    /// How its result is determined.
     pub verdict: Verdict,
     /// Whether the command takes `--filter`.
     pub filters: bool,

@@ -41,7 +41,7 @@ pub fn ensure(tools: &Tree, stock: &Stock) -> Result<()> {
     )
 }
 
-/// Unpacks the kernel's source, and tells where it is, as seen in trees.
+/// Unpacks the kernel's source, and returns its path as seen in trees.
 pub fn source(tools: &Tree, stock: &Stock) -> Result<String> {
     let (name, version) = stock
         .source

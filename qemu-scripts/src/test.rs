@@ -652,7 +652,7 @@ impl Job {
 
 /// Begins to make what the guests will need, the longest first but for what it needs itself: much of
 /// that keeps one processor busy or none, and so does much of what comes before guests. What goes wrong
-/// here goes wrong once more for whoever needs it, and is told then.
+/// here goes wrong again where it is needed, and is reported then.
 fn prepare(jobs: &[Job]) {
     let mut kernels: Vec<String> = Vec::new();
     for job in jobs {

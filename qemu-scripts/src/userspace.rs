@@ -54,7 +54,7 @@ fn target() -> PathBuf {
     }
 }
 
-/// Builds the programs and libraries, and tells where they are.
+/// Builds the programs and libraries, and returns their paths.
 pub fn build(profile: Profile) -> Result<Vec<PathBuf>> {
     step("userspace", |step| {
         let mut command = cargo();
@@ -94,7 +94,7 @@ pub fn built(profile: Profile) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Builds the guests' first process, which needs no library, and tells where it is.
+/// Builds the guests' first process, which needs no library, and returns its path.
 pub fn init() -> Result<PathBuf> {
     const TRIPLE: &str = "x86_64-unknown-linux-gnu";
     let target = paths::build().join("guest-target");

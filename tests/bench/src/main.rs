@@ -50,34 +50,34 @@ enum Action {
 
 #[derive(Debug, Args)]
 struct Options {
-    /// Every line once, on small memory.
+    /// Measure every line once, with little memory.
     #[arg(long)]
     quick: bool,
-    /// Only lines and curves whose title contains one of these.
+    /// Measure only lines and curves whose title contains one of these.
     #[arg(long, value_name = "SUBSTR")]
     filter: Vec<String>,
-    /// How often each thing is measured.  [default: 9; 5 of instructions; 1 with --quick]
+    /// Number of measurements of each line.  [default: 9; 5 of instructions; 1 with --quick]
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
-    /// The clock counts instructions (QEMU's -icount shift=0): say so.
+    /// The clock counts instructions (QEMU's -icount shift=0): label the figures accordingly.
     #[arg(long)]
     instructions: bool,
-    /// Leave out how cost grows.
+    /// Do not measure how costs grow with size.
     #[arg(long)]
     no_growth: bool,
-    /// Print the titles of what would be measured, and do nothing.
+    /// Print the titles of all lines, and exit.
     #[arg(long)]
     list: bool,
-    /// Write the (first) figures there.
+    /// Write the (first) figures to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Draw whole lives and creates against udmabuf there (SVG), a panel for each clock.
+    /// Draw a chart (SVG) of whole lives and creates against udmabuf to this file, one panel per clock.
     #[arg(long, value_name = "FILE")]
     chart: Option<PathBuf>,
-    /// Show the figures of such a file, instead of measuring; may be given several times.
+    /// Show the figures of a file that --json wrote, instead of measuring; may be given several times.
     #[arg(long, value_name = "JSON")]
     from: Vec<PathBuf>,
-    /// Write the tables there, as a page (Markdown) that says how to repeat them.
+    /// Write the tables to this file, as a page (Markdown) that says how to repeat them.
     #[arg(long, value_name = "FILE")]
     page: Option<PathBuf>,
 }

@@ -23,20 +23,20 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Parser;
 
-/// Tries what udmabuf promises, and prints the results in KTAP.
+/// Check what udmabuf promises, and print the results in KTAP.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// Writes each case's return value and errno to this file.
+    /// Write each case's return value and errno to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Compares two such files, udmabuf's first, instead of running anything.
+    /// Compare two such files, udmabuf's first, instead of running the cases.
     #[arg(long, num_args = 2, value_names = ["UDMABUF", "SHIM"], conflicts_with = "json")]
     compare: Option<Vec<PathBuf>>,
-    /// Only the cases whose names contain this.
+    /// Run only the cases whose names contain this.
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
-    /// Lists the cases.
+    /// Print the names of the cases.
     #[arg(long)]
     list: bool,
     /// Used by the case `device/exec`: makes a buffer with an inherited descriptor.

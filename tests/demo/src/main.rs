@@ -36,7 +36,7 @@ const FRAME: Duration = Duration::from_millis(33);
 /// Shows a picture, drawn in ordinary memory, on a display that reads those very pages.
 #[derive(Debug, Parser)]
 struct Options {
-    /// The display's device; without it the first one that bochs-drm drives
+    /// Device of the display  [default: the first one of bochs-drm]
     #[arg(long, value_name = "PATH")]
     card: Option<PathBuf>,
 
@@ -50,12 +50,12 @@ struct Options {
           value_parser = clap::value_parser!(u16).range(240..=4320))]
     height: u16,
 
-    /// Also write the memory's pixels to this file, as they are: four bytes each (blue, green, red,
-    /// none), row by row
+    /// Also write the pixels in memory to this file: four bytes each (blue, green, red, unused),
+    /// row by row
     #[arg(long, value_name = "PATH")]
     copy: Option<PathBuf>,
 
-    /// Go on drawing into the same memory
+    /// Continue to draw into the same memory
     #[arg(long)]
     animate: bool,
 }

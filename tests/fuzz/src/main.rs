@@ -71,36 +71,36 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Calls pinbuf in every way there is, guided by the kernel's coverage
 #[derive(Debug, Parser)]
 struct Options {
-    /// Stop after so many seconds (all seeds are executed in any case)
+    /// Stop after this number of seconds (all seeds are executed in any case)
     #[arg(long, value_name = "N", default_value_t = 45)]
     seconds: u64,
 
-    /// The number that all random choices come from  [default: another one each time]
+    /// Seed of all random choices  [default: a different one in each run]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
 
-    /// A directory of inputs to begin with; may be given several times
+    /// Directory of inputs to execute first; may be given several times
     #[arg(long, value_name = "DIR", default_value = "tests/fuzz/seeds")]
     seeds: Vec<PathBuf>,
 
-    /// Where the input that runs, and those that fail, are written
+    /// Directory for the input that runs, and for those that fail
     #[arg(long, value_name = "DIR", default_value = "build/fuzz")]
     state: PathBuf,
 
-    /// Also write the inputs that reach something new to this directory
+    /// Also write inputs that reach new code to this directory
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
 
-    /// In the end, write to this directory, in place of what is there, as few inputs as reach all
+    /// At the end, replace the content of this directory with the fewest inputs that reach all code
     /// that was reached
     #[arg(long, value_name = "DIR")]
     minimise: Option<PathBuf>,
 
-    /// Only execute this input, and tell what it does; may be given several times
+    /// Execute only this input, and print what it does; may be given several times
     #[arg(long, value_name = "FILE")]
     replay: Vec<PathBuf>,
 
-    /// In the end, name the module's functions that nothing reached
+    /// At the end, print the module's functions that no input reached
     #[arg(long)]
     missing: bool,
 

@@ -37,13 +37,13 @@ use evidence::Balance;
 /// Runs virtual machines on pinbuf, and prints KTAP.
 #[derive(Debug, Parser)]
 struct Options {
-    /// Only scenarios of these groups, separated by commas.
+    /// Run only scenarios of these groups, separated by commas.
     #[arg(long, value_name = "GROUPS", default_value = "screen")]
     group: String,
-    /// Only scenarios whose names contain this; may be given several times.
+    /// Run only scenarios whose names contain this; may be given several times.
     #[arg(long, value_name = "TEXT")]
     filter: Vec<String>,
-    /// No tests: leave a picture of an inner guest's screen in this file.
+    /// Run no tests; write a picture of an inner guest's screen to this file.
     #[arg(long, value_name = "FILE")]
     demo: Option<PathBuf>,
 }
