@@ -141,6 +141,7 @@ int pinbuf_folio_entire_mapcount(const struct folio *folio)
 
 void pinbuf_smp_rmb(void)
 {
+	/* Pairs with the atomic operations of folio_remove_rmap_pmd(). */
 	smp_rmb();
 }
 
