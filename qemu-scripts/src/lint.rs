@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Checks of the source that run none of it: rustfmt, clippy (of user space and of the kernel module),
+//! Checks of the source that run none of it: rustfmt, clippy (of user space and of the kernel module), rustdoc,
 //! the kernel's checkpatch for C, and the links and commands of documents.
 
 use std::fs;
@@ -50,6 +50,7 @@ pub const CHECKS: &[Check] = &[
     ("rustfmt.driver", format_driver),
     ("clippy.userspace", clippy_userspace),
     ("clippy.driver", clippy_driver),
+    ("rustdoc", rustdoc),
     ("checkpatch", checkpatch),
     ("documents", documents),
     ("manuals", manuals),
@@ -111,6 +112,18 @@ fn clippy_driver() -> Result<Outcome> {
         return Ok(Outcome::Clean);
     }
     Ok(Outcome::Dirty(text))
+}
+
+fn rustdoc() -> Result<Outcome> {
+    let mut command = userspace::cargo();
+    command.env("RUSTDOCFLAGS", "--deny warnings");
+    command.args(["doc", "--workspace", "--no-deps", "--quiet"]);
+    let (well, text) = run(&mut command)?;
+    Ok(if well {
+        Outcome::Clean
+    } else {
+        Outcome::Dirty(text)
+    })
 }
 
 fn checkpatch() -> Result<Outcome> {

@@ -116,7 +116,7 @@ impl Test {
             }
             println!("host: cargo test");
             println!("{SANITIZE}: cargo test, under AddressSanitizer");
-            println!("{LINT}: rustfmt, clippy, checkpatch, documents and manual pages");
+            println!("{LINT}: rustfmt, clippy, rustdoc, checkpatch, documents and manual pages");
             println!("{SCREEN}: pinbuf-demo on default, and its picture on the guest's screen");
             println!(
                 "{PLANTED}: the bugs of tests/planted, one at a time, and cargo mutants (--long)"
@@ -563,7 +563,7 @@ fn show_progress() -> bool {
 
 /// The checks of the source.
 fn lint() -> Counts {
-    say("== lint: rustfmt, clippy, checkpatch, documents, manual pages");
+    say("== lint: rustfmt, clippy, rustdoc, checkpatch, documents, manual pages");
     let start = Instant::now();
     let mut counts = Counts::default();
     for (name, check) in CHECKS {

@@ -3,35 +3,34 @@
 //! `libudmabuf_shim.so`: with `LD_PRELOAD`, programs written for `/dev/udmabuf` run on pinbuf.
 //!
 //! The shim stands between a program and libc for the calls that lead to `/dev/udmabuf`: opening
-//! it, asking whether it is there, its two ioctls, and mapping what they return. Every other call
-//! goes on to the next library at the cost of a comparison.
+//! it, asking whether it exists, its two ioctls, and mapping the buffers that they return. Every other
+//! call continues in the next library at the cost of a comparison.
 //!
 //! # What it keeps
 //!
 //! No table of descriptors. `open("/dev/udmabuf")` returns a descriptor of `/dev/pinbuf`, which is
-//! told apart later by its device number; so copies of it, passed by `fork`, `dup`, `exec` or a
-//! socket, work without the shim's knowing. What is kept only saves time, and is proved wherever it is
-//! used: the next library's functions, two device numbers, where to log, a descriptor of
+//! recognised later by its device number; so copies of it, passed by `fork`, `dup`, `exec` or a
+//! socket, work without any record. What the shim keeps only saves time, and is verified at each use: the next library's functions, two device numbers, where to log, a descriptor of
 //! `/proc/self/maps` ([`maps`]), and where files were mapped ([`hints`]).
 //!
 //! # How a buffer is made
 //!
 //! udmabuf takes (memfd, offset, size), pinbuf takes addresses. The shim makes the checks that udmabuf makes,
 //! in udmabuf's order ([`plan`]), finds the addresses at which the program has the files mapped
-//! ([`maps`], [`hints`], [`spans`]), and maps for itself what the program has not ([`window`]). The driver
+//! ([`maps`], [`hints`], [`spans`]), and maps the rest itself ([`window`]). The driver
 //! compares each page with the file, so wrong addresses cost time and nothing else ([`create`]).
 //!
 //! # Which system calls it makes
 //!
-//! Programs lock themselves in and die of a call that is not on their list. A create makes `ioctl`, `fstat`,
+//! Programs confine themselves with seccomp, and are killed for a call that is not on their list. A create makes `ioctl`, `fstat`,
 //! `fcntl(F_GET_SEALS)`, `rt_sigprocmask`, `mmap` and `munmap`, and `openat` and `close` for a file that was
-//! opened read-only and is not mapped. What else is needed happens when the device is opened. A program that
+//! opened read-only and is not mapped. Everything else happens when the program opens the device. A program that
 //! never opens it makes the calls that it makes without the shim.
 //!
 //! # Signals, threads, allocation
 //!
 //! Nothing here allocates with malloc or takes a lock. Memory for long lists comes from `mmap`.
-//! The program's pointers are tried by the kernel on our behalf, so that bad ones give `EFAULT`.
+//! The kernel checks the program's pointers for the shim, so that invalid ones give `EFAULT`.
 
 #![cfg_attr(test, allow(dead_code))] // The interposed functions are not in tests.
 
