@@ -202,14 +202,16 @@ impl DmaBuf {
     pub fn try_clone(&self) -> Result<Self> {
         match self.0.try_clone() {
             Ok(fd) => Ok(Self(fd)),
-            Err(error) => {
-                let errno = error
-                    .raw_os_error()
-                    .map_or(Errno::UnknownErrno, Errno::from_raw);
-                Err(Error::system("F_DUPFD_CLOEXEC")(errno))
-            }
+            Err(error) => Err(copying_failed(&error)),
         }
     }
+}
+
+fn copying_failed(error: &std::io::Error) -> Error {
+    let errno = error
+        .raw_os_error()
+        .map_or(Errno::UnknownErrno, Errno::from_raw);
+    Error::system("F_DUPFD_CLOEXEC")(errno)
 }
 
 impl AsFd for DmaBuf {
@@ -221,6 +223,16 @@ impl AsFd for DmaBuf {
 impl From<DmaBuf> for OwnedFd {
     fn from(buffer: DmaBuf) -> Self {
         buffer.0
+    }
+}
+
+/// A copy of a descriptor that belongs to others; the buffer is the same.
+impl TryFrom<BorrowedFd<'_>> for DmaBuf {
+    type Error = Error;
+
+    fn try_from(fd: BorrowedFd<'_>) -> Result<Self> {
+        let copy = fd.try_clone_to_owned();
+        Self::from_fd(copy.map_err(|error| copying_failed(&error))?)
     }
 }
 
