@@ -8,6 +8,8 @@ use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use crate::text::of_bytes;
+
 const KERNEL: &str = "/sys/kernel/security/apparmor";
 
 /// Does the kernel use it?
@@ -18,10 +20,10 @@ pub fn in_use() -> bool {
 
 /// How a process is confined; `None` if it is not.
 pub fn of_process(pid: &str) -> Option<Confinement> {
-    let text = fs::read_to_string(format!("/proc/{pid}/attr/apparmor/current"))
-        .or_else(|_| fs::read_to_string(format!("/proc/{pid}/attr/current")))
+    let text = fs::read(format!("/proc/{pid}/attr/apparmor/current"))
+        .or_else(|_| fs::read(format!("/proc/{pid}/attr/current")))
         .ok()?;
-    Confinement::parse(text.trim_end_matches(['\0', '\n']))
+    Confinement::parse(of_bytes(&text).trim_end_matches(['\0', '\n']))
 }
 
 /// The profile that the kernel would choose for a program that an unconfined process starts.
@@ -29,9 +31,9 @@ pub fn of_program(program: &Path) -> Option<Confinement> {
     let path = program.canonicalize().ok()?;
     let declared = declarations();
     let read = |file: PathBuf| {
-        fs::read_to_string(file)
+        fs::read(file)
             .ok()
-            .map(|text| text.trim_end().to_owned())
+            .map(|text| of_bytes(text.trim_ascii_end()))
     };
     fs::read_dir(Path::new(KERNEL).join("policy/profiles"))
         .ok()?
@@ -59,8 +61,13 @@ const FILES: &str = "/etc/apparmor.d";
 fn declarations() -> HashMap<String, String> {
     let files = fs::read_dir(FILES).into_iter().flatten().flatten();
     files
-        .filter_map(|entry| fs::read_to_string(entry.path()).ok())
-        .flat_map(|text| text.lines().filter_map(declaration).collect::<Vec<_>>())
+        .filter_map(|entry| fs::read(entry.path()).ok())
+        .flat_map(|text| {
+            of_bytes(&text)
+                .lines()
+                .filter_map(declaration)
+                .collect::<Vec<_>>()
+        })
         .collect()
 }
 

@@ -20,6 +20,7 @@ use pinbuf::{Access, Device, DmaBuf, HugePage, Region};
 use serde::{Deserialize, Serialize};
 
 use crate::shim;
+use crate::text::{self, say};
 
 /// Measure creating, mapping and closing buffers, compared with udmabuf if the kernel has it.
 #[derive(Debug, Args)]
@@ -208,7 +209,7 @@ impl Bench {
             rows,
         };
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&report)?);
+            println!("{}", text::json(&report)?);
         } else {
             print(&report);
         }
@@ -306,16 +307,21 @@ impl Bench {
 }
 
 fn print(report: &Report) {
-    println!(
+    say!(
         "{} MiB, medians of {} in microseconds, kernel {}; in parentheses: udmabuf's time divided \
          by it",
         report.size_bytes >> 20,
         report.repeat,
         report.kernel
     );
-    println!(
+    say!(
         "{:24}{:10}{:>18}{:>18}{:>18}{:>18}",
-        "memory", "by", "create", "map+touch", "unmap", "close"
+        "memory",
+        "by",
+        "create",
+        "map+touch",
+        "unmap",
+        "close"
     );
     for row in &report.rows {
         for (side, times) in &row.medians {
@@ -332,17 +338,17 @@ fn print(report: &Report) {
                 };
                 line.push_str(&format!("{cell:>18}"));
             }
-            println!("{line}");
+            say!("{line}");
         }
         if let Some((shim, native)) = row.shim_and_native_create {
-            println!(
+            say!(
                 "{:24}the same memory: {shim:.1} by the shim, {native:.1} by pinbuf's call, {:+.1}",
                 row.memory.name(),
                 shim - native
             );
         }
         for (side, why) in &row.missing {
-            println!(
+            say!(
                 "{:24}{:10}{why}",
                 row.memory.name(),
                 format!("{side:?}").to_lowercase()

@@ -2,18 +2,23 @@
 
 //! `pinbuf info`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
 use anyhow::{bail, Result};
 use clap::Args;
-use pinbuf::{ChargedTo, Device, DmaBuf};
+use pinbuf::{ChargedTo, Device, DmaBuf, Region};
 use serde::Serialize;
 
+use crate::dmabuf::{self, Mapping};
+use crate::text::{self, complain, say};
+
 /// Shows live dma-bufs: who holds them, and what they consist of.
+///
+/// Of a buffer that is only mapped, /proc does not name the exporter. Root sees it where debugfs is mounted, and also
+/// the buffers that devices hold and no process.
 #[derive(Debug, Args)]
 pub struct Info {
     /// All dma-bufs of this process, whoever exported them.  [default: pinbuf's, of all processes]
@@ -27,16 +32,14 @@ pub struct Info {
     json: bool,
 }
 
-/// The exporter's name in /proc, for pinbuf's buffers.
-const EXPORTER: &str = "pinbuf";
-
 /// A buffer.
 #[derive(Debug, Default, Serialize)]
 struct Buffer {
     /// Its number in the dma-bufs' file system.
     inode: u64,
     bytes: u64,
-    exporter: String,
+    /// None where nobody says.
+    exporter: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<String>,
     holders: Vec<Holder>,
@@ -44,12 +47,18 @@ struct Buffer {
     pinned: Option<Pinned>,
 }
 
+impl Buffer {
+    fn set_name(&mut self, name: &[u8]) {
+        self.name = (!name.is_empty()).then(|| text::of_bytes(name));
+    }
+}
+
 /// A process that has it.
 #[derive(Debug, Default, Serialize)]
 struct Holder {
     pid: u32,
     command: String,
-    descriptors: Vec<u32>,
+    descriptors: BTreeSet<u32>,
     /// Addresses at which it is mapped, and how many bytes.
     mapped: Vec<(String, u64)>,
 }
@@ -67,6 +76,16 @@ struct Pinned {
     device_mappings: u32,
 }
 
+/// The buffers that were found.
+#[derive(Debug, Default)]
+struct Found {
+    buffers: BTreeMap<u64, Buffer>,
+    /// Mappings of what is called like a dma-buf, and whether the kernel says that it is one.
+    mapped: Vec<(u32, Mapping, Option<bool>)>,
+    /// The device number of the dma-bufs' file system.
+    filesystem: Option<u64>,
+}
+
 impl Info {
     pub fn run(self) -> Result<ExitCode> {
         let pids = match self.pid {
@@ -79,10 +98,10 @@ impl Info {
             None => processes()?,
         };
         let device = Device::open().ok();
-        let mut buffers = BTreeMap::new();
+        let mut found = Found::default();
         let mut unreadable = 0;
         for &pid in &pids {
-            if look_at(pid, device.as_ref(), &mut buffers).is_err() {
+            if found.add_process(pid, device.as_ref()).is_err() {
                 unreadable += 1;
             }
         }
@@ -92,19 +111,25 @@ impl Info {
                 pids[0]
             );
         }
+        found.add_mappings(device.as_ref());
+        found.add_kernels(self.pid.is_none());
+        let mut buffers = found.buffers;
         if self.pid.is_none() && !self.all {
-            buffers.retain(|_, buffer| buffer.exporter == EXPORTER);
+            let others = |exporter: &Option<String>| {
+                exporter.as_deref().is_some_and(|e| e != dmabuf::PINBUF)
+            };
+            buffers.retain(|_, buffer| !others(&buffer.exporter));
         }
         let buffers: Vec<Buffer> = buffers.into_values().collect();
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&buffers)?);
+            println!("{}", text::json(&buffers)?);
         } else {
             print(&buffers);
             if unreadable > 0 {
-                eprintln!("pinbuf: {unreadable} processes of other users were not looked at");
+                complain!("{unreadable} processes of other users could not be examined");
             }
             if device.is_none() {
-                eprintln!("pinbuf: /dev/pinbuf cannot be opened, so details are missing");
+                complain!("/dev/pinbuf cannot be opened, so details are missing");
             }
         }
         Ok(ExitCode::SUCCESS)
@@ -120,84 +145,103 @@ fn processes() -> Result<Vec<u32>> {
     Ok(pids)
 }
 
-/// Adds the buffers of a process.
-fn look_at(pid: u32, device: Option<&Device>, buffers: &mut BTreeMap<u64, Buffer>) -> Result<()> {
-    let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    let mut found: BTreeMap<u64, Holder> = BTreeMap::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
-        let is_buffer = fs::read_link(entry.path())
-            .is_ok_and(|target| target.to_string_lossy().starts_with("/dmabuf:"));
-        let number = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok());
-        let (true, Some(number)) = (is_buffer, number) else {
-            continue;
-        };
-        // It may be closed at any time.
-        let Ok(metadata) = fs::metadata(entry.path()) else {
-            continue;
-        };
-        let Ok(text) = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")) else {
-            continue;
-        };
-        let inode = metadata.ino();
-        found.entry(inode).or_default().descriptors.push(number);
-        let buffer = buffers.entry(inode).or_default();
-        buffer.inode = inode;
-        buffer.bytes = field(&text, "size")
-            .and_then(|size| size.parse().ok())
-            .unwrap_or(0);
-        buffer.exporter = field(&text, "exp_name").unwrap_or_default();
-        buffer.name = field(&text, "name").filter(|name| !name.is_empty());
-        if buffer.exporter == EXPORTER && buffer.pinned.is_none() {
-            buffer.pinned = device.and_then(|device| describe(device, pid, number));
-        }
-    }
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
-    for (inode, address, bytes) in maps.lines().filter_map(mapping) {
-        found
-            .entry(inode)
-            .or_default()
-            .mapped
-            .push((address, bytes));
-        let buffer = buffers.entry(inode).or_default();
-        // Of a buffer that is only mapped, /proc does not tell more.
-        buffer.inode = inode;
-        if buffer.exporter.is_empty() {
-            buffer.bytes = buffer.bytes.max(bytes);
-        }
-    }
-    for (inode, mut holder) in found {
-        holder.pid = pid;
-        holder.command = command.trim().to_owned();
-        holder.descriptors.sort_unstable();
-        if let Some(buffer) = buffers.get_mut(&inode) {
-            buffer.holders.push(holder);
-        }
-    }
-    Ok(())
+/// The name that a process gives itself.
+fn command(pid: u32) -> String {
+    let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
+    text::of_bytes(name.strip_suffix(b"\n").unwrap_or(&name))
 }
 
-/// A field of /proc/PID/fdinfo.
-fn field(text: &str, name: &str) -> Option<String> {
-    text.lines().find_map(|line| {
-        let (found, value) = line.split_once(':')?;
-        (found == name).then(|| value.trim().to_owned())
-    })
+impl Found {
+    /// A buffer, and how a process holds it.
+    fn holder(&mut self, inode: u64, pid: u32) -> (&mut Buffer, usize) {
+        let buffer = self.buffers.entry(inode).or_default();
+        buffer.inode = inode;
+        let place = buffer.holders.iter().position(|holder| holder.pid == pid);
+        let place = place.unwrap_or_else(|| {
+            buffer.holders.push(Holder {
+                pid,
+                command: command(pid),
+                ..Holder::default()
+            });
+            buffer.holders.len() - 1
+        });
+        (buffer, place)
+    }
+
+    /// Adds the buffers that a process has descriptors of, and notes its mappings.
+    fn add_process(&mut self, pid: u32, device: Option<&Device>) -> Result<()> {
+        let mut mapped = Vec::new();
+        for thread in dmabuf::tables(pid)? {
+            let own_table = thread != pid;
+            let thread = dmabuf::thread_path(pid, thread);
+            for descriptor in dmabuf::descriptors(&thread)? {
+                self.filesystem = Some(descriptor.device);
+                let (buffer, place) = self.holder(descriptor.inode, pid);
+                buffer.bytes = descriptor.bytes;
+                buffer.set_name(&descriptor.name);
+                let ours = descriptor.exporter == dmabuf::PINBUF;
+                buffer.exporter = Some(descriptor.exporter);
+                buffer.holders[place].descriptors.insert(descriptor.number);
+                // Another thread's number would be looked for in the first one's table.
+                if ours && !own_table && buffer.pinned.is_none() {
+                    buffer.pinned =
+                        device.and_then(|device| describe(device, pid, descriptor.number));
+                }
+            }
+            // Threads share their mappings; one that has ended has none.
+            if mapped.is_empty() {
+                mapped = dmabuf::mappings(&thread).unwrap_or_default();
+            }
+        }
+        self.mapped.extend(mapped.into_iter().map(|mapping| {
+            let known = dmabuf::is_buffer(pid, &mapping);
+            (pid, mapping, known)
+        }));
+        Ok(())
+    }
+
+    /// Adds the buffers that are mapped.
+    fn add_mappings(&mut self, device: Option<&Device>) {
+        if !self.mapped.is_empty() && self.filesystem.is_none() {
+            self.filesystem = device.and_then(filesystem_of_own);
+        }
+        for (pid, mapping, known) in std::mem::take(&mut self.mapped) {
+            let same = self.filesystem.map(|device| device == mapping.device);
+            // Where nothing can be proved, it is better to list what is none than to hide what is one.
+            if !known.or(same).unwrap_or(true) {
+                continue;
+            }
+            let (buffer, place) = self.holder(mapping.inode, pid);
+            let start = format!("{:#x}", mapping.start);
+            buffer.holders[place].mapped.push((start, mapping.bytes));
+            if buffer.exporter.is_none() {
+                buffer.bytes = buffer.bytes.max(mapping.bytes);
+            }
+        }
+    }
+
+    /// Adds what debugfs says: the exporters of those that are only mapped, and those that no process has.
+    fn add_kernels(&mut self, all: bool) {
+        for entry in dmabuf::of_debugfs() {
+            let buffer = match self.buffers.get_mut(&entry.inode) {
+                Some(buffer) => buffer,
+                None if all => self.buffers.entry(entry.inode).or_default(),
+                None => continue,
+            };
+            if buffer.exporter.is_none() {
+                buffer.inode = entry.inode;
+                buffer.bytes = entry.bytes;
+                buffer.set_name(&entry.name);
+                buffer.exporter = Some(entry.exporter);
+            }
+        }
+    }
 }
 
-/// A line of /proc/PID/maps, if it is a dma-buf's: inode, address, bytes.
-fn mapping(line: &str) -> Option<(u64, String, u64)> {
-    let mut words = line.split_whitespace();
-    let range = words.next()?;
-    let inode = words.nth(3)?.parse().ok()?;
-    if !words.next()?.starts_with("/dmabuf:") {
-        return None;
-    }
-    let (start, end) = range.split_once('-')?;
-    let number = |text| u64::from_str_radix(text, 16).ok();
-    Some((inode, format!("0x{start}"), number(end)? - number(start)?))
+/// The device number of the dma-bufs' file system, from a buffer made for that.
+fn filesystem_of_own(device: &Device) -> Option<u64> {
+    let buffer = device.export(&Region::anonymous(1).ok()?).ok()?;
+    Some(nix::sys::stat::fstat(buffer.as_fd()).ok()?.st_dev)
 }
 
 /// Asks pinbuf about another process's buffer, through a copy of its descriptor.
@@ -231,7 +275,6 @@ fn copy(pid: u32, number: u32) -> Option<OwnedFd> {
     }
     // SAFETY: the kernel has just returned it, so nobody else owns it.
     let process = unsafe { OwnedFd::from_raw_fd(process as i32) };
-    use std::os::fd::AsRawFd;
     // SAFETY: no memory is involved.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) };
     // SAFETY: as above.
@@ -247,26 +290,25 @@ fn size(bytes: u64) -> String {
 
 fn print(buffers: &[Buffer]) {
     if buffers.is_empty() {
-        println!("no buffers");
+        say!("no buffers");
     }
     for buffer in buffers {
-        let exporter = if buffer.exporter.is_empty() {
-            "(only mapped)"
-        } else {
-            &buffer.exporter
+        let exporter = match &buffer.exporter {
+            Some(exporter) => exporter,
+            None => "of an unknown exporter (only mapped)",
         };
         let name = buffer
             .name
             .as_deref()
             .map(|name| format!(" `{name}`"))
             .unwrap_or_default();
-        println!(
+        say!(
             "buffer {}{name}: {}, {exporter}",
             buffer.inode,
             size(buffer.bytes)
         );
         if let Some(pinned) = &buffer.pinned {
-            println!(
+            say!(
                 "  {} pages in {} extents, {} pins, keeps {} in place and {} bytes of kernel memory; \
                  {} pages charged to: {}; mapped by {} devices",
                 pinned.pages,
@@ -288,30 +330,10 @@ fn print(buffers: &[Buffer]) {
             for (address, bytes) in &holder.mapped {
                 how.push(format!("{} at {address}", size(*bytes)));
             }
-            println!("  {} ({}): {}", holder.command, holder.pid, how.join("; "));
+            say!("  {} ({}): {}", holder.command, holder.pid, how.join("; "));
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lines_of_maps() {
-        let line = "7f00-8f00 rw-s 00000000 00:0f 42                         /dmabuf:name";
-        assert_eq!(mapping(line), Some((42, "0x7f00".to_owned(), 0x1000)));
-        assert_eq!(mapping("7f00-8f00 rw-p 00000000 00:00 0"), None);
-        assert_eq!(
-            mapping("7f00-8f00 r--p 00000000 08:01 7 /usr/bin/dmabuf:"),
-            None
-        );
-    }
-
-    #[test]
-    fn fields() {
-        let text = "pos:\t0\nsize:\t4096\ncount:\t2\nexp_name:\tpinbuf\n";
-        assert_eq!(field(text, "exp_name").as_deref(), Some("pinbuf"));
-        assert_eq!(field(text, "name"), None);
+        if buffer.holders.is_empty() {
+            say!("  no process: a device, or a descriptor on its way through a socket");
+        }
     }
 }

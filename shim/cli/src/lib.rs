@@ -6,12 +6,14 @@
 mod apparmor;
 mod bench;
 mod command;
+mod dmabuf;
 mod doctor;
 mod elf;
 mod info;
 mod process;
 mod run;
 mod shim;
+mod text;
 
 use std::process::ExitCode;
 
@@ -53,7 +55,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("pinbuf: {error:#}");
+            text::complain!("{error:#}");
             ExitCode::from(OWN_ERROR)
         }
     }

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Result};
 
+use crate::text::of_path;
+
 const NAME: &str = "libudmabuf_shim.so";
 /// Where packages put it.
 const SYSTEM: &str = "/usr/lib/pinbuf";
@@ -36,16 +38,13 @@ pub fn find() -> Result<PathBuf> {
                 bail!(
                     "{} cannot be preloaded, because its path contains a space or a colon: \
                      install it elsewhere",
-                    path.display()
+                    of_path(&path)
                 );
             }
             return Ok(path);
         }
     }
-    let tried: Vec<_> = places
-        .iter()
-        .map(|place| place.display().to_string())
-        .collect();
+    let tried: Vec<_> = places.iter().map(|place| of_path(place)).collect();
     bail!(
         "{NAME} is not installed; run `make install-user`, or install its package (searched: {})",
         tried.join(", ")

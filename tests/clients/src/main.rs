@@ -9,6 +9,7 @@
 mod bars;
 mod doctor;
 mod evidence;
+mod info;
 mod libcamera;
 mod process;
 mod qemu;
@@ -53,6 +54,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         user::TESTS,
         run::TESTS,
         doctor::TESTS,
+        info::TESTS,
     ]
     .into_iter()
     .flatten()

@@ -113,6 +113,18 @@ impl End {
     }
 }
 
+/// Makes this process one of a user's who may use virtual machines.
+pub fn become_kvm_user() -> Result<()> {
+    let group = nix::unistd::Group::from_name("kvm")?.context("there is no group kvm")?;
+    nix::unistd::setgroups(&[group.gid])?;
+    let user = nix::unistd::Uid::from_raw(USER);
+    nix::unistd::setresgid(USER.into(), USER.into(), USER.into())?;
+    nix::unistd::setresuid(user, user, user)?;
+    // Otherwise /proc/self is root's.
+    nix::sys::prctl::set_dumpable(true)?;
+    Ok(())
+}
+
 /// Fails unless the kernel has no udmabuf at all: what works then is pinbuf's.
 pub fn no_udmabuf() -> Result<()> {
     anyhow::ensure!(
