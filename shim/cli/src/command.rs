@@ -2,6 +2,7 @@
 
 //! Looking at a program: can the shim reach it?
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::Read;
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::elf::Elf;
+use crate::text::of_path;
 
 /// Why the shim cannot reach a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +44,8 @@ impl fmt::Display for Obstacle {
             }
             Self::FileCapabilities => {
                 "its file has capabilities (getcap), so the dynamic linker ignores LD_PRELOAD; \
-                 give it the capabilities by AmbientCapabilities= of a service instead"
+                 remove them from the file (`setcap -r FILE`, again after each update of its package), and \
+                 give them by AmbientCapabilities= of a service: that does not help as long as the file has any"
             }
             Self::Static => {
                 "it is statically linked, so nothing can be preloaded; use a dynamically linked \
@@ -74,8 +77,8 @@ pub enum Missing {
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NotFound(path) => write!(f, "{}: not found", path.display()),
-            Self::NotExecutable(path) => write!(f, "{}: not executable", path.display()),
+            Self::NotFound(path) => write!(f, "{}: not found", of_path(path)),
+            Self::NotExecutable(path) => write!(f, "{}: not executable", of_path(path)),
         }
     }
 }
@@ -149,7 +152,7 @@ enum Kind {
 }
 
 fn inspect(path: &Path) -> Result<Kind> {
-    let file = File::open(path).with_context(|| format!("reading {}", path.display()))?;
+    let file = File::open(path).with_context(|| format!("reading {}", of_path(path)))?;
     let mut start = Vec::new();
     (&file).take(256).read_to_end(&mut start)?;
     if let Some(line) = start.strip_prefix(b"#!") {
@@ -157,7 +160,7 @@ fn inspect(path: &Path) -> Result<Kind> {
             interpreter(line).context("the script names no interpreter")?,
         ));
     }
-    let elf = Elf::read(&file).with_context(|| format!("{}", path.display()))?;
+    let elf = Elf::read(&file).with_context(|| of_path(path))?;
     let mut obstacles = of_elf(&elf);
     if !ignores_privileges(&file)? {
         let metadata = file.metadata()?;
@@ -179,12 +182,14 @@ fn inspect(path: &Path) -> Result<Kind> {
 /// The program that runs a script; of `env`, the one that env runs.
 fn interpreter(line: &[u8]) -> Option<PathBuf> {
     let line = line.split(|&byte| byte == b'\n').next()?;
-    let line = String::from_utf8_lossy(line);
-    let mut words = line.split_whitespace();
-    let first = PathBuf::from(words.next()?);
+    let mut words = line
+        .split(u8::is_ascii_whitespace)
+        .filter(|word| !word.is_empty());
+    let path = |word| PathBuf::from(OsStr::from_bytes(word));
+    let first = path(words.next()?);
     if first.file_name().is_some_and(|name| name == "env") {
-        if let Some(word) = words.find(|word| !word.starts_with('-') && !word.contains('=')) {
-            return Some(word.into());
+        if let Some(word) = words.find(|word| word[0] != b'-' && !word.contains(&b'=')) {
+            return Some(path(word));
         }
     }
     Some(first)
@@ -198,7 +203,8 @@ fn ignores_privileges(file: &File) -> Result<bool> {
     Ok(given_up || mounted.contains(nix::sys::statvfs::FsFlags::ST_NOSUID))
 }
 
-fn has_capabilities(file: &File) -> bool {
+/// Does a program's file give capabilities?
+pub fn has_capabilities(file: &File) -> bool {
     let name = c"security.capability";
     // SAFETY: a terminated string, and no buffer to write to.
     unsafe { libc::fgetxattr(file.as_raw_fd(), name.as_ptr(), std::ptr::null_mut(), 0) > 0 }
@@ -241,6 +247,8 @@ mod tests {
         assert_eq!(of("/usr/bin/env python3\n"), Path::new("python3"));
         assert_eq!(of("/usr/bin/env -S A=1 node --x\n"), Path::new("node"));
         assert_eq!(interpreter(b"\n"), None);
+        let bytes = interpreter(b"/bin/\xff sh\n").unwrap();
+        assert_eq!(bytes.as_os_str().as_bytes(), b"/bin/\xff");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! `pinbuf doctor`.
 
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
@@ -13,11 +13,14 @@ use nix::sys::resource::{getrlimit, Resource};
 use pinbuf::{Device, Error, Region};
 use serde::Serialize;
 
+use crate::access::{Credentials, Node};
 use crate::apparmor::{self, Confinement};
 use crate::command::{self, Obstacle, Program};
 use crate::process::Process;
 use crate::run::user_name;
+use crate::security::{self, Refusal};
 use crate::shim;
+use crate::text::{self, of_path, say};
 
 /// Finds out what keeps pinbuf, or a program on it, from working, and how to mend it.
 ///
@@ -106,6 +109,8 @@ impl Doctor {
         findings.push(lockdown());
         findings.push(library());
         findings.push(apparmor());
+        findings.push(selinux());
+        findings.push(seccomp());
         findings.push(qemu());
         findings.extend(libvirt());
         if let Some(name) = &self.command {
@@ -114,8 +119,9 @@ impl Doctor {
         if let Some(pid) = self.pid {
             findings.extend(process(pid));
         }
+        findings.extend(refusals(self.pid));
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&findings)?);
+            println!("{}", text::json(&findings)?);
         } else {
             print(&findings);
         }
@@ -135,29 +141,47 @@ fn print(findings: &[Finding]) {
             State::Note => "note",
             State::Bad => "BAD ",
         };
-        println!("{word}  {}: {}", finding.what, finding.text);
+        say!("{word}  {}: {}", finding.what, finding.text);
         if let Some(mend) = &finding.mend {
-            println!("      {mend}");
+            say!("      {mend}");
         }
     }
 }
 
 fn read(path: impl AsRef<Path>) -> Option<String> {
-    fs::read_to_string(path)
-        .ok()
-        .map(|text| text.trim().to_owned())
+    let text = fs::read(path).ok()?;
+    Some(text::of_bytes(text.trim_ascii()))
 }
 
 fn release() -> String {
     read("/proc/sys/kernel/osrelease").unwrap_or_default()
 }
 
+/// Is the module loaded? A sandbox may have neither of the places that say so.
+fn is_loaded() -> Option<bool> {
+    if Path::new("/sys/module").exists() {
+        return Some(Path::new("/sys/module/pinbuf").exists());
+    }
+    let modules = read("/proc/modules")?;
+    Some(modules.lines().any(|line| line.starts_with("pinbuf ")))
+}
+
 /// Is the module loaded?
 pub fn module() -> Finding {
-    if Path::new("/sys/module/pinbuf").exists() {
-        return good("module", format!("loaded, on kernel {}", release()));
-    }
     let release = release();
+    match is_loaded() {
+        Some(true) => return good("module", format!("loaded, on kernel {release}")),
+        Some(false) => {}
+        None => {
+            return note(
+                "module",
+                format!(
+                    "without /sys and /proc, nothing says whether it is loaded; kernel {release}"
+                ),
+                "run `pinbuf doctor` outside of this sandbox",
+            )
+        }
+    }
     let mut series = release
         .split(['.', '-'])
         .map_while(|part| part.parse::<u32>().ok());
@@ -199,65 +223,116 @@ fn installed(release: &str) -> bool {
     })
 }
 
+/// What there is to say of a `/dev` without the device.
+fn missing() -> &'static str {
+    if is_loaded() != Some(false) {
+        "udev is missing, the module is not loaded, or this is a sandbox: pass the device in (`--device /dev/pinbuf` for \
+         docker and podman, `--dev-bind /dev/pinbuf /dev/pinbuf` for bubblewrap; see docs/containers.md)"
+    } else {
+        "load the module"
+    }
+}
+
+/// How to give the device to a group.
+const RULE: &str =
+    "install packaging/60-pinbuf.rules in /etc/udev/rules.d, then `udevadm control --reload` and \
+                    `udevadm trigger /dev/pinbuf`";
+
 /// Is the device there, and open to us?
 pub fn device() -> Finding {
-    let path = Path::new(Device::PATH);
-    let Ok(metadata) = fs::metadata(path) else {
-        let mend = if Path::new("/sys/module/pinbuf").exists() {
-            "the module is there, so udev is missing, or this is a container: pass the device in \
-             (`--device /dev/pinbuf` for docker and podman)"
-        } else {
-            "load the module"
-        };
-        return bad("device", "/dev/pinbuf is missing", mend);
+    const WHAT: &str = "device";
+    let node = match Node::of("self", Device::PATH) {
+        Ok(node) => node,
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            return bad(WHAT, "/dev/pinbuf is missing", missing())
+        }
+        Err(error) => {
+            return bad(
+                WHAT,
+                format!("stat of /dev/pinbuf failed: {error}"),
+                "check the permissions of / and /dev",
+            )
+        }
     };
-    if !metadata.file_type().is_char_device() {
+    if node.number == 0 {
         return bad(
-            "device",
+            WHAT,
             "/dev/pinbuf is no device",
             "remove it, and load the module again",
         );
     }
-    let mode = metadata.permissions().mode() & 0o777;
-    let group = match nix::unistd::Group::from_gid(metadata.gid().into()) {
-        Ok(Some(group)) => group.name,
-        _ => metadata.gid().to_string(),
-    };
+    let (mode, group) = (node.mode, node.group_name());
     match Device::open() {
         Ok(device) => {
             let version = device.query().map(|query| query.version).unwrap_or(0);
             let text = format!("/dev/pinbuf, version {version}, mode {mode:o}, group {group}");
             if mode & 0o060 == 0o060 && group != "root" {
-                good("device", text)
+                good(WHAT, text)
             } else {
-                note(
-                    "device",
-                    format!("{text}: for root only"),
-                    "install packaging/60-pinbuf.rules in /etc/udev/rules.d, then `udevadm \
-                     control --reload` and `udevadm trigger /dev/pinbuf`",
+                note(WHAT, format!("{text}: for root only"), RULE)
+            }
+        }
+        Err(Error::NotPermitted) => {
+            let who = Credentials::of("self").unwrap_or_default();
+            if node.on_nodev_mount() || node.permits(&who) == Some(true) {
+                return refused(&node, "self", "this shell");
+            }
+            if mode & 0o060 == 0o060 && group != "root" {
+                bad(
+                    WHAT,
+                    format!("/dev/pinbuf is open to the group {group}, and this user is not in it"),
+                    format!(
+                        "`adduser {} {group}` as root, then log in again; in a container of this user's, have its \
+                         groups kept (podman: `--group-add keep-groups`)",
+                        user_name()
+                    ),
+                )
+            } else {
+                bad(
+                    WHAT,
+                    format!("/dev/pinbuf is for root only (mode {mode:o}, group {group})"),
+                    RULE,
                 )
             }
         }
-        Err(Error::NotPermitted) if mode & 0o060 == 0o060 && group != "root" => bad(
-            "device",
-            format!("/dev/pinbuf is open to the group {group}, and this user is not in it"),
-            format!(
-                "`adduser {} {group}` as root, then log in again",
-                user_name()
-            ),
-        ),
-        Err(Error::NotPermitted) => bad(
-            "device",
-            format!("/dev/pinbuf is for root only (mode {mode:o}, group {group})"),
-            "install packaging/60-pinbuf.rules in /etc/udev/rules.d, then `udevadm control \
-             --reload` and `udevadm trigger /dev/pinbuf`",
-        ),
         Err(error) => bad(
-            "device",
+            WHAT,
             format!("/dev/pinbuf: {error}"),
             "load the module again",
         ),
     }
+}
+
+/// What refuses the device where its mode does not: all that can be told from outside.
+fn refused(node: &Node, pid: &str, who: &str) -> Finding {
+    const WHAT: &str = "device";
+    if node.on_nodev_mount() {
+        return bad(
+            WHAT,
+            format!("/dev/pinbuf lies on a mount with `nodev`, so {who} may not open it"),
+            "bind the device itself into the sandbox, with devices allowed (bubblewrap: `--dev-bind`, not `--bind`)",
+        );
+    }
+    if let Some(refusing) = of_selinux(WHAT, pid, who).filter(Finding::is_bad) {
+        return refusing;
+    }
+    if apparmor::in_use() {
+        let confinement = apparmor::of_process(pid);
+        let refusing = confinement.map(|confinement| allowance(WHAT, who, &confinement));
+        if let Some(refusing) = refusing.filter(|finding| finding.state != State::Good) {
+            return refusing;
+        }
+    }
+    bad(
+        WHAT,
+        format!(
+            "mode {:o} of /dev/pinbuf lets {who} open it, but opening it fails",
+            node.mode
+        ),
+        "possible causes: the device controller of its control group (a container without `--device /dev/pinbuf`; a service \
+         with DevicePolicy= and without DeviceAllow=/dev/pinbuf), Landlock, or another security module: look for \
+         `denied` in the kernel's log (`dmesg`, or ausearch where auditd runs)",
+    )
 }
 
 fn mib(bytes: u64) -> String {
@@ -392,8 +467,7 @@ fn lockdown() -> Finding {
         if secure_boot { "on" } else { "off" },
         if enforced { "enforced" } else { "not enforced" }
     );
-    let loaded = Path::new("/sys/module/pinbuf").exists();
-    if !loaded && (chosen != "none" || enforced) {
+    if is_loaded() == Some(false) && (chosen != "none" || enforced) {
         bad(
             "lockdown",
             format!("{text}: an unsigned module is refused"),
@@ -407,7 +481,7 @@ fn lockdown() -> Finding {
 
 fn library() -> Finding {
     match shim::find() {
-        Ok(path) => good("shim", path.display().to_string()),
+        Ok(path) => good("shim", of_path(&path)),
         Err(error) => bad(
             "shim",
             error.to_string(),
@@ -418,6 +492,9 @@ fn library() -> Finding {
 
 fn apparmor() -> Finding {
     const WHAT: &str = "AppArmor";
+    if !Path::new("/sys/module").exists() {
+        return good(WHAT, "without /sys, nothing says whether it is in use");
+    }
     if !apparmor::in_use() {
         return good(WHAT, "not in use");
     }
@@ -425,6 +502,78 @@ fn apparmor() -> Finding {
         None => good(WHAT, "in use, not for us"),
         Some(confinement) => allowance(WHAT, "this shell", &confinement),
     }
+}
+
+fn selinux() -> Finding {
+    of_selinux("SELinux", "self", "this shell").unwrap_or_else(|| good("SELinux", "not in use"))
+}
+
+/// What SELinux says of somebody's use of the device; `None` where it is not in use.
+fn of_selinux(what: &'static str, pid: &str, who: &str) -> Option<Finding> {
+    let enforces = security::selinux_enforces()?;
+    let unknown = || "unknown".to_owned();
+    let context = security::context_of_process(pid).unwrap_or_else(unknown);
+    let device = security::context_of_file(Device::PATH).unwrap_or_else(unknown);
+    let text = format!("{who} runs in SELinux's context {context}, and /dev/pinbuf has {device}");
+    let refused = security::selinux_refuses(&context, &device);
+    Some(match refused.as_deref() {
+        Some([]) => good(what, text),
+        Some(refused) if enforces => bad(
+            what,
+            format!("{text}: no right to {}", refused.join(", ")),
+            "give the device a type that it may use (`semanage fcontext -a -t kvm_device_t /dev/pinbuf`, then \
+             `restorecon /dev/pinbuf`), or write the rule (`ausearch -m avc | audit2allow`); containers: `setsebool -P \
+             container_use_devices on`. See docs/containers.md",
+        ),
+        Some(refused) => note(
+            what,
+            format!("{text}: no right to {}, which SELinux only logs (permissive)", refused.join(", ")),
+            "see docs/containers.md for the rules",
+        ),
+        None => note(
+            what,
+            format!("{text}; this user may not ask what that allows"),
+            "ask as root",
+        ),
+    })
+}
+
+/// The system calls that the shim makes.
+fn calls() -> String {
+    format!(
+        "a filter has to allow, besides the program's own calls: ioctl (also {:#x} and {:#x}), fstat, fcntl(F_GET_SEALS), \
+         rt_sigprocmask, mmap and munmap, and, while the device is opened, openat, close, getpid and \
+         fcntl(F_DUPFD_CLOEXEC). A call that it answers with a signal ends the program; see docs/containers.md",
+        pinbuf_uapi::CREATE,
+        pinbuf_uapi::QUERY
+    )
+}
+
+fn seccomp() -> Finding {
+    match Credentials::of("self") {
+        Ok(Credentials { filters: 0, .. }) => good("seccomp", "not in use"),
+        _ => note(
+            "seccomp",
+            "this shell, and every program that it starts, runs under filters of system calls; the kernel does not report what these allow",
+            calls(),
+        ),
+    }
+}
+
+/// What the kernel's log says that was refused, at last; of a process, of it alone.
+fn refusals(pid: Option<u32>) -> Option<Finding> {
+    let mut found = security::refusals();
+    found.retain(|refusal| match pid {
+        Some(_) => refusal.pid == pid,
+        // Which programs run under filters of their own is none of pinbuf's business.
+        None => !refusal.is_seccomp(),
+    });
+    let Refusal { by, line, .. } = found.pop()?;
+    Some(note(
+        "kernel log",
+        format!("{by} refused: {line}"),
+        "if that is not long ago, see docs/containers.md for the rules",
+    ))
 }
 
 /// What a profile means for who is confined by it.
@@ -515,32 +664,32 @@ fn program(name: &Path) -> Vec<Finding> {
             return vec![bad(WHAT, format!("{error:#}"), mend)];
         }
     };
-    let loaded = program.loaded.display();
+    let loaded = of_path(&program.loaded);
     let mut findings = Vec::new();
-    if program.obstacles.is_empty() {
-        findings.push(good(WHAT, format!("{loaded} can be reached by the shim")));
-    } else {
-        findings.push(bad(
+    findings.push(if !program.obstacles.is_empty() {
+        bad(
             WHAT,
             format!("{loaded} cannot be reached by the shim"),
             reasons(&program.obstacles),
-        ));
-    }
-    if program.system_calls > 0 && program.obstacles.is_empty() {
-        findings.push(note(
+        )
+    } else if program.system_calls > 0 {
+        note(
             WHAT,
             format!(
-                "{loaded} has {} instructions of its own that make system calls, past libc; if it \
-                 opens /dev/udmabuf so (Rust's rustix, io_uring), the shim does not see it",
+                "{loaded} has {} instructions of its own that make system calls, past libc: if it opens /dev/udmabuf \
+                 by them (Rust's rustix, io_uring), the shim does not see it",
                 program.system_calls
             ),
-            "start it and ask `pinbuf doctor --pid`; if udmabuf is open, teach it /dev/pinbuf",
-        ));
-    }
+            "start it and run `pinbuf doctor --pid PID`: if it has udmabuf's buffers or none, the program itself has to be changed to open /dev/pinbuf",
+        )
+    } else {
+        // What its libraries do is not known.
+        good(WHAT, format!("{loaded} can be reached by the shim"))
+    });
     if apparmor::in_use() {
         findings.extend(
             apparmor::of_program(&program.loaded)
-                .map(|confinement| allowance(WHAT, &loaded.to_string(), &confinement)),
+                .map(|confinement| allowance(WHAT, &loaded, &confinement)),
         );
     }
     findings
@@ -555,18 +704,69 @@ fn process(pid: u32) -> Vec<Finding> {
             return vec![bad(WHAT, format!("{error:#}"), mend)];
         }
     };
-    let who = format!("{} ({})", process.program.display(), process.pid);
-    let mut findings = Vec::new();
-    findings.push(if process.shim && process.uses_pinbuf {
-        good(WHAT, format!("{who} runs on pinbuf"))
+    let who = format!("{} ({})", of_path(&process.program), process.pid);
+    let own_device = process.shim.then(|| own_device(&process, &who)).flatten();
+    let mut findings = vec![reached(&process, &who, own_device.is_none())];
+    findings.extend(own_device);
+    if process.udmabuf_open || process.udmabufs_buffers > 0 {
+        findings.push(note(
+            WHAT,
+            format!(
+                "{who} has {}",
+                match (process.udmabuf_open, process.udmabufs_buffers) {
+                    (true, 0) => "the kernel's own udmabuf open".to_owned(),
+                    (true, n) => format!("the kernel's own udmabuf open, and {n} buffers of it"),
+                    (false, n) => format!("{n} buffers of the kernel's own udmabuf"),
+                }
+            ),
+            "it was opened before the shim was loaded or without it, or the shim could not open /dev/pinbuf",
+        ));
+    }
+    if process.credentials.filters > 0 {
+        findings.push(note(
+            WHAT,
+            format!(
+                "{who} runs under {} filters of system calls; the kernel does not report what these allow",
+                process.credentials.filters
+            ),
+            calls(),
+        ));
+    }
+    findings.extend(of_selinux(WHAT, &pid.to_string(), &who));
+    if apparmor::in_use() {
+        findings.extend(
+            apparmor::of_process(&pid.to_string())
+                .map(|confinement| allowance(WHAT, &who, &confinement)),
+        );
+    }
+    findings
+}
+
+/// Does the process run on pinbuf, and if not, why? `opens` says whether it can open the device.
+fn reached(process: &Process, who: &str, opens: bool) -> Finding {
+    const WHAT: &str = "process";
+    let buffers = process.pinbufs_buffers;
+    if process.shim && buffers > 0 {
+        good(
+            WHAT,
+            format!("{who} runs on pinbuf, and has {buffers} buffers of it"),
+        )
+    } else if process.shim && process.pinbuf_open && opens {
+        good(
+            WHAT,
+            format!("{who} runs on pinbuf: it has the device open, and no buffer now"),
+        )
     } else if process.shim {
         note(
             WHAT,
-            format!("{who} has the shim, and nothing of pinbuf's open now"),
-            "a program may open /dev/udmabuf only when it needs a buffer",
+            format!("{who} has the shim, and no buffer of pinbuf's now"),
+            "a program may open /dev/udmabuf only when it needs a buffer, and close it soon",
         )
-    } else if process.uses_pinbuf {
-        good(WHAT, format!("{who} uses pinbuf without the shim"))
+    } else if buffers > 0 || process.pinbuf_open {
+        good(
+            WHAT,
+            format!("{who} has {buffers} buffers of pinbuf's without the shim: it uses pinbuf itself, or received them"),
+        )
     } else if process.secure {
         bad(
             WHAT,
@@ -574,9 +774,14 @@ fn process(pid: u32) -> Vec<Finding> {
                 "{who} was started with a scrubbed environment (AT_SECURE), so the dynamic linker \
                  ignored LD_PRELOAD"
             ),
-            "it is set-user-ID, its file has capabilities, or AppArmor changed its profile at its \
-             start: in the profile of the program that starts it, use `px`, `cx` or `ux` instead \
-             of `Px`, `Cx` or `Ux`, and `change_profile unsafe`",
+            if process.file_capabilities {
+                Obstacle::FileCapabilities.to_string()
+            } else {
+                "it is set-user-ID, its file had capabilities, or AppArmor changed its profile at its \
+                 start: in the profile of the program that starts it, use `px`, `cx` or `ux` instead \
+                 of `Px`, `Cx` or `Ux`, and `change_profile unsafe`"
+                    .to_owned()
+            },
         )
     } else {
         let obstacles = command::obstacles_of_file(&process.executable()).unwrap_or_default();
@@ -587,19 +792,45 @@ fn process(pid: u32) -> Vec<Finding> {
             reasons(&obstacles)
         };
         bad(WHAT, format!("{who} was started without the shim"), mend)
-    });
-    if process.uses_udmabuf {
-        findings.push(note(
+    }
+}
+
+/// Can the process open the device, in its own `/dev`? Nothing is said where it can.
+fn own_device(process: &Process, who: &str) -> Option<Finding> {
+    const WHAT: &str = "process";
+    let have = if process.pinbuf_open {
+        "the descriptor that it has was inherited or received"
+    } else {
+        "so it gets what it would get without the shim: the kernel's udmabuf or an error"
+    };
+    match &process.device {
+        Err(error) if error.kind() == ErrorKind::NotFound => Some(bad(
             WHAT,
-            format!("{who} has the kernel's own udmabuf open"),
-            "it came by it before, or past, the shim",
-        ));
+            format!("{who} has no /dev/pinbuf in its own /dev: {have}"),
+            missing(),
+        )),
+        // Who may not look there says nothing.
+        Err(_) => None,
+        Ok(node) if Some(node.number) != crate::access::number_of("pinbuf") => Some(bad(
+            WHAT,
+            format!("/dev/pinbuf in {who}'s own /dev is not pinbuf's device: {have}"),
+            "start the sandbox again: the device's number changes when the module is reloaded",
+        )),
+        Ok(node) if node.on_nodev_mount() => Some(bad(
+            WHAT,
+            format!("/dev/pinbuf in {who}'s own /dev lies on a mount with `nodev`: {have}"),
+            "bind the device with devices allowed (bubblewrap: `--dev-bind`, not `--bind`)",
+        )),
+        Ok(node) if node.permits(&process.credentials) == Some(false) => Some(bad(
+            WHAT,
+            format!(
+                "{who} may not open its /dev/pinbuf (mode {:o}, group {}): {have}",
+                node.mode,
+                node.group_name()
+            ),
+            "let it have the device's group; in a container of a user's, have the groups kept (podman: `--group-add \
+             keep-groups`)",
+        )),
+        Ok(_) => None,
     }
-    if apparmor::in_use() {
-        findings.extend(
-            apparmor::of_process(&pid.to_string())
-                .map(|confinement| allowance(WHAT, &who, &confinement)),
-        );
-    }
-    findings
 }

@@ -3,6 +3,7 @@
 //! `pinbuf`: run programs written for udmabuf on pinbuf, find out why that does not work, look at
 //! live buffers, and measure.
 
+mod access;
 mod apparmor;
 mod bench;
 mod command;
@@ -12,6 +13,7 @@ mod elf;
 mod info;
 mod process;
 mod run;
+mod security;
 mod shim;
 mod text;
 

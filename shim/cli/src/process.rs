@@ -2,11 +2,15 @@
 
 //! Looking at a process: did the shim reach it?
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+
+use crate::access::{number_of, Credentials, Node};
+use crate::{command, dmabuf};
 
 /// A process, as far as it matters here.
 #[derive(Debug)]
@@ -17,12 +21,21 @@ pub struct Process {
     pub program: PathBuf,
     /// It was started with a scrubbed environment: the dynamic linker ignored LD_PRELOAD.
     pub secure: bool,
+    /// Its program's file gives capabilities.
+    pub file_capabilities: bool,
     /// The shim is loaded.
     pub shim: bool,
-    /// pinbuf's device, under whichever name it opened it, or buffers of pinbuf's are open.
-    pub uses_pinbuf: bool,
+    /// pinbuf's device is open, under whichever name it was opened.
+    pub pinbuf_open: bool,
     /// The kernel's own udmabuf is open.
-    pub uses_udmabuf: bool,
+    pub udmabuf_open: bool,
+    /// Buffers that it has, of pinbuf's and of the kernel's udmabuf.
+    pub pinbufs_buffers: usize,
+    pub udmabufs_buffers: usize,
+    /// `/dev/pinbuf` as it sees it.
+    pub device: io::Result<Node>,
+    /// Whom the kernel takes it for.
+    pub credentials: Credentials,
 }
 
 impl Process {
@@ -41,39 +54,62 @@ impl Process {
             _ => format!("there is no process {pid}"),
         })?;
         let auxv = fs::read(path("auxv"))?;
-        let maps = fs::read_to_string(path("maps"))?;
-        let (mut uses_pinbuf, mut uses_udmabuf) = (false, false);
+        let maps = fs::read(path("maps"))?;
+        let shim = lines(&maps).any(is_the_shims);
+        let (mut pinbuf_open, mut udmabuf_open) = (false, false);
+        let (pinbuf, udmabuf) = (number_of("pinbuf"), number_of("udmabuf"));
         for entry in fs::read_dir(path("fd"))? {
-            let entry = entry?;
-            match fs::read_link(entry.path()) {
-                Ok(target) => {
-                    let target = target.to_string_lossy().into_owned();
-                    uses_udmabuf |= target == "/dev/udmabuf";
-                    uses_pinbuf |= target == "/dev/pinbuf"
-                        || (target.starts_with("/dmabuf:") && made_by_pinbuf(pid, &entry));
+            match fs::metadata(entry?.path()) {
+                // By its number: a name is the view of another /dev, or that of some other file.
+                Ok(file) if file.file_type().is_char_device() => {
+                    pinbuf_open |= Some(file.rdev()) == pinbuf;
+                    udmabuf_open |= Some(file.rdev()) == udmabuf;
                 }
                 // Descriptors come and go meanwhile.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error.into()),
+                _ => {}
             }
         }
+        let (pinbufs_buffers, udmabufs_buffers) = buffers(pid)?;
         Ok(Self {
             pid,
             program,
             secure: is_secure(&auxv, is_32_bit(&maps)),
-            shim: maps
-                .lines()
-                .any(|line| line.ends_with("/libudmabuf_shim.so")),
-            uses_pinbuf,
-            uses_udmabuf,
+            file_capabilities: File::open(path("exe"))
+                .is_ok_and(|file| command::has_capabilities(&file)),
+            shim,
+            pinbuf_open,
+            udmabuf_open,
+            pinbufs_buffers,
+            udmabufs_buffers,
+            device: Node::of(&pid.to_string(), "/dev/pinbuf"),
+            credentials: Credentials::of(&pid.to_string())?,
         })
     }
 }
 
-fn made_by_pinbuf(pid: u32, entry: &fs::DirEntry) -> bool {
-    let number = entry.file_name();
-    fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy()))
-        .is_ok_and(|text| text.lines().any(|line| line == "exp_name:\tpinbuf"))
+/// How many buffers of pinbuf's and of udmabuf's a process has descriptors of.
+fn buffers(pid: u32) -> io::Result<(usize, usize)> {
+    let mut found = std::collections::BTreeMap::new();
+    for thread in dmabuf::tables(pid)? {
+        for buffer in dmabuf::descriptors(&dmabuf::thread_path(pid, thread))? {
+            found.insert(buffer.inode, buffer.exporter);
+        }
+    }
+    let of = |exporter| found.values().filter(|&found| found == exporter).count();
+    Ok((of(dmabuf::PINBUF), of(dmabuf::UDMABUF)))
+}
+
+/// The lines of /proc/PID/maps, which are bytes: files' names are in them.
+fn lines(maps: &[u8]) -> impl Iterator<Item = &[u8]> {
+    maps.split(|&byte| byte == b'\n')
+        .filter(|line| !line.is_empty())
+}
+
+/// Is this the shim's code? Its file may have been replaced since.
+fn is_the_shims(line: &[u8]) -> bool {
+    let name = line.strip_suffix(b" (deleted)").unwrap_or(line);
+    let mode = line.split(|&byte| byte == b' ').nth(1).unwrap_or_default();
+    mode.contains(&b'x') && name.ends_with(b"/libudmabuf_shim.so")
 }
 
 const AT_SECURE: u64 = 23;
@@ -92,10 +128,10 @@ fn is_secure(auxv: &[u8], bits32: bool) -> bool {
 }
 
 /// Do all mappings lie below 4 GiB, but for the page of the old system calls?
-fn is_32_bit(maps: &str) -> bool {
-    maps.lines()
-        .filter(|line| !line.ends_with("[vsyscall]"))
-        .filter_map(|line| line.split('-').next())
+fn is_32_bit(maps: &[u8]) -> bool {
+    lines(maps)
+        .filter(|line| !line.ends_with(b"[vsyscall]"))
+        .filter_map(|line| line.split(|&byte| byte == b'-').next())
         .all(|start| start.len() <= 8)
 }
 
@@ -130,18 +166,52 @@ mod tests {
     fn this_process() {
         let process = Process::find(std::process::id()).unwrap();
         assert_eq!(process.program, std::env::current_exe().unwrap());
-        assert!(!process.secure && !process.shim && !process.uses_udmabuf);
+        assert!(!process.secure && !process.shim && !process.udmabuf_open);
+        assert_eq!((process.pinbufs_buffers, process.udmabufs_buffers), (0, 0));
         assert!(Process::find(u32::MAX).is_err());
     }
 
     #[test]
     fn narrow_processes() {
         assert!(is_32_bit(
-            "08048000-08049000 r-xp 0 0:0 1 /a\nf7fd0000-f7fd2000 r-xp 0 0:0 0 [vdso]\n\
+            b"08048000-08049000 r-xp 0 0:0 1 /a\nf7fd0000-f7fd2000 r-xp 0 0:0 0 [vdso]\n\
              ffffffffff600000-ffffffffff601000 --xp 0 0:0 0 [vsyscall]"
         ));
         assert!(!is_32_bit(
-            "00400000-00401000 r-xp 0 0:0 1 /a\n7ffff7fd0000-7ffff7fd2000 r-xp"
+            b"00400000-00401000 r-xp 0 0:0 1 /a\n7ffff7fd0000-7ffff7fd2000 r-xp"
         ));
+    }
+
+    #[test]
+    fn the_shim_is_code() {
+        let path = "7f00-8f00 r-xp 00000000 08:01 7    /usr/lib/pinbuf/libudmabuf_shim.so";
+        for (line, wanted) in [
+            (path.to_owned(), true),
+            (format!("{path} (deleted)"), true),
+            (path.replace("r-xp", "r--p"), false),
+            (format!("{path}.bak"), false),
+            ("7f00-8f00 rw-p 00000000 00:00 0".to_owned(), false),
+        ] {
+            assert_eq!(is_the_shims(line.as_bytes()), wanted, "{line}");
+        }
+    }
+
+    #[test]
+    fn names_of_mapped_files_may_be_any_bytes() {
+        use std::os::unix::ffi::OsStrExt;
+
+        let directory = tempfile::tempdir().unwrap();
+        let name = std::ffi::OsStr::from_bytes(b"\x80\xff\n");
+        let path = directory.path().join(name);
+        fs::write(&path, [0; 4096]).unwrap();
+        let file = File::open(&path).unwrap();
+        let len = std::num::NonZero::new(4096).unwrap();
+        let (prot, flags) = (
+            nix::sys::mman::ProtFlags::PROT_READ,
+            nix::sys::mman::MapFlags::MAP_PRIVATE,
+        );
+        // SAFETY: a new mapping, which nothing uses.
+        unsafe { nix::sys::mman::mmap(None, len, prot, flags, &file, 0) }.unwrap();
+        Process::find(std::process::id()).unwrap();
     }
 }

@@ -13,7 +13,8 @@ use nix::sys::resource::{getrlimit, setrlimit, Resource};
 use pinbuf::{Device, Error};
 
 use crate::command::{Missing, Program};
-use crate::{doctor, shim};
+use crate::text::{complain, of_path};
+use crate::{doctor, shim, OWN_ERROR};
 
 /// Runs a program written for udmabuf on pinbuf.
 ///
@@ -43,11 +44,15 @@ impl Run {
     pub fn run(self) -> Result<ExitCode> {
         let (name, arguments) = self.command.split_first().context("no command")?;
         let shim = shim::find()?;
-        check_device()?;
+        if let Some(finding) = check_device()? {
+            complain!("{}", finding.text);
+            complain!("{}", finding.mend.unwrap_or_default());
+            return Ok(ExitCode::from(OWN_ERROR));
+        }
         let program = match Program::find(Path::new(name)) {
             Ok(program) => program,
             Err(error) => {
-                eprintln!("pinbuf: {error:#}");
+                complain!("{error:#}");
                 let status = match error.downcast_ref() {
                     Some(Missing::NotFound(_)) => 127,
                     _ => 126,
@@ -56,11 +61,19 @@ impl Run {
             }
         };
         if let Some(obstacle) = program.obstacles.first() {
-            let what = format!("{} cannot be reached: {obstacle}", program.loaded.display());
+            let what = format!("{} cannot be reached: {obstacle}", of_path(&program.loaded));
             if !self.anyway {
                 bail!("{what} (--anyway runs it nevertheless)");
             }
-            eprintln!("pinbuf: {what}");
+            complain!("{what}");
+        } else if program.system_calls > 0 {
+            complain!(
+                "{} has {} instructions of its own that make system calls: if it opens /dev/udmabuf by them, it gets \
+                 the kernel's udmabuf or ENOENT, and no buffer of pinbuf's (`pinbuf doctor --pid` says so while it \
+                 runs)",
+                of_path(&program.loaded),
+                program.system_calls
+            );
         }
         raise_memlock();
         let mut command = Command::new(&program.path);
@@ -76,20 +89,19 @@ impl Run {
             command.env("PINBUF_SHIM_LOG", log);
         }
         let error = command.exec();
-        eprintln!("pinbuf: {}: {error}", program.path.display());
+        complain!("{}: {error}", of_path(&program.path));
         Ok(ExitCode::from(126))
     }
 }
 
 /// Says now what the program would fail with later, and less clearly.
-fn check_device() -> Result<()> {
+fn check_device() -> Result<Option<doctor::Finding>> {
     match Device::open() {
-        Ok(_) => Ok(()),
+        Ok(_) => Ok(None),
         Err(Error::TooManyFiles | Error::NoMemory) => bail!("no descriptor is free, or no memory"),
         Err(_) => {
             let [module, device] = [doctor::module(), doctor::device()];
-            let finding = if module.is_bad() { module } else { device };
-            bail!("{}\n  {}", finding.text, finding.mend.unwrap_or_default())
+            Ok(Some(if module.is_bad() { module } else { device }))
         }
     }
 }

@@ -5,13 +5,15 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Child, Stdio};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{ensure, Context, Result};
 use pinbuf_test_harness::tests;
 use serde_json::Value;
 
-use crate::process::Start;
+use crate::info;
+use crate::process::{End, Start};
 
 tests!("doctor":
     finds_nothing_bad_for_a_good_program,
@@ -24,10 +26,23 @@ tests!("doctor":
     knows_profiles_that_allow_it,
     knows_processes_that_were_started_securely,
     knows_processes_without_the_shim,
+    knows_programs_with_system_calls_of_their_own,
+    has_advice_for_capabilities_that_works,
+    knows_processes_that_run_on_pinbuf,
+    looks_at_the_process_s_own_dev,
+    knows_devices_that_may_not_be_opened,
+    does_not_take_a_name_for_an_exporter,
+    shows_names_of_any_bytes,
+    knows_processes_under_seccomp,
+    names_the_profile_that_refuses_the_device,
+    names_nodev_mounts,
 );
 
 /// The program written for udmabuf.
 const CLIENT: &str = "/usr/bin/pinbuf-udmabuf-client";
+/// The same, without libc.
+const RAW: &str = "/usr/bin/pinbuf-raw-client";
+const SHIM: &str = "/usr/lib/pinbuf/libudmabuf_shim.so";
 
 /// What the doctor found.
 #[derive(Debug)]
@@ -37,8 +52,12 @@ pub struct Findings {
 }
 
 impl Findings {
-    fn from(start: Start) -> Result<Self> {
-        let end = start.end()?;
+    /// Of any such command.
+    pub fn from(start: Start) -> Result<Self> {
+        Self::parse(&start.end()?)
+    }
+
+    fn parse(end: &End) -> Result<Self> {
         let all = serde_json::from_str(&end.out).with_context(|| format!("{end:?}"))?;
         Ok(Self {
             all,
@@ -222,14 +241,17 @@ fn knows_profiles_that_allow_it() -> Result<()> {
 }
 
 /// A process that runs, until it is dropped.
-struct Running(Child);
+pub struct Running(Child);
 
 impl Running {
     /// Starts what says the same as it hears, and waits until it does.
-    fn echo(start: &Start, shim: bool) -> Result<Self> {
-        let mut command = start.command();
+    pub fn echo(start: &Start, shim: bool) -> Result<Self> {
+        Self::start(start.command(), shim)
+    }
+
+    fn start(mut command: Command, shim: bool) -> Result<Self> {
         if shim {
-            command.env("LD_PRELOAD", "/usr/lib/pinbuf/libudmabuf_shim.so");
+            command.env("LD_PRELOAD", SHIM);
         }
         let child = command
             .stdin(Stdio::piped())
@@ -240,11 +262,12 @@ impl Running {
         to.write_all(b"!")?;
         let from = running.0.stdout.as_mut().context("stdout")?;
         from.read_exact(&mut [0])
-            .with_context(|| format!("{start:?} says nothing"))?;
+            .with_context(|| format!("{command:?} says nothing"))?;
         Ok(running)
     }
 
-    fn findings(&self) -> Result<Findings> {
+    /// What the doctor reports of it to root.
+    pub fn findings(&self) -> Result<Findings> {
         Findings::of_process(self.0.id())
     }
 }
@@ -288,4 +311,215 @@ fn knows_processes_without_the_shim() -> Result<()> {
     running
         .findings()?
         .expect("process", "bad", "statically linked")
+}
+
+/// It is started, with a word.
+fn knows_programs_with_system_calls_of_their_own() -> Result<()> {
+    let findings = Findings::of_program(RAW)?;
+    findings.expect(
+        "command",
+        "note",
+        "instructions of its own that make system calls",
+    )?;
+    ensure!(
+        findings.expect("command", "good", "").is_err(),
+        "{findings:#?}"
+    );
+    let end = Start::program(&[RAW]).on_pinbuf().by_kvm_user().end()?;
+    ensure!(
+        end.status == Some(1)
+            && end.err.contains("pinbuf: /usr/bin/pinbuf-raw-client has ")
+            && end.err.contains("the kernel's udmabuf or ENOENT")
+            && end.err.contains("opening /dev/udmabuf: No such file"),
+        "{end:?}"
+    );
+    Ok(())
+}
+
+/// Without the first half of the advice, the second does not help.
+fn has_advice_for_capabilities_that_works() -> Result<()> {
+    let copy = Copy::of(CLIENT, "capable")?;
+    run(&["setcap", "cap_net_raw+ep", &copy.0])?;
+    Findings::of_program(&copy.0)?.expect("command", "bad", "`setcap -r FILE`")?;
+    let mut ambient = Start::program(&[&copy.0]).by_kvm_user();
+    ambient.give("net_raw");
+    let end = |start: &Start| -> Result<_> {
+        Ok(End::from(start.command().env("LD_PRELOAD", SHIM).output()?))
+    };
+    let before = end(&ambient)?;
+    ensure!(before.status == Some(1), "{before:?}");
+    run(&["setcap", "-r", &copy.0])?;
+    let after = end(&ambient)?;
+    ensure!(after.status == Some(0), "{after:?}");
+    Ok(())
+}
+
+fn holding() -> Start {
+    Start::program(&[CLIENT, "--hold"])
+}
+
+fn knows_processes_that_run_on_pinbuf() -> Result<()> {
+    let running = Running::echo(&holding().by_kvm_user(), true)?;
+    let findings = running.findings()?;
+    findings.expect("process", "good", "runs on pinbuf, and has 1 buffers of it")
+}
+
+/// In a /dev of its own there is none, and what it has open was there before.
+fn looks_at_the_process_s_own_dev() -> Result<()> {
+    let script = |before: &str| {
+        let script = format!("{before} mount -t tmpfs none /dev && exec setpriv --reuid 61000 cat");
+        Start::program(&["unshare", "--mount", "sh", "-c", &script])
+    };
+    let running = Running::echo(&script("exec 7<>/dev/pinbuf;"), true)?;
+    let findings = running.findings()?;
+    findings.expect(
+        "process",
+        "bad",
+        "has no /dev/pinbuf in its own /dev: the descriptor that it has",
+    )?;
+    findings.expect("process", "bad", "--dev-bind /dev/pinbuf")?;
+    ensure!(
+        findings
+            .expect("process", "good", "runs on pinbuf")
+            .is_err(),
+        "{findings:#?}"
+    );
+    let findings = Running::echo(&script(""), true)?.findings()?;
+    findings.expect(
+        "process",
+        "bad",
+        "in its own /dev: so it gets what it would get without",
+    )
+}
+
+fn knows_devices_that_may_not_be_opened() -> Result<()> {
+    let running = Running::echo(&Start::program(&["cat"]).by_user(None), true)?;
+    let findings = running.findings()?;
+    findings.expect(
+        "process",
+        "bad",
+        "may not open its /dev/pinbuf (mode 660, group kvm)",
+    )?;
+    let running = Running::echo(&Start::program(&["cat"]).by_kvm_user(), true)?;
+    let findings = running.findings()?;
+    findings.expect(
+        "process",
+        "note",
+        "has the shim, and no buffer of pinbuf's now",
+    )?;
+    ensure!(findings.status == Some(0), "{findings:#?}");
+    Ok(())
+}
+
+fn does_not_take_a_name_for_an_exporter() -> Result<()> {
+    let buffer = info::of_another_exporter()?;
+    info::set_name(&buffer, info::FORGED)?;
+    // A child gets it as one of its three.
+    let mut command = Start::program(&["cat"]).command();
+    command.stderr(Stdio::from(buffer));
+    let findings = Running::start(command, false)?.findings()?;
+    findings.expect("process", "bad", "was started without the shim")
+}
+
+/// The path of a program, and that of a file that it has mapped.
+fn shows_names_of_any_bytes() -> Result<()> {
+    use std::os::unix::ffi::OsStrExt;
+
+    let path = std::ffi::OsStr::from_bytes(b"/usr/local/bin/\x1b[2J\x80");
+    fs::copy("/usr/bin/cat", path)?;
+    let result = (|| {
+        let mut command = Command::new(path);
+        command.current_dir("/tmp");
+        let running = Running::start(command, true)?;
+        let pid = running.0.id().to_string();
+        let wanted = "/usr/local/bin/\\u{1b}[2J\\x80 (";
+        let text = info::clean(&Start::program(&["pinbuf", "doctor", "--pid", &pid]))?;
+        ensure!(text.contains(wanted), "{text}");
+        let mut doctor = Command::new("pinbuf");
+        let output = doctor.arg("doctor").arg(path).output()?;
+        let text = String::from_utf8(output.stdout)?;
+        ensure!(
+            text.contains("/usr/local/bin/\\u{1b}[2J\\x80 can"),
+            "{text:?}"
+        );
+        ensure!(!text.contains('\x1b'), "{text:?}");
+        Ok(())
+    })();
+    fs::remove_file(path)?;
+    result
+}
+
+/// Allows all calls from here on: what matters is that there is a filter.
+fn allow_all() -> std::io::Result<()> {
+    let mut allow = libc::sock_filter {
+        code: (libc::BPF_RET | libc::BPF_K) as u16,
+        jt: 0,
+        jf: 0,
+        k: libc::SECCOMP_RET_ALLOW,
+    };
+    let program = libc::sock_fprog {
+        len: 1,
+        filter: &raw mut allow,
+    };
+    // SAFETY: no memory is involved.
+    unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    let mode = libc::SECCOMP_MODE_FILTER;
+    // SAFETY: the kernel reads the program.
+    let result = unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
+}
+
+fn knows_processes_under_seccomp() -> Result<()> {
+    let mut command = holding().command();
+    // SAFETY: what runs in the child makes two system calls.
+    unsafe { command.pre_exec(allow_all) };
+    let findings = Running::start(command, true)?.findings()?;
+    findings.expect("process", "good", "runs on pinbuf")?;
+    findings.expect("process", "note", "runs under 1 filters of system calls")?;
+    findings.expect("process", "note", "F_GET_SEALS")?;
+    findings.expect("seccomp", "good", "not in use")?;
+    let mut command = Start::program(&["pinbuf", "doctor", "--json"]).command();
+    // SAFETY: as above.
+    unsafe { command.pre_exec(allow_all) };
+    let end = End::from(command.output()?);
+    Findings::parse(&end)?.expect("seccomp", "note", "runs under filters of system calls")
+}
+
+/// Both a shell that is confined, and the kernel's log afterwards.
+fn names_the_profile_that_refuses_the_device() -> Result<()> {
+    let _profile = Profile::load(
+        "confining",
+        "profile confining { /{usr,etc,lib,lib64,tmp}/** mrix, /{proc,sys,run}/** rw, /dev/null rw, }",
+    )?;
+    let words = [
+        "aa-exec",
+        "-p",
+        "confining",
+        "--",
+        "pinbuf",
+        "doctor",
+        "--json",
+    ];
+    let findings = Findings::from(Start::program(&words).by_kvm_user())?;
+    findings.expect(
+        "device",
+        "bad",
+        "the profile `confining`, which refuses /dev/pinbuf",
+    )?;
+    let findings = Findings::from(Start::program(&["pinbuf", "doctor", "--json"]))?;
+    findings.expect("kernel log", "note", "AppArmor refused: audit: ")?;
+    findings.expect("kernel log", "note", "profile=\"confining\"")
+}
+
+fn names_nodev_mounts() -> Result<()> {
+    let script =
+        "mount --bind /dev/pinbuf /dev/pinbuf && mount -o remount,bind,nodev /dev/pinbuf && \
+                  exec pinbuf doctor --json";
+    let findings = Findings::from(Start::program(&["unshare", "--mount", "sh", "-c", script]))?;
+    findings.expect("device", "bad", "mount with `nodev`")?;
+    findings.expect("device", "bad", "--dev-bind")
 }

@@ -52,6 +52,14 @@ impl Start {
             .by_user(Some("kvm"))
     }
 
+    /// With a capability that its file does not give: after [`Self::by_user`].
+    pub fn give(&mut self, capability: &str) {
+        for kind in ["--inh-caps", "--ambient-caps"] {
+            self.before
+                .extend([kind.to_owned(), format!("+{capability}")]);
+        }
+    }
+
     /// With this limit on locked memory, soft and hard, in bytes.
     pub fn memlock(mut self, soft: u64, hard: u64) -> Self {
         let limit = format!("--memlock={soft}:{hard}");

@@ -77,5 +77,8 @@ fn main() -> Result<()> {
         .find_map(|line| line.strip_prefix("exp_name:"))
         .context("fdinfo names no exporter")?;
     println!("{SIZE} bytes by {}", exporter.trim());
+    if std::env::args().any(|argument| argument == "--hold") {
+        std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+    }
     Ok(())
 }

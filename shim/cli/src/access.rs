@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Who may open a device, by its mode; and what refuses it where the mode does not.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+
+use nix::fcntl::{openat2, OFlag, OpenHow, ResolveFlag};
+use nix::sys::statvfs::{fstatvfs, FsFlags};
+
+/// Whom the kernel takes a process for when it opens a file, and what else bounds it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Credentials {
+    uid: u32,
+    groups: Vec<u32>,
+    /// `CAP_DAC_OVERRIDE` where users are the host's: modes do not bind it.
+    overrides: bool,
+    /// Users are not the host's, so that one number stands for all that have none.
+    in_namespace: bool,
+    /// Filters of system calls that are in force.
+    pub filters: u32,
+}
+
+impl Credentials {
+    /// Those of a process; `self` is this one.
+    pub fn of(pid: &str) -> io::Result<Self> {
+        let text = fs::read(format!("/proc/{pid}/status"))?;
+        let users = fs::read_to_string(format!("/proc/{pid}/uid_map"))?;
+        let all = ["0", "0", "4294967295"];
+        let mut found = Self::parse(&text);
+        // The device belongs to the host's users, over whom a namespace's root has no power.
+        found.in_namespace = !users.split_whitespace().eq(all);
+        found.overrides &= !found.in_namespace;
+        Ok(found)
+    }
+
+    /// From /proc/PID/status. The process's name, in its first line, has its line breaks escaped.
+    fn parse(text: &[u8]) -> Self {
+        const DAC_OVERRIDE: u32 = 1;
+        let field = |name: &str| -> Vec<String> {
+            String::from_utf8_lossy(text)
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+                .map(|rest| rest.split_whitespace().map(str::to_owned).collect())
+                .unwrap_or_default()
+        };
+        let number = |word: Option<&String>| word.and_then(|word| word.parse().ok());
+        let mut groups: Vec<u32> = field("Groups")
+            .iter()
+            .filter_map(|w| w.parse().ok())
+            .collect();
+        // The last of the four is the one that counts for files.
+        groups.extend(number(field("Gid").get(3)));
+        let effective = field("CapEff");
+        let effective = effective
+            .first()
+            .and_then(|word| u64::from_str_radix(word, 16).ok());
+        let mode = number(field("Seccomp").first()).unwrap_or(0);
+        // Mode 1 is a fixed list of four calls; older kernels do not count filters.
+        let filters = number(field("Seccomp_filters").first()).unwrap_or(1);
+        Self {
+            uid: number(field("Uid").get(3)).unwrap_or(u32::MAX),
+            groups,
+            overrides: effective.is_some_and(|bits| bits >> DAC_OVERRIDE & 1 == 1),
+            in_namespace: false,
+            filters: if mode == 0 { 0 } else { filters.max(1) },
+        }
+    }
+}
+
+/// A device's file, as somebody sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    pub mode: u32,
+    pub owner: u32,
+    pub group: u32,
+    /// Its number; 0 if it is no character device.
+    pub number: u64,
+    /// Its mount does not let devices be opened.
+    nodev: bool,
+    /// There are entries for other users and groups, such as those that udev gives to who sits at the machine.
+    has_acl: bool,
+}
+
+impl Node {
+    /// Looks at a path as a process sees it, with its own root; `self` is this one.
+    pub fn of(pid: &str, path: &str) -> io::Result<Self> {
+        // Only to start from: a profile of AppArmor's does not keep anybody from that.
+        let root = File::options()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(format!("/proc/{pid}/root"))?;
+        let how = OpenHow::new()
+            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_IN_ROOT);
+        let file = File::from(openat2(&root, path, how)?);
+        let metadata = file.metadata()?;
+        let name = c"system.posix_acl_access";
+        let link = format!("/proc/self/fd/{}\0", file.as_raw_fd());
+        // SAFETY: terminated strings, and no buffer to write to.
+        let acl =
+            unsafe { libc::getxattr(link.as_ptr().cast(), name.as_ptr(), std::ptr::null_mut(), 0) };
+        let is_device = metadata.file_type().is_char_device();
+        Ok(Self {
+            mode: metadata.mode() & 0o777,
+            owner: metadata.uid(),
+            group: metadata.gid(),
+            number: if is_device { metadata.rdev() } else { 0 },
+            nodev: fstatvfs(file.as_fd())?.flags().contains(FsFlags::ST_NODEV),
+            has_acl: acl > 0,
+        })
+    }
+
+    /// The name of its group, or its number.
+    pub fn group_name(&self) -> String {
+        match nix::unistd::Group::from_gid(self.group.into()) {
+            Ok(Some(group)) => group.name,
+            _ => self.group.to_string(),
+        }
+    }
+
+    /// Does its mode let somebody open it for reading and writing? `None` where that is not known: an entry of its own
+    /// may let this user, or a namespace shows its owner, its group or the user's groups as nobody.
+    pub fn permits(&self, who: &Credentials) -> Option<bool> {
+        const NOBODY: u32 = 65534;
+        let is_nobody = |id| who.in_namespace && id == NOBODY;
+        let unknown = is_nobody(self.owner) && who.uid == NOBODY
+            || is_nobody(self.group) && who.groups.contains(&NOBODY);
+        let bits = if who.uid == self.owner {
+            self.mode >> 6
+        } else if who.groups.contains(&self.group) {
+            self.mode >> 3
+        } else {
+            self.mode
+        };
+        let permitted = who.overrides || bits & 0o6 == 0o6;
+        let known = !unknown && (permitted || !self.has_acl);
+        known.then_some(permitted)
+    }
+
+    /// Is it on a mount that lets no device be opened?
+    pub fn on_nodev_mount(&self) -> bool {
+        self.nodev
+    }
+}
+
+/// The number of a miscellaneous device of the kernel's, whatever it is called in /dev.
+pub fn number_of(name: &str) -> Option<u64> {
+    let text = fs::read_to_string(format!("/sys/class/misc/{name}/dev")).ok()?;
+    let (major, minor) = text.trim().split_once(':')?;
+    Some(nix::sys::stat::makedev(
+        major.parse().ok()?,
+        minor.parse().ok()?,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STATUS: &[u8] = b"Name:\tx\\nUid:\t0 0 0 0\nUid:\t7\t7\t7\t1000\nGid:\t7\t7\t7\t1000\n\
+                            Groups:\t27 108 \nCapEff:\t0000000000000000\nSeccomp:\t2\nSeccomp_filters:\t3\n";
+
+    #[test]
+    fn credentials() {
+        let user = Credentials::parse(STATUS);
+        let wanted = Credentials {
+            uid: 1000,
+            groups: vec![27, 108, 1000],
+            overrides: false,
+            in_namespace: false,
+            filters: 3,
+        };
+        assert_eq!(user, wanted);
+        let strict = Credentials::parse(b"Seccomp:\t1\nSeccomp_filters:\t0\nCapEff:\t2\n");
+        assert!(strict.overrides && strict.filters == 1);
+        assert_eq!(
+            Credentials::parse(b"Seccomp:\t0\nSeccomp_filters:\t0\n").filters,
+            0
+        );
+        assert!(Credentials::of("self").is_ok());
+    }
+
+    #[test]
+    fn modes() {
+        let who = Credentials::parse(STATUS);
+        let node = |mode, owner, group, has_acl| Node {
+            mode,
+            owner,
+            group,
+            number: 1,
+            nodev: false,
+            has_acl,
+        };
+        for (node, wanted) in [
+            (node(0o660, 0, 108, false), Some(true)),
+            (node(0o660, 0, 109, false), Some(false)),
+            (node(0o660, 0, 109, true), None),
+            (node(0o660, 0, 108, true), Some(true)),
+            (node(0o600, 1000, 0, false), Some(true)),
+            (node(0o066, 1000, 0, false), Some(false)),
+            (node(0o606, 0, 108, false), Some(false)),
+            (node(0o666, 0, 0, false), Some(true)),
+            (node(0o664, 0, 0, false), Some(false)),
+        ] {
+            assert_eq!(node.permits(&who), wanted, "{node:?}");
+        }
+        let contained = Credentials {
+            groups: vec![65534],
+            in_namespace: true,
+            ..who.clone()
+        };
+        assert_eq!(node(0o660, 65534, 65534, false).permits(&contained), None);
+        assert_eq!(
+            node(0o660, 65534, 108, false).permits(&contained),
+            Some(false)
+        );
+        let root = Credentials {
+            overrides: true,
+            ..who
+        };
+        assert_eq!(node(0, 0, 0, false).permits(&root), Some(true));
+    }
+
+    #[test]
+    fn devices_as_a_process_sees_them() {
+        let null = Node::of("self", "/dev/null").unwrap();
+        assert_eq!(null.number, nix::sys::stat::makedev(1, 3));
+        assert_eq!(Node::of("self", "/proc/version").unwrap().number, 0);
+        assert!(Node::of("self", "/no/such/file").is_err());
+    }
+}
