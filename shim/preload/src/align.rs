@@ -6,9 +6,10 @@
 //! pages of 4 KiB), but only at addresses that are as aligned. So a program that lets the kernel choose gets
 //! an address that is.
 //!
-//! A dma-buf is known by the device number of its files, which all dma-bufs share and nothing else has. It is
-//! learned from the first buffer that the shim makes: before that, `mmap` costs a program a few comparisons and
-//! no system call.
+//! Which mappings are of dma-bufs is known from the numbers of the descriptors that creates have returned: asking
+//! takes a system call that a sandbox may kill for, and `mmap` itself is allowed there. So buffers that a program
+//! receives or duplicates are left to the kernel; and a number that another file has got since makes the shim align a
+//! mapping of that, which harms nothing. Before the first buffer, `mmap` costs a program a few comparisons.
 
 use core::ffi::c_int;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -18,16 +19,23 @@ use crate::sys;
 /// x86's; no flag elsewhere.
 const MAP_32BIT: c_int = 0x40;
 
-/// The `st_dev` of dma-bufs, or 0.
-static DMABUFS: AtomicU64 = AtomicU64::new(0);
+/// A bit for each number below 1,024, and for those above that leave the same remainder.
+static MADE: [AtomicU64; 16] = [const { AtomicU64::new(0) }; 16];
 
-/// Learns what a dma-buf is from one.
+fn bit(fd: c_int) -> (&'static AtomicU64, u64) {
+    let place = fd as usize % (64 * MADE.len());
+    (&MADE[place / 64], 1 << (place % 64))
+}
+
+/// Notes that a descriptor is a dma-buf's.
 pub fn made(dmabuf: c_int) {
-    if DMABUFS.load(Ordering::Relaxed) == 0 {
-        if let Ok(stat) = sys::fstat(dmabuf) {
-            DMABUFS.store(stat.st_dev, Ordering::Relaxed);
-        }
-    }
+    let (word, bit) = bit(dmabuf);
+    word.fetch_or(bit, Ordering::Relaxed);
+}
+
+fn was_made(fd: c_int) -> bool {
+    let (word, bit) = bit(fd);
+    word.load(Ordering::Relaxed) & bit != 0
 }
 
 /// What an entry one level above pages maps: a table has as many entries of eight bytes as fit into a page.
@@ -39,7 +47,7 @@ fn huge_entry() -> usize {
 /// Is this a call that alignment may help? It costs a few comparisons.
 #[inline]
 pub fn may_help(address: usize, len: usize, flags: c_int, fd: c_int) -> bool {
-    DMABUFS.load(Ordering::Relaxed) != 0 && fits(address, len, flags, fd)
+    fits(address, len, flags, fd) && was_made(fd)
 }
 
 fn fits(address: usize, len: usize, flags: c_int, fd: c_int) -> bool {
@@ -53,12 +61,8 @@ fn fits(address: usize, len: usize, flags: c_int, fd: c_int) -> bool {
         && len >= huge_entry()
 }
 
-/// Maps a dma-buf, aligned; `None` when it is none or that fails, and the program's call should
-/// be made as it is.
+/// Maps a dma-buf, aligned; `None` when that fails, and the program's call should be made as it is.
 pub fn map(len: usize, prot: c_int, flags: c_int, fd: c_int, offset: u64) -> Option<usize> {
-    if sys::fstat(fd).ok()?.st_dev != DMABUFS.load(Ordering::Relaxed) {
-        return None;
-    }
     map_aligned(huge_entry(), len, prot, flags, fd, offset)
 }
 
@@ -105,8 +109,16 @@ mod tests {
         assert!(!fits(0, huge, shared, -1));
         assert!(!fits(0, huge, libc::MAP_PRIVATE, 3));
         assert!(!fits(0, huge, shared | libc::MAP_FIXED, 3));
-        // None at all before there was a dma-buf.
-        assert!(!may_help(0, huge, shared, 3));
+    }
+
+    #[test]
+    fn only_what_was_made_is_touched() {
+        let help = |fd| may_help(0, huge_entry(), libc::MAP_SHARED, fd);
+        assert!(!help(703) && !help(-1));
+        made(703);
+        assert!(help(703) && !help(702) && !help(704) && !help(-1));
+        made(5000);
+        assert!(help(5000) && !help(5001));
     }
 
     #[test]
@@ -130,8 +142,6 @@ mod tests {
         }
         // What fails leaves nothing behind.
         assert_eq!(map_aligned(huge, huge, prot, libc::MAP_SHARED, fd, 1), None);
-        // A memfd is no dma-buf.
-        assert_eq!(map(huge, prot, libc::MAP_SHARED, fd, 0), None);
         sys::close(fd);
     }
 

@@ -41,9 +41,13 @@ pub fn answer(device: c_int, request: u32, arg: usize) -> Result<c_int> {
             Ok(()) => return Ok(dmabuf),
             Err(error) => changed = error,
         }
-        // Another thread has changed the files meanwhile.
+        log!("fd {dmabuf} is closed: another thread changed the files meanwhile");
         sys::close(dmabuf);
     }
+    log!(
+        "failed with errno {}: the files changed {TRIES} times",
+        changed.0
+    );
     Err(changed)
 }
 

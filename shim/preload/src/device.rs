@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use pinbuf_uapi as uapi;
 
-use crate::sys::{self, Errno};
+use crate::sys::{self, Errno, Result};
 
 /// `MISC_MAJOR`: pinbuf is one of the miscellaneous devices.
 const MISC_MAJOR: u32 = 10;
@@ -16,11 +16,37 @@ const MISC_MAJOR: u32 = 10;
 /// asked, and a device that does not know pinbuf's calls makes us forget it.
 static NUMBER: AtomicU64 = AtomicU64::new(0);
 
-/// Notes the number of a descriptor that was opened by pinbuf's name.
-pub fn opened(fd: c_int) {
-    let stat = sys::fstat(fd);
-    if let Some(stat) = stat.ok().filter(is_misc) {
-        NUMBER.store(stat.st_rdev, Ordering::Relaxed);
+/// Is what was opened by pinbuf's name pinbuf, and can it be used? A sandbox may have some other file of that name, or
+/// refuse its requests.
+pub fn check(fd: c_int) -> Result<()> {
+    let number = number(fd).ok_or(Errno(libc::ENODEV))?;
+    if number == NUMBER.load(Ordering::Relaxed) {
+        return Ok(());
+    }
+    match query(fd) {
+        Ok(()) => {
+            NUMBER.store(number, Ordering::Relaxed);
+            Ok(())
+        }
+        // Opened with O_PATH: nothing can be asked, and nothing will be.
+        Err(Errno(libc::EBADF)) => Ok(()),
+        error => error,
+    }
+}
+
+/// Asks a device whether it is pinbuf.
+fn query(fd: c_int) -> Result<()> {
+    let mut query = uapi::Query {
+        size: size_of::<uapi::Query>() as u32,
+        ..Default::default()
+    };
+    // SAFETY: PINBUF_QUERY reads and writes this struct. Its number is free in the kernel's list:
+    // other miscellaneous devices answer that they do not know it.
+    unsafe { sys::ioctl(fd, uapi::QUERY, &mut query) }?;
+    if query.version > 0 {
+        Ok(())
+    } else {
+        Err(Errno(libc::ENODEV))
     }
 }
 
@@ -28,26 +54,27 @@ fn is_misc(stat: &libc::stat) -> bool {
     stat.st_mode & libc::S_IFMT == libc::S_IFCHR && libc::major(stat.st_rdev) == MISC_MAJOR
 }
 
+/// Is this a descriptor of the device that was found last?
+pub fn is_known(fd: c_int) -> bool {
+    number(fd).is_some_and(|number| number == NUMBER.load(Ordering::Relaxed))
+}
+
 /// Is this a descriptor of pinbuf's device? The number changes when the module is loaded again,
 /// and there may be no path to the device where we are, so the descriptor itself is asked.
 pub fn is_pinbuf(fd: c_int) -> bool {
-    let Some(stat) = sys::fstat(fd).ok().filter(is_misc) else {
-        return false;
-    };
-    if stat.st_rdev == NUMBER.load(Ordering::Relaxed) {
-        return true;
+    match number(fd) {
+        Some(number) if query(fd).is_ok() => {
+            NUMBER.store(number, Ordering::Relaxed);
+            true
+        }
+        _ => false,
     }
-    let mut query = uapi::Query {
-        size: size_of::<uapi::Query>() as u32,
-        ..Default::default()
-    };
-    // SAFETY: PINBUF_QUERY reads and writes this struct. Its number is free in the kernel's list:
-    // other miscellaneous devices answer that they do not know it.
-    let known = unsafe { sys::ioctl(fd, uapi::QUERY, &mut query) }.is_ok() && query.version > 0;
-    if known {
-        NUMBER.store(stat.st_rdev, Ordering::Relaxed);
-    }
-    known
+}
+
+/// The number of a miscellaneous device.
+fn number(fd: c_int) -> Option<u64> {
+    let stat = sys::fstat(fd).ok().filter(is_misc)?;
+    Some(stat.st_rdev)
 }
 
 /// Is the device's descriptor one that cannot be used for calls (`O_PATH`)? `fstat` does not show that.

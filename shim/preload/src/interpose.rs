@@ -55,36 +55,51 @@ unsafe fn is_udmabuf(path: *const c_char, result: c_int) -> bool {
 /// Which of two errors the program gets: of its own call, and of the same for pinbuf's device. The latter
 /// says why pinbuf cannot be used, unless there is no such device.
 fn error_of(own: c_int, pinbufs: c_int) -> c_int {
-    if pinbufs == libc::ENOENT {
+    if matches!(pinbufs, libc::ENOENT | libc::ENODEV | libc::ENOTTY) {
         own
     } else {
         pinbufs
     }
 }
 
+/// Opens pinbuf's device, if what has that name is it and can be used; otherwise `errno` says why not.
+fn open_device(flags: c_int) -> c_int {
+    // SAFETY: a terminated string; without O_CREAT the mode is not looked at.
+    let fd = unsafe { next::openat(libc::AT_FDCWD, PINBUF, flags, 0) };
+    if fd >= 0 {
+        if let Err(Errno(error)) = device::check(fd) {
+            sys::close(fd);
+            set_errno(error);
+            return -1;
+        }
+    }
+    fd
+}
+
 /// Opens pinbuf's device in the place of udmabuf's, for which the program's own call gave `own`.
+///
+/// Where pinbuf cannot be had, for whatever reason, the program gets what it gets without the shim.
 #[cold]
 #[inline(never)]
 fn open_pinbuf(mut own: c_int, flags: c_int) -> c_int {
-    let before = errno();
+    let mut before = errno();
     let exclusive = libc::O_CREAT | libc::O_EXCL;
     if flags & exclusive == exclusive {
         // There is such a file, whether the kernel has it or not.
         if own >= 0 {
             sys::close(own);
         }
+        log!("/dev/udmabuf is not created: it is there");
         set_errno(libc::EEXIST);
         return -1;
     }
     let flags = flags & !(libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC);
-    // SAFETY: a terminated string; without O_CREAT the mode is not looked at.
-    let open = || unsafe { next::openat(libc::AT_FDCWD, PINBUF, flags, 0) };
-    let mut fd = open();
+    let mut fd = open_device(flags);
     if own >= 0 && (fd >= 0 || matches!(errno(), libc::EMFILE | libc::ENFILE)) {
         // The program gets the lower number, which its own call had; there may be no other.
         sys::close(own);
         let higher = fd;
-        fd = open();
+        fd = open_device(flags);
         if fd >= 0 {
             if higher >= 0 {
                 sys::close(higher);
@@ -93,13 +108,16 @@ fn open_pinbuf(mut own: c_int, flags: c_int) -> c_int {
             fd = higher;
         } else {
             let error = errno();
-            // SAFETY: as above.
+            // SAFETY: a terminated string; without O_CREAT the mode is not looked at.
             own = unsafe { next::openat(libc::AT_FDCWD, UDMABUF.as_ptr().cast(), flags, 0) };
+            if own < 0 {
+                // Another thread has the number now.
+                before = errno();
+            }
             set_errno(error);
         }
     }
     if fd >= 0 {
-        device::opened(fd);
         MAPS.open();
         log!("/dev/udmabuf opened as /dev/pinbuf: fd {fd}");
         set_errno(before);
@@ -217,37 +235,57 @@ interpose_path! {
 pub unsafe extern "C" fn ioctl(fd: c_int, number: libc::c_ulong, arg: usize) -> c_int {
     // The kernel looks at 32 bits.
     if matches!(number as u32, request::CREATE | request::CREATE_LIST) {
-        if let Some(result) = answer(fd, number as u32, arg) {
-            return result;
-        }
+        return request(fd, number, arg);
     }
     // SAFETY: the program's own call.
     unsafe { next::ioctl(fd, number, arg) }
 }
 
-/// Answers one of udmabuf's requests, unless `fd` is not pinbuf's.
+/// One of udmabuf's requests. A device that is not known as pinbuf's gets the program's own call first, since a program
+/// may have locked itself in with udmabuf's requests alone: pinbuf's device says that it does not know them.
 #[cold]
 #[inline(never)]
+fn request(fd: c_int, number: libc::c_ulong, arg: usize) -> c_int {
+    let before = errno();
+    if device::is_known(fd) {
+        set_errno(before);
+        if let Some(result) = answer(fd, number as u32, arg) {
+            return result;
+        }
+    }
+    // SAFETY: the program's own call.
+    let result = unsafe { next::ioctl(fd, number, arg) };
+    let own = errno();
+    if result == -1 && own == libc::ENOTTY && device::is_pinbuf(fd) {
+        set_errno(before);
+        if let Some(result) = answer(fd, number as u32, arg) {
+            return result;
+        }
+    }
+    set_errno(own);
+    match result {
+        -1 => log!("failed with errno {own}: not by pinbuf's device"),
+        dmabuf => log!("created fd {dmabuf}: by the kernel's udmabuf"),
+    }
+    result
+}
+
+/// Answers one of udmabuf's requests; `None` if `fd` turns out not to be pinbuf's.
 fn answer(fd: c_int, number: u32, arg: usize) -> Option<c_int> {
     let before = errno();
-    let answered = device::is_pinbuf(fd).then(|| create::answer(fd, number, arg));
-    match answered {
-        Some(Ok(dmabuf)) => {
+    match create::answer(fd, number, arg) {
+        Ok(dmabuf) => {
             set_errno(before);
             Some(dmabuf)
         }
-        Some(Err(Errno(libc::ENOTTY))) => {
+        Err(Errno(libc::ENOTTY)) => {
             device::forget();
             set_errno(before);
             None
         }
-        Some(Err(Errno(errno))) => {
+        Err(Errno(errno)) => {
             set_errno(errno);
             Some(-1)
-        }
-        None => {
-            set_errno(before);
-            None
         }
     }
 }

@@ -10,8 +10,10 @@
 //!
 //! No table of descriptors. `open("/dev/udmabuf")` returns a descriptor of `/dev/pinbuf`, which is
 //! recognised later by its device number; so copies of it, passed by `fork`, `dup`, `exec` or a
-//! socket, work without any record. What the shim keeps only saves time, and is verified at each use: the next library's functions, two device numbers, where to log, a descriptor of
-//! `/proc/self/maps` ([`maps`]), and where files were mapped ([`hints`]).
+//! socket, work without any record. What the shim keeps only saves time, and is verified at each use: the next library's
+//! functions, a device number, where to log, a descriptor of `/proc/self/maps` ([`maps`]), and where files were mapped
+//! ([`hints`]). The exception are the descriptors that creates have returned ([`align`]): where these are out of date,
+//! the shim aligns a mapping of another file.
 //!
 //! # How a buffer is made
 //!

@@ -10,6 +10,9 @@
 
 mod cases;
 mod compare;
+#[cfg(target_arch = "x86_64")]
+mod crosvm;
+mod filter;
 mod mappings;
 mod run;
 mod sandbox;

@@ -2,18 +2,23 @@
 
 //! Programs that lock themselves in: system calls that kill, no `/proc`, no `/dev/pinbuf`.
 
-use std::ffi::{c_int, c_ulong, CStr};
+use std::ffi::{c_ulong, CStr};
 use std::fs;
 use std::ptr;
 
 use anyhow::{Context, Result};
 
 use crate::cases::{device, unavailable, File, Spec, Table, HUGE, HUGETLB, OK, PLAIN};
+use crate::crosvm;
+use crate::filter::{confined, refused, Allowed, Test};
 use crate::run::Outcome;
 use crate::udmabuf::{self as u, check, create, create_list, ioctl, open, Item, Map, PAGE};
 
 pub fn cases(t: &mut Table) {
     seccomp(t);
+    filters(t);
+    #[cfg(target_arch = "x86_64")]
+    crosvm(t);
     without_proc(t);
     without_pinbuf(t);
 }
@@ -25,88 +30,122 @@ fn seen() -> Outcome {
     }
 }
 
-const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
-const IS: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
-const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
-/// Where `struct seccomp_data` has the call's number, and its second argument.
-const NUMBER: u32 = 0;
-const SECOND: u32 = 24;
-
-fn step(code: u16, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
-    libc::sock_filter { code, jt, jf, k }
-}
-
-/// Allows these calls and `fcntl(F_GET_SEALS)`; whatever else is made kills the process.
-fn allow_only(calls: &[i64]) -> c_int {
-    let mut program = vec![
-        step(LOAD, 0, 0, NUMBER),
-        step(IS, 0, 3, libc::SYS_fcntl as u32),
-        step(LOAD, 0, 0, SECOND),
-        step(IS, 0, 1, libc::F_GET_SEALS as u32),
-        step(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
-        step(LOAD, 0, 0, NUMBER),
-    ];
-    for call in calls {
-        program.push(step(IS, 0, 1, *call as u32));
-        program.push(step(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW));
-    }
-    program.push(step(RETURN, 0, 0, libc::SECCOMP_RET_KILL_PROCESS));
-    let program = libc::sock_fprog {
-        len: program.len() as u16,
-        filter: program.as_mut_ptr(),
-    };
-    // SAFETY: no memory is involved.
-    unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-    // SAFETY: the kernel reads the program.
-    unsafe {
-        libc::prctl(
-            libc::PR_SET_SECCOMP,
-            libc::SECCOMP_MODE_FILTER,
-            &raw const program,
-        )
-    }
-}
-
-/// Runs something in a child that may make these calls and end. Tells how it ended: 0 if all was right.
-fn confined(calls: &[i64], run: impl FnOnce() -> bool) -> Result<String> {
-    let calls = [calls, &[libc::SYS_exit_group]].concat();
-    // SAFETY: this process has one thread, so the child may go on as any program.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        let status = match allow_only(&calls) {
-            0 => c_int::from(!run()),
-            _ => 77,
-        };
-        // SAFETY: ends the child.
-        unsafe { libc::_exit(status) };
-    }
-    let mut status = 0;
-    // SAFETY: the status is written to `status`.
-    check(i64::from(unsafe { libc::waitpid(child, &mut status, 0) }))?;
-    Ok(if libc::WIFSIGNALED(status) {
-        format!("killed by signal {}", libc::WTERMSIG(status))
-    } else {
-        libc::WEXITSTATUS(status).to_string()
-    })
-}
-
 /// What crosvm's policy for its GPU process has of what a create may need.
-const FOR_UDMABUF: &[i64] = &[
-    libc::SYS_ioctl,
-    libc::SYS_fstat,
-    libc::SYS_mmap,
-    libc::SYS_munmap,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_close,
-];
+fn for_udmabuf() -> Vec<Allowed> {
+    let seals = [Test::Is(libc::F_GET_SEALS as u32)];
+    let mut all = vec![Allowed::if_any(libc::SYS_fcntl, 1, seals)];
+    all.extend(always(&[
+        libc::SYS_ioctl,
+        libc::SYS_fstat,
+        libc::SYS_mmap,
+        libc::SYS_munmap,
+        libc::SYS_rt_sigprocmask,
+        libc::SYS_close,
+    ]));
+    all
+}
+
+fn always(calls: &[i64]) -> Vec<Allowed> {
+    calls.iter().copied().map(Allowed::always).collect()
+}
+
+/// What is seen of a program that ended, killed or not.
+fn outcome(ended: String) -> Outcome {
+    let mut outcome = seen();
+    outcome.fact("all was right", ended == "0");
+    outcome.fact("ended", ended);
+    outcome
+}
+
+/// The filters are such, and kill.
+fn filters(t: &mut Table) {
+    let calls = [
+        ("udmabuf", for_udmabuf as fn() -> Vec<Allowed>),
+        ("crosvm-gpu", crosvm::gpu),
+        ("crosvm-device", crosvm::device),
+    ];
+    for (name, calls) in calls {
+        t.custom(format!("seccomp/{name}-kills"), OK, move || {
+            let mut outcome = seen();
+            // SAFETY: calls without conditions.
+            let other = confined(&calls(), || unsafe { libc::getppid() } != 0)?;
+            outcome.fact("another call kills", other == "killed by signal 31");
+            // The first of the arguments that are looked at.
+            // SAFETY: no memory is involved.
+            let argument = confined(&calls(), || unsafe { libc::fcntl(0, 77) } == -1)?;
+            outcome.fact("fcntl(77)", argument);
+            Ok(outcome)
+        });
+    }
+}
+
+/// Clients within crosvm's policies.
+fn crosvm(t: &mut Table) {
+    const BYTES: u64 = 3 * HUGE;
+    /// Marks pages of one mapping and sees the marks in the other.
+    fn agree(memory: &Map, buffer: &Map) -> bool {
+        (0..BYTES / PAGE).all(|page| {
+            memory.set(page, !page);
+            buffer.get(page) == !page
+        })
+    }
+    // All of it within the policy: memory, the device, the buffer, its mapping.
+    for (name, number) in [("create", u::CREATE), ("list", u::CREATE_LIST)] {
+        t.custom(format!("crosvm/gpu-{name}"), OK, move || {
+            let all = || -> std::io::Result<bool> {
+                let memfd = u::memfd(libc::MFD_ALLOW_SEALING | libc::MFD_CLOEXEC, BYTES)?;
+                u::fcntl(memfd, libc::F_ADD_SEALS, libc::F_SEAL_SHRINK)?;
+                let memory = Map::shared(memfd, BYTES)?;
+                let device = open(u::DEVICE, libc::O_RDWR | libc::O_CLOEXEC)?;
+                let item = |page, pages| Item {
+                    memfd: memfd as u32,
+                    pad: 0,
+                    offset: page * PAGE,
+                    size: pages * PAGE,
+                };
+                let dmabuf = match number {
+                    u::CREATE => create(device, memfd, 0, BYTES, u::CLOEXEC)?,
+                    _ => create_list(device, &[item(0, 512), item(512, 1024)], u::CLOEXEC)?,
+                };
+                let buffer = Map::shared(dmabuf, BYTES)?;
+                u::sync(dmabuf, u::SYNC_RW)?;
+                let right = agree(&memory, &buffer) && u::end(dmabuf)? == BYTES as i64;
+                u::sync(dmabuf, u::SYNC_RW | u::SYNC_END)?;
+                drop(buffer);
+                let refused = create(device, memfd, 1, PAGE, 0).is_err();
+                u::close(dmabuf)?;
+                u::close(device)?;
+                Ok(right && refused)
+            };
+            Ok(outcome(confined(&crosvm::gpu(), || {
+                all().unwrap_or(false)
+            })?))
+        });
+    }
+    // No request of udmabuf's is on a device's list: it gets its buffer before it locks itself in.
+    t.custom("crosvm/device", OK, move || {
+        let spec = Spec {
+            bytes: BYTES,
+            filled: false,
+            ..PLAIN
+        };
+        let file = File::new(0, spec)?;
+        let dmabuf = create(device()?, file.fd, 0, BYTES, 0)?;
+        let all = || -> std::io::Result<bool> {
+            let right = agree(&Map::shared(file.fd, BYTES)?, &Map::shared(dmabuf, BYTES)?);
+            let other = u::memfd(libc::MFD_CLOEXEC, BYTES)?;
+            let mapped = Map::shared(other, BYTES)?.get(0) == 0;
+            u::close(other)?;
+            u::close(dmabuf)?;
+            Ok(right && mapped)
+        };
+        Ok(outcome(confined(&crosvm::device(), || {
+            all().unwrap_or(false)
+        })?))
+    });
+}
 
 fn seccomp(t: &mut Table) {
-    let outcome = |ended: String| {
-        let mut outcome = seen();
-        outcome.fact("all was right", ended == "0");
-        outcome.fact("ended", ended);
-        outcome
-    };
     for (sort, spec) in [("", PLAIN), ("-hugetlb", HUGETLB)] {
         for filled in [true, false] {
             for mapped in [true, false] {
@@ -133,7 +172,7 @@ fn seccomp(t: &mut Table) {
                         offset: 0,
                         size,
                     };
-                    let ended = confined(FOR_UDMABUF, || {
+                    let ended = confined(&for_udmabuf(), || {
                         let good = |number, arg: usize| {
                             (0..2).all(|_| {
                                 ioctl(device, number, arg).is_ok_and(|dmabuf| {
@@ -159,7 +198,7 @@ fn seccomp(t: &mut Table) {
     t.custom("seccomp/large-buffer", OK, move || {
         let device = device()?;
         let file = File::new(0, HUGETLB)?;
-        let ended = confined(FOR_UDMABUF, || {
+        let ended = confined(&for_udmabuf(), || {
             create(device, file.fd, 0, 2 * HUGE, 0)
                 .is_ok_and(|dmabuf| Map::shared(dmabuf, 2 * HUGE).is_ok())
         })?;
@@ -168,13 +207,13 @@ fn seccomp(t: &mut Table) {
     // A program that has nothing to do with udmabuf, and makes these calls only.
     t.custom("seccomp/never-udmabuf", OK, move || {
         let memfd = u::memfd(0, 4 * HUGE)?;
-        let calls = &[
+        let calls = always(&[
             libc::SYS_openat,
             libc::SYS_mmap,
             libc::SYS_munmap,
             libc::SYS_close,
-        ];
-        let ended = confined(calls, || {
+        ]);
+        let ended = confined(&calls, || {
             let path: &CStr = c"/dev/null";
             let opened = open(path, libc::O_RDWR).is_ok();
             let missing = open(c"/dev/udmabu", libc::O_RDWR).is_err();
@@ -187,7 +226,7 @@ fn seccomp(t: &mut Table) {
     });
     t.custom("seccomp/never-udmabuf-ioctl", OK, move || {
         let zero = open(c"/dev/zero", libc::O_RDWR)?;
-        let ended = confined(&[libc::SYS_ioctl], || {
+        let ended = confined(&always(&[libc::SYS_ioctl]), || {
             ioctl(zero, u::SYNC, 0).is_err() && ioctl(-1, 0, 0).is_err()
         })?;
         Ok(outcome(ended))
@@ -250,63 +289,170 @@ fn without_proc(t: &mut Table) {
     }
 }
 
+/// Hides pinbuf's device, in mounts of this process's own, or lets nobody use it.
+type Hide = fn() -> Result<()>;
+
+/// Puts another file in the place of pinbuf's device.
+fn instead_of_pinbuf(path: &CStr) -> Result<()> {
+    mount(path, c"/dev/pinbuf", c"none", libc::MS_BIND)
+}
+
+const HIDDEN: &[(&str, Hide)] = &[
+    ("not-permitted", || {
+        let (none, flags) = (c"none", libc::MS_BIND);
+        mount(c"/dev/pinbuf", c"/dev/pinbuf", none, flags)?;
+        let flags = flags | libc::MS_REMOUNT | libc::MS_NODEV;
+        mount(none, c"/dev/pinbuf", none, flags)
+    }),
+    ("not-there", || {
+        fs::create_dir_all("/run/dev-without-pinbuf")?;
+        mount(c"none", c"/run/dev-without-pinbuf", c"tmpfs", 0)?;
+        let kernels = "/run/dev-without-pinbuf/udmabuf";
+        fs::write(kernels, "")?;
+        mount(
+            c"/run/kernels-udmabuf",
+            c"/run/dev-without-pinbuf/udmabuf",
+            c"none",
+            libc::MS_BIND,
+        )?;
+        mount(
+            c"/run/dev-without-pinbuf",
+            c"/dev",
+            c"none",
+            libc::MS_BIND | libc::MS_REC,
+        )
+    }),
+    ("a-file", || {
+        fs::write("/run/no-device", "")?;
+        instead_of_pinbuf(c"/run/no-device")
+    }),
+    ("another-device", || {
+        instead_of_pinbuf(c"/dev/cpu_dma_latency")
+    }),
+    ("no-device-of-that-number", || {
+        let path = c"/run/dead-device";
+        // SAFETY: a terminated string.
+        let ret =
+            unsafe { libc::mknod(path.as_ptr(), libc::S_IFCHR | 0o666, libc::makedev(10, 511)) };
+        if ret != 0 && std::io::Error::last_os_error().kind() != std::io::ErrorKind::AlreadyExists {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        instead_of_pinbuf(path)
+    }),
+];
+
 /// Where `/dev/pinbuf` cannot be had, the program has the kernel's udmabuf.
 fn without_pinbuf(t: &mut Table) {
-    type Hide = fn() -> Result<()>;
-    let cases: [(&str, Hide); 2] = [
-        ("not-permitted", || {
-            let (none, flags) = (c"none", libc::MS_BIND);
-            mount(c"/dev/pinbuf", c"/dev/pinbuf", none, flags)?;
-            let flags = flags | libc::MS_REMOUNT | libc::MS_NODEV;
-            mount(none, c"/dev/pinbuf", none, flags)
-        }),
-        ("not-there", || {
-            fs::create_dir_all("/run/dev-without-pinbuf")?;
-            mount(c"none", c"/run/dev-without-pinbuf", c"tmpfs", 0)?;
-            let kernels = "/run/dev-without-pinbuf/udmabuf";
-            fs::write(kernels, "")?;
-            mount(
-                c"/run/kernels-udmabuf",
-                c"/run/dev-without-pinbuf/udmabuf",
-                c"none",
-                libc::MS_BIND,
-            )?;
-            mount(
-                c"/run/dev-without-pinbuf",
-                c"/dev",
-                c"none",
-                libc::MS_BIND | libc::MS_REC,
-            )
-        }),
-    ];
-    for (name, hide) in cases {
-        t.custom(format!("no-pinbuf/{name}"), OK, move || {
-            if !fs::exists("/dev/pinbuf")? {
-                return unavailable("there is no /dev/pinbuf to hide");
-            }
-            let file = File::new(0, PLAIN)?;
-            own_mounts()?;
-            // The path is not one that the shim knows.
-            fs::write("/run/kernels-udmabuf", "")?;
-            mount(
-                c"/dev/udmabuf",
-                c"/run/kernels-udmabuf",
-                c"none",
-                libc::MS_BIND,
-            )?;
-            hide()?;
-            let mut outcome = seen();
-            // SAFETY: a terminated string.
-            let access = unsafe { libc::access(u::DEVICE.as_ptr(), libc::R_OK | libc::W_OK) };
-            outcome.fact("access", access);
-            let lowest = open(c"/", libc::O_RDONLY)?;
-            u::close(lowest)?;
-            let device = device()?;
-            outcome.fact("lowest free descriptor", device == lowest);
-            let dmabuf = create(device, file.fd, 0, PAGE, 0)?;
-            let text = fs::read_to_string(format!("/proc/self/fdinfo/{dmabuf}"))?;
-            outcome.fact("made by udmabuf", text.contains("exp_name:\tudmabuf"));
-            Ok(outcome)
-        });
+    for &(name, hide) in HIDDEN {
+        // With a single descriptor free there is none for pinbuf's device beside the kernel's.
+        for last in [false, true] {
+            let suffix = if last { "-last-descriptor" } else { "" };
+            t.custom(format!("no-pinbuf/{name}{suffix}"), OK, move || {
+                let file = File::new(0, PLAIN)?;
+                hidden(hide)?;
+                let mut outcome = seen();
+                // SAFETY: a terminated string.
+                let access = unsafe { libc::access(u::DEVICE.as_ptr(), libc::R_OK | libc::W_OK) };
+                outcome.fact("access", access);
+                let lowest = open(c"/", libc::O_RDONLY)?;
+                u::close(lowest)?;
+                let device = if last {
+                    with_descriptors(lowest as u64 + 1, device)??
+                } else {
+                    device()?
+                };
+                outcome.fact("lowest free descriptor", device == lowest);
+                let dmabuf = create(device, file.fd, 0, PAGE, 0)?;
+                outcome.fact("made by udmabuf", made_by_udmabuf(dmabuf)?);
+                outcome.fact("refused", create(device, file.fd, 1, PAGE, 0).is_err());
+                // Nothing is asked of the device but what the program asks.
+                let inherited = confined(&udmabufs_own(), || {
+                    create(device, file.fd, 0, PAGE, 0).is_ok()
+                        && create(device, file.fd, 1, PAGE, 0).is_err()
+                })?;
+                outcome.fact("inherited, on udmabuf's own list", inherited == "0");
+                // Nor where the device is opened under the filter, unless there is some other device of pinbuf's name.
+                let mut opening = udmabufs_own();
+                opening.extend(always(&[libc::SYS_openat, libc::SYS_close]));
+                let opened = confined(&opening, || {
+                    crate::cases::device()
+                        .is_ok_and(|device| create(device, file.fd, 0, PAGE, 0).is_ok())
+                })?;
+                let other = name == "another-device";
+                outcome.fact("opened, on udmabuf's own list", other || opened == "0");
+                Ok(outcome)
+            });
+        }
     }
+    // A filter that knows udmabuf's requests, and refuses others.
+    t.custom("no-pinbuf/requests-refused", OK, move || {
+        let file = File::new(0, PLAIN)?;
+        let mut calls = udmabufs_own();
+        calls.extend(always(&[
+            libc::SYS_openat,
+            libc::SYS_close,
+            libc::SYS_read,
+            libc::SYS_write,
+            libc::SYS_lseek,
+            libc::SYS_statx,
+            libc::SYS_getpid,
+            libc::SYS_fcntl,
+            libc::SYS_brk,
+        ]));
+        let ended = refused(&calls, libc::EPERM, || {
+            device()
+                .and_then(|device| Ok(create(device, file.fd, 0, PAGE, 0)?))
+                .and_then(made_by_udmabuf)
+                .unwrap_or(false)
+        })?;
+        Ok(outcome(ended))
+    });
+}
+
+/// What a program may ask of udmabuf, and what the shim makes of it.
+fn udmabufs_own() -> Vec<Allowed> {
+    let numbers = [u::CREATE, u::CREATE_LIST, u::SYNC].map(|number| Test::Is(number as u32));
+    let mut all = vec![Allowed::if_any(libc::SYS_ioctl, 1, numbers)];
+    all.extend(always(&[libc::SYS_fstat, libc::SYS_mmap, libc::SYS_munmap]));
+    all
+}
+
+fn hidden(hide: Hide) -> Result<()> {
+    if !fs::exists("/dev/pinbuf")? {
+        return unavailable("there is no /dev/pinbuf to hide");
+    }
+    own_mounts()?;
+    // The path is not one that the shim knows.
+    fs::write("/run/kernels-udmabuf", "")?;
+    mount(
+        c"/dev/udmabuf",
+        c"/run/kernels-udmabuf",
+        c"none",
+        libc::MS_BIND,
+    )?;
+    hide()
+}
+
+fn made_by_udmabuf(dmabuf: i32) -> Result<bool> {
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{dmabuf}"))?;
+    Ok(text.contains("exp_name:\tudmabuf"))
+}
+
+/// Does something with this number of descriptors, at most.
+fn with_descriptors<T>(number: u64, action: impl FnOnce() -> T) -> Result<T> {
+    let mut before = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the struct is written.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut before) }.into())?;
+    let set = |rlim_cur| {
+        let limit = libc::rlimit { rlim_cur, ..before };
+        // SAFETY: the struct is read.
+        check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }.into())
+    };
+    set(number)?;
+    let result = action();
+    set(before.rlim_cur)?;
+    Ok(result)
 }
