@@ -91,8 +91,11 @@ const IMAGES: &[(&str, &[&str])] = &[
         "clients",
         &[
             "apparmor",
+            "bubblewrap",
             // Programs that the shim cannot reach: a static one, Go's, a 32-bit library that runs.
             "busybox-static",
+            // Of podman's runtimes, the one that keeps a user's groups.
+            "crun",
             "gosu",
             "kmod",
             "libc6-i386",
@@ -102,9 +105,11 @@ const IMAGES: &[(&str, &[&str])] = &[
             "libcap2-bin",
             "libvulkan1",
             "mesa-vulkan-drivers",
+            "podman",
             "procps",
             "qemu-system-x86",
             "udev",
+            "uidmap",
             "util-linux",
         ],
     ),

@@ -7,6 +7,7 @@
 //! ordinary user in the group kvm, with Debian's default limits.
 
 mod bars;
+mod containers;
 mod doctor;
 mod evidence;
 mod info;
@@ -55,6 +56,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         run::TESTS,
         doctor::TESTS,
         info::TESTS,
+        containers::TESTS,
     ]
     .into_iter()
     .flatten()

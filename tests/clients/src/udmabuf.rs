@@ -71,12 +71,16 @@ fn main() -> Result<()> {
         Ok(())
     })??;
     let fd = buffer.as_fd().as_raw_fd();
-    let text = fs::read_to_string(format!("/proc/self/fdinfo/{fd}"))?;
-    let exporter = text
-        .lines()
-        .find_map(|line| line.strip_prefix("exp_name:"))
-        .context("fdinfo names no exporter")?;
-    println!("{SIZE} bytes by {}", exporter.trim());
+    if fs::exists("/proc/self")? {
+        let text = fs::read_to_string(format!("/proc/self/fdinfo/{fd}"))?;
+        let exporter = text
+            .lines()
+            .find_map(|line| line.strip_prefix("exp_name:"))
+            .context("fdinfo names no exporter")?;
+        println!("{SIZE} bytes by {}", exporter.trim());
+    } else {
+        println!("{SIZE} bytes");
+    }
     if std::env::args().any(|argument| argument == "--hold") {
         std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
     }
