@@ -108,6 +108,8 @@ const IMAGES: &[(&str, &[&str])] = &[
             "podman",
             "procps",
             "qemu-system-x86",
+            // Compiles the policy for SELinux.
+            "secilc",
             "udev",
             "uidmap",
             "util-linux",

@@ -196,6 +196,16 @@ pub const RUNS: &[Run] = &[
         ..PLAIN
     },
     Run {
+        // The same command, where SELinux refuses the device.
+        name: "selinux",
+        memory: "2G",
+        cmdline: "initcall_blacklist=udmabuf_dev_init security=selinux",
+        image: "clients",
+        modules: &[],
+        command: "pinbuf-clients selinux",
+        ..PLAIN
+    },
+    Run {
         name: "install",
         bare: true,
         memory: "1G",

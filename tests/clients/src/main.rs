@@ -15,6 +15,7 @@ mod libcamera;
 mod process;
 mod qemu;
 mod run;
+mod selinux;
 mod udev;
 mod user;
 mod vulkan;
@@ -38,7 +39,9 @@ struct Options {
 
 impl Options {
     fn wants(&self, test: &Test) -> bool {
-        (self.themes.is_empty() || self.themes.iter().any(|wanted| wanted == theme(test)))
+        // Where SELinux is in force, AppArmor is not, and the other way round.
+        let unasked = self.themes.is_empty() && theme(test) != "selinux";
+        (unasked || self.themes.iter().any(|wanted| wanted == theme(test)))
             && (self.filter.is_empty() || self.filter.iter().any(|part| test.name.contains(part)))
     }
 }
@@ -57,6 +60,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         doctor::TESTS,
         info::TESTS,
         containers::TESTS,
+        selinux::TESTS,
     ]
     .into_iter()
     .flatten()
