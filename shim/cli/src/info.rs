@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use crate::dmabuf::{self, Mapping};
 use crate::text::{self, complain, say};
+use crate::watch::{self, Part};
 
 /// Shows live dma-bufs: who holds them, and what they consist of.
 ///
@@ -74,6 +75,9 @@ struct Pinned {
     charged_pages: u64,
     charged_to: String,
     device_mappings: u32,
+    /// What the memory's owner does not see any more; none from a kernel that does not report it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    discarded: Option<Vec<Part>>,
 }
 
 /// The buffers that were found.
@@ -136,7 +140,7 @@ impl Info {
     }
 }
 
-fn processes() -> Result<Vec<u32>> {
+pub fn processes() -> Result<Vec<u32>> {
     let mut pids: Vec<u32> = fs::read_dir("/proc")?
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
@@ -146,7 +150,7 @@ fn processes() -> Result<Vec<u32>> {
 }
 
 /// The name that a process gives itself.
-fn command(pid: u32) -> String {
+pub fn command(pid: u32) -> String {
     let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
     text::of_bytes(name.strip_suffix(b"\n").unwrap_or(&name))
 }
@@ -246,10 +250,9 @@ fn filesystem_of_own(device: &Device) -> Option<u64> {
 
 /// Asks pinbuf about another process's buffer, through a copy of its descriptor.
 fn describe(device: &Device, pid: u32, number: u32) -> Option<Pinned> {
-    let info = DmaBuf::from_fd(copy(pid, number)?)
-        .ok()?
-        .info(device)
-        .ok()?;
+    let buffer = DmaBuf::from_fd(copy(pid, number)?).ok()?;
+    let info = buffer.info(device).ok()?;
+    let discarded = buffer.discarded(device).ok();
     Some(Pinned {
         pages: info.pages,
         extents: info.extents,
@@ -264,10 +267,11 @@ fn describe(device: &Device, pid: u32, number: u32) -> Option<Pinned> {
             other => format!("{other:?}").to_lowercase(),
         },
         device_mappings: info.mappings,
+        discarded: discarded.map(|parts| parts.iter().map(Part::from).collect()),
     })
 }
 
-fn copy(pid: u32, number: u32) -> Option<OwnedFd> {
+pub fn copy(pid: u32, number: u32) -> Option<OwnedFd> {
     // SAFETY: no memory is involved.
     let process = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if process < 0 {
@@ -281,7 +285,7 @@ fn copy(pid: u32, number: u32) -> Option<OwnedFd> {
     (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-fn size(bytes: u64) -> String {
+pub fn size(bytes: u64) -> String {
     match bytes {
         0..=1_048_575 => format!("{} KiB", bytes.div_ceil(1024)),
         _ => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
@@ -320,6 +324,10 @@ fn print(buffers: &[Buffer]) {
                 pinned.charged_to,
                 pinned.device_mappings
             );
+            let parts = pinned.discarded.as_deref().unwrap_or_default();
+            if !parts.is_empty() {
+                say!("  {}", watch::in_words(parts));
+            }
         }
         for holder in &buffer.holders {
             let mut how = Vec::new();

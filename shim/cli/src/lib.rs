@@ -16,6 +16,7 @@ mod run;
 mod security;
 mod shim;
 mod text;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -34,6 +35,7 @@ enum Action {
     Run(run::Run),
     Doctor(doctor::Doctor),
     Info(info::Info),
+    Watch(watch::Watch),
     Bench(bench::Bench),
 }
 
@@ -52,6 +54,7 @@ pub fn main() -> ExitCode {
         Action::Run(run) => run.run(),
         Action::Doctor(doctor) => doctor.run(),
         Action::Info(info) => info.run(),
+        Action::Watch(watch) => watch.run(),
         Action::Bench(bench) => bench.run(),
     };
     match result {

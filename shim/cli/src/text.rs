@@ -46,8 +46,12 @@ pub fn escaped(line: &str) -> String {
 
 /// JSON, with everything that a terminal acts on escaped as JSON escapes it.
 pub fn json(value: &impl Serialize) -> Result<String> {
+    Ok(json_escaped(&serde_json::to_string_pretty(value)?))
+}
+
+fn json_escaped(json: &str) -> String {
     let mut text = String::new();
-    for character in serde_json::to_string_pretty(value)?.chars() {
+    for character in json.chars() {
         // Line breaks are the layout's: those in strings are escaped already.
         if character != '\n' && is_active(character) {
             let mut units = [0; 2];
@@ -57,7 +61,12 @@ pub fn json(value: &impl Serialize) -> Result<String> {
             text.push(character);
         }
     }
-    Ok(text)
+    text
+}
+
+/// The same in one line.
+pub fn json_line(value: &impl Serialize) -> Result<String> {
+    Ok(json_escaped(&serde_json::to_string(value)?))
 }
 
 /// Prints a line.

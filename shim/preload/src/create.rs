@@ -26,7 +26,7 @@ use crate::request::{self, INLINE_ITEMS};
 use crate::spans::{FileId, Spans};
 use crate::sys::{self, Errno, Result};
 use crate::window::Window;
-use crate::{align, device};
+use crate::{align, device, discards};
 
 /// How often a call is made at most, when the file's pages change under our own mapping, or the files
 /// themselves do.
@@ -34,6 +34,7 @@ const TRIES: u32 = 16;
 
 /// Answers a request for a buffer; `ENOTTY` says that `device` is not pinbuf's.
 pub fn answer(device: c_int, request: u32, arg: usize) -> Result<c_int> {
+    discards::report(device);
     let mut changed = Errno(libc::EBADFD);
     for _ in 0..TRIES {
         let (dmabuf, checked) = answer_once(device, request, arg)?;
@@ -61,7 +62,10 @@ fn answer_once(device: c_int, request: u32, arg: usize) -> Result<(c_int, Result
         Err(error) => Err(error),
     };
     match result {
-        Ok(dmabuf) => align::made(dmabuf),
+        Ok(dmabuf) => {
+            align::made(dmabuf);
+            discards::made(dmabuf);
+        }
         Err(_) if device::is_path_only(device) => result = Err(Errno(libc::EBADF)),
         Err(_) => {}
     }

@@ -40,6 +40,7 @@ mod align;
 mod buffer;
 mod create;
 mod device;
+mod discards;
 mod hints;
 #[cfg(not(test))]
 mod interpose;

@@ -19,6 +19,7 @@ mod selinux;
 mod udev;
 mod user;
 mod vulkan;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -59,6 +60,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         run::TESTS,
         doctor::TESTS,
         info::TESTS,
+        watch::TESTS,
         containers::TESTS,
         selinux::TESTS,
     ]

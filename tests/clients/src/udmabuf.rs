@@ -51,10 +51,15 @@ fn main() -> Result<()> {
         offset: 0,
         size: SIZE as u64,
     };
-    // SAFETY: the kernel reads the struct.
-    let fd = unsafe { udmabuf_create(device.as_raw_fd(), &create) }.context("UDMABUF_CREATE")?;
-    // SAFETY: the call has just returned it.
-    let buffer = Buffer::from_fd(unsafe { OwnedFd::from_raw_fd(fd) });
+    let make = || -> Result<Buffer> {
+        // SAFETY: the kernel reads the struct.
+        let fd = unsafe { udmabuf_create(device.as_raw_fd(), &create) };
+        // SAFETY: the call has just returned it.
+        Ok(Buffer::from_fd(unsafe {
+            OwnedFd::from_raw_fd(fd.context("UDMABUF_CREATE")?)
+        }))
+    };
+    let buffer = make()?;
     ensure!(buffer.len()? == SIZE, "the buffer has another size");
     let value = |page: usize| (page as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     for page in 0..SIZE / PAGE {
@@ -80,6 +85,11 @@ fn main() -> Result<()> {
         println!("{SIZE} bytes by {}", exporter.trim());
     } else {
         println!("{SIZE} bytes");
+    }
+    if std::env::args().any(|argument| argument == "--discard") {
+        // Three pages, and no more; then two requests that change nothing.
+        pixels.advise(8 * PAGE, 3 * PAGE, libc::MADV_REMOVE)?;
+        drop((make()?, make()?));
     }
     if std::env::args().any(|argument| argument == "--hold") {
         std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `pinbuf watch`, and what `pinbuf info` and the shim's log say of discarded memory.
+
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsFd;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+
+use anyhow::{bail, ensure, Context, Result};
+use pinbuf_test_harness::support::memory::{memfd, punch_hole};
+use pinbuf_test_harness::support::process::PATIENCE;
+use pinbuf_test_harness::support::{Buffer, Device, Memory, PAGE};
+use pinbuf_test_harness::tests;
+use serde_json::{json, Value};
+
+use crate::info::{clean, set_name};
+use crate::process::Start;
+
+tests!("watch":
+    lists_the_parts,
+    shows_them_in_info,
+    reports_changes_as_they_come,
+    passes_nothing_raw_to_the_terminal,
+    ends_with_its_process,
+    the_shim_logs_them_once,
+);
+
+const COUNT: usize = 32;
+
+/// A buffer of a memfd.
+struct Frame {
+    file: std::os::fd::OwnedFd,
+    _memory: Memory,
+    buffer: Buffer,
+}
+
+impl Frame {
+    fn new() -> Result<Self> {
+        let file = memfd(COUNT * PAGE, 0)?;
+        let memory = Memory::shared(&file, COUNT * PAGE)?;
+        memory.touch_to_write();
+        let buffer = Device::open()?.create(&[memory.range()])?;
+        Ok(Self {
+            file,
+            _memory: memory,
+            buffer,
+        })
+    }
+
+    fn discard(&self, page: usize, pages: usize) -> Result<()> {
+        punch_hole(&self.file, page * PAGE, pages * PAGE)
+    }
+
+    fn inode(&self) -> Result<u64> {
+        Ok(nix::sys::stat::fstat(self.buffer.as_fd())?.st_ino)
+    }
+}
+
+fn part(page: usize, pages: usize) -> Value {
+    json!({ "offset": page * PAGE, "len": pages * PAGE, "state": "discarded" })
+}
+
+/// The lines of `pinbuf watch --json`, by the buffers' numbers.
+fn once() -> Result<Vec<(u64, Value)>> {
+    let end = Start::program(&["pinbuf", "watch", "--once", "--json"]).end()?;
+    ensure!(end.status == Some(0), "{end:?}");
+    end.out
+        .lines()
+        .map(|line| {
+            let change: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
+            let inode = change["inode"].as_u64().context("a line without inode")?;
+            Ok((inode, change))
+        })
+        .collect()
+}
+
+fn lists_the_parts() -> Result<()> {
+    let (whole, holed) = (Frame::new()?, Frame::new()?);
+    ensure!(once()?.is_empty(), "a buffer is reported before");
+    holed.discard(3, 2)?;
+    holed.discard(31, 1)?;
+    let all = once()?;
+    let [(inode, change)] = &all[..] else {
+        bail!("{all:#?}");
+    };
+    ensure!(*inode == holed.inode()?, "{all:#?}");
+    ensure!(
+        change["parts"] == json!([part(3, 2), part(31, 1)])
+            && change["discarded_bytes"] == 3 * PAGE
+            && change["unsure_bytes"] == 0
+            && change["bytes"] == COUNT * PAGE
+            && change["pid"] == std::process::id(),
+        "{change:#?}"
+    );
+    drop(whole);
+    Ok(())
+}
+
+fn shows_them_in_info() -> Result<()> {
+    let frame = Frame::new()?;
+    frame.discard(1, 1)?;
+    let pid = std::process::id().to_string();
+    let text = clean(&Start::program(&["pinbuf", "info", "--pid", &pid]))?;
+    ensure!(
+        text.contains("4 KiB discarded: 0x1000-0x2000"),
+        "it says nothing of the discard: {text}"
+    );
+    let end = Start::program(&["pinbuf", "info", "--pid", &pid, "--json"]).end()?;
+    let listed: Vec<Value> = serde_json::from_str(&end.out)?;
+    let inode = frame.inode()?;
+    let this = listed.iter().find(|buffer| buffer["inode"] == inode);
+    let this = this.context("the buffer is not listed")?;
+    ensure!(
+        this["pinned"]["discarded"] == json!([part(1, 1)]),
+        "{this:#?}"
+    );
+    Ok(())
+}
+
+/// A running `pinbuf watch`, ended when dropped.
+struct Watching {
+    child: std::process::Child,
+    lines: mpsc::Receiver<String>,
+}
+
+impl Watching {
+    fn start(words: &[&str]) -> Result<Self> {
+        let mut child = Command::new("pinbuf")
+            .args(["watch", "--interval", "0.2"])
+            .args(words)
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let output = child.stdout.take().context("no output")?;
+        let (send, lines) = mpsc::channel();
+        thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                if send.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Self { child, lines })
+    }
+
+    fn next(&self) -> Result<String> {
+        self.lines.recv_timeout(PATIENCE).context("no line came")
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn reports_changes_as_they_come() -> Result<()> {
+    let frame = Frame::new()?;
+    frame.discard(2, 1)?;
+    let watching = Watching::start(&[])?;
+    let line = watching.next()?;
+    let inode = frame.inode()?;
+    ensure!(
+        line.contains(&format!("buffer {inode} ")) && line.ends_with("discarded: 0x2000-0x3000"),
+        "{line}"
+    );
+    frame.discard(3, 1)?;
+    frame.discard(9, 1)?;
+    // The two may come apart.
+    let mut line = watching.next()?;
+    if !line.contains("0x9000") {
+        line = watching.next()?;
+    }
+    ensure!(
+        line.ends_with("12 KiB discarded: 0x2000-0x4000, 0x9000-0xa000"),
+        "{line}"
+    );
+    // Another buffer, and nothing more of the first.
+    let other = Frame::new()?;
+    other.discard(0, COUNT)?;
+    let line = watching.next()?;
+    ensure!(
+        line.contains(&format!("buffer {} ", other.inode()?)),
+        "{line}"
+    );
+    Ok(())
+}
+
+fn passes_nothing_raw_to_the_terminal() -> Result<()> {
+    let frame = Frame::new()?;
+    set_name(&frame.buffer, "\x1b[2J\n\u{9b}".as_bytes())?;
+    frame.discard(0, 1)?;
+    for more in [&[][..], &["--json"]] {
+        let words = [&["pinbuf", "watch", "--once"], more].concat();
+        let text = clean(&Start::program(&words))?;
+        ensure!(
+            text.contains("\\u{1b}[2J") || text.contains("\\u001b[2J"),
+            "the name is missing: {text}"
+        );
+    }
+    Ok(())
+}
+
+fn ends_with_its_process() -> Result<()> {
+    let mut sleep = Command::new("sleep").arg("3").spawn()?;
+    let pid = sleep.id().to_string();
+    let start = Start::program(&["pinbuf", "watch", "--interval", "0.2", "--pid", &pid]);
+    let watching = thread::spawn(move || start.end());
+    sleep.wait()?;
+    let end = watching.join().expect("the thread does not panic")?;
+    ensure!(end.status == Some(0) && end.out.is_empty(), "{end:?}");
+    let end = Start::program(&["pinbuf", "watch", "--pid", "4194303"]).end()?;
+    ensure!(
+        end.status == Some(125) && end.err.contains("there is no process 4194303"),
+        "{end:?}"
+    );
+    Ok(())
+}
+
+fn the_shim_logs_them_once() -> Result<()> {
+    let words = [
+        "pinbuf",
+        "run",
+        "--log",
+        "--",
+        "pinbuf-udmabuf-client",
+        "--discard",
+    ];
+    let end = Start::program(&words).by_kvm_user().end()?;
+    ensure!(end.status == Some(0), "{end:?}");
+    let said = "the memory of 12288 of 33177600 bytes was discarded";
+    ensure!(end.err.matches(said).count() == 1, "{end:?}");
+    ensure!(end.err.matches("discarded").count() == 1, "{end:?}");
+    Ok(())
+}
