@@ -70,7 +70,7 @@ impl Credentials {
     }
 }
 
-/// A device's file, as somebody sees it.
+/// A device's file, as a process sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
     pub mode: u32,
@@ -87,7 +87,7 @@ pub struct Node {
 impl Node {
     /// Looks at a path as a process sees it, with its own root; `self` is this one.
     pub fn of(pid: &str, path: &str) -> io::Result<Self> {
-        // Only to start from: a profile of AppArmor's does not keep anybody from that.
+        // AppArmor's profiles do not mediate O_PATH.
         let root = File::options()
             .read(true)
             .custom_flags(libc::O_PATH)
@@ -121,7 +121,7 @@ impl Node {
         }
     }
 
-    /// Does its mode let somebody open it for reading and writing? `None` where that is not known: an entry of its own
+    /// Does its mode let a process open it for reading and writing? `None` where that is not known: an entry of its own
     /// may let this user, or a namespace shows its owner, its group or the user's groups as nobody.
     pub fn permits(&self, who: &Credentials) -> Option<bool> {
         const NOBODY: u32 = 65534;

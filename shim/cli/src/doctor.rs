@@ -303,7 +303,7 @@ pub fn device() -> Finding {
     }
 }
 
-/// What refuses the device where its mode does not: all that can be told from outside.
+/// What refuses the device where its mode does not, as far as /proc and /sys show it.
 fn refused(node: &Node, pid: &str, who: &str) -> Finding {
     const WHAT: &str = "device";
     if node.on_nodev_mount() {
@@ -508,7 +508,7 @@ fn selinux() -> Finding {
     of_selinux("SELinux", "self", "this shell").unwrap_or_else(|| good("SELinux", "not in use"))
 }
 
-/// What SELinux says of somebody's use of the device; `None` where it is not in use.
+/// What SELinux allows a process; `None` where SELinux is not in use.
 fn of_selinux(what: &'static str, pid: &str, who: &str) -> Option<Finding> {
     let enforces = security::selinux_enforces()?;
     let unknown = || "unknown".to_owned();

@@ -39,7 +39,7 @@ struct Buffer {
     /// Its number in the dma-bufs' file system.
     inode: u64,
     bytes: u64,
-    /// None where nobody says.
+    /// `None` if it is not known.
     exporter: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<String>,

@@ -29,7 +29,7 @@ tests!("info":
     does_not_take_files_for_buffers,
 );
 
-/// A buffer of this process, of so many pages.
+/// A buffer of this process, of this number of pages.
 fn buffer(pages: usize) -> Result<Buffer> {
     Ok(Device::open()?.create(&[Memory::anonymous(pages * PAGE)?.range()])?)
 }
@@ -220,7 +220,7 @@ fn does_not_take_a_name_for_an_exporter() -> Result<()> {
     Ok(())
 }
 
-/// A buffer that is mapped and that nobody has a descriptor of; its number.
+/// The number of a buffer that is mapped, without any descriptor.
 fn only_mapped() -> Result<(u64, Memory)> {
     let buffer = buffer(3)?;
     Ok((inode(&buffer)?, buffer.map()?))
