@@ -12,8 +12,8 @@
 //! recognised later by its device number; so copies of it, passed by `fork`, `dup`, `exec` or a
 //! socket, work without any record. What the shim keeps only saves time, and is verified at each use: the next library's
 //! functions, a device number, where to log, a descriptor of `/proc/self/maps` ([`maps`]), and where files were mapped
-//! ([`hints`]). The exception are the descriptors that creates have returned ([`align`]): where these are out of date,
-//! the shim aligns a mapping of another file.
+//! ([`hints`]). There are two exceptions: the descriptors that creates have returned ([`align`]), where the shim aligns a
+//! mapping of another file if they are out of date; and, with a log, what was reported of discards ([`discards`]).
 //!
 //! # How a buffer is made
 //!
