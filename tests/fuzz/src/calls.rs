@@ -558,7 +558,7 @@ impl Executor {
     pub(crate) fn other(&mut self, number: u32, argument: u64) -> Result<()> {
         // The VFS knows some of the other types.
         let number = number & !0xff00 | uapi::IOC_TYPE << 8;
-        let known = [uapi::CREATE, uapi::QUERY, uapi::INFO]
+        let known = [uapi::CREATE, uapi::QUERY, uapi::INFO, uapi::DISCARDS]
             .into_iter()
             .any(|known| (known ^ number) & !SIZE_MASK == 0);
         let mut expected = Expected::default();
