@@ -12,11 +12,11 @@ use nix::sys::prctl::set_pdeathsig;
 use nix::sys::resource::{setrlimit, Resource};
 use nix::sys::signal::Signal;
 
-use crate::support::process::{become_user, drop_ipc_lock, Child, End, Link, PATIENCE, USER};
+use crate::support::process::{become_user, drop_ipc_lock, Child, End, Link, PATIENCE};
 use crate::support::{Device, Memory, PAGE};
 
 /// What a user is charged for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Charges {
     /// Any locked page at all, of whoever counts them per user.
     pub locked: bool,
@@ -26,15 +26,23 @@ pub struct Charges {
     pub room: bool,
 }
 
-/// A process of the tests' user, and one of root without `CAP_IPC_LOCK`.
-#[derive(Debug, Default)]
-pub struct Accounts([Option<Account>; 2]);
+/// A process of each of some users, without `CAP_IPC_LOCK`.
+#[derive(Debug)]
+pub struct Accounts<const N: usize>([(u32, Option<Account>); N]);
 
-impl Accounts {
-    /// What the tests' user and root are charged for.
-    pub fn charges(&mut self) -> Result<[Charges; 2]> {
-        let [user, root] = &mut self.0;
-        Ok([Account::ask(user, USER)?, Account::ask(root, 0)?])
+impl<const N: usize> Accounts<N> {
+    /// Those of these users.
+    pub fn of(users: [u32; N]) -> Self {
+        Self(users.map(|uid| (uid, None)))
+    }
+
+    /// What the users are charged for, in the same order.
+    pub fn charges(&mut self) -> Result<[Charges; N]> {
+        let mut charges = [Charges::default(); N];
+        for ((uid, account), charges) in self.0.iter_mut().zip(&mut charges) {
+            *charges = Account::ask(account, *uid)?;
+        }
+        Ok(charges)
     }
 }
 

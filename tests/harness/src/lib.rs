@@ -4,7 +4,7 @@
 //! own, the look for what they left behind (pins, charges, descriptors, dma-bufs, module references,
 //! complaints in the kernel's log), KTAP, and the pieces that tests are made of.
 
-mod accounts;
+pub mod accounts;
 pub mod runner;
 pub mod support;
 

@@ -15,7 +15,7 @@ use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 use nix::unistd::{setpgid, Pid};
 
 use crate::accounts::Accounts;
-use crate::support::process::Child;
+use crate::support::process::{Child, USER};
 use crate::support::{kernel, Skip};
 
 /// A subtest.
@@ -121,7 +121,7 @@ struct State {
 }
 
 impl State {
-    fn now(accounts: &mut Accounts) -> Result<Self> {
+    fn now(accounts: &mut Accounts<2>) -> Result<Self> {
         let [user, root] = accounts.charges().context("asking for charges")?;
         Ok(Self {
             pins: kernel::pins()?,
@@ -283,7 +283,8 @@ impl Log {
 pub struct Runner {
     log: Log,
     check_leaks: bool,
-    accounts: Accounts,
+    /// Of the tests' user, and of root.
+    accounts: Accounts<2>,
     /// What there was after the last one, if that was what there was before it: asking takes long on a
     /// kernel with checkers. What comes late is then seen by the next one.
     clean: Option<State>,
@@ -301,7 +302,7 @@ impl Runner {
         Ok(Self {
             log: Log::open()?,
             check_leaks,
-            accounts: Accounts::default(),
+            accounts: Accounts::of([USER, 0]),
             clean: None,
             lost: false,
         })

@@ -18,7 +18,7 @@ use pinbuf_test_harness::support::process::{become_user, in_child, set_memlock, 
 use pinbuf_test_harness::support::{check, check_eq, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
 
-use crate::uffd::Faults;
+use pinbuf_test_harness::support::uffd::Faults;
 
 tests! { "held":
     a_page_of_each_huge_page,

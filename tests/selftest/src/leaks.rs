@@ -32,34 +32,6 @@ tests! { "leaks":
 /// How often what is done is repeated as a whole.
 const REPETITIONS: usize = 3;
 
-/// How many there are of all that the kernel counts.
-fn counts() -> Result<BTreeMap<String, i64>> {
-    let mut counts = BTreeMap::new();
-    let slabs = kernel::read("/proc/slabinfo")?;
-    // The version, and the names of the columns.
-    for line in slabs.lines().skip(2) {
-        let mut words = line.split_whitespace();
-        if let (Some(name), Some(count)) = (words.next(), words.next()) {
-            // Of the kernel's addresses that are free again, stacks of processes say, there are many before
-            // they are given back together.
-            if name == "vmap_area" {
-                continue;
-            }
-            counts.insert(format!("objects of {name}"), count.parse()?);
-        }
-    }
-    let areas = kernel::read("/proc/vmallocinfo")?;
-    let ours = areas.lines().filter(|line| line.contains("[pinbuf]"));
-    counts.insert(
-        "areas of the kernel's addresses".to_owned(),
-        i64::try_from(ours.count())?,
-    );
-    let files = kernel::read("/proc/sys/fs/file-nr")?;
-    let files = files.split_whitespace().next().context("file-nr")?;
-    counts.insert("open files".to_owned(), files.parse()?);
-    Ok(counts)
-}
-
 /// Does something `rounds` times, and that several times over; of nothing may there be one more a round each
 /// time.
 fn piles_nothing_up(rounds: usize, mut action: impl FnMut(usize) -> Result<()>) -> Result<()> {
@@ -68,7 +40,7 @@ fn piles_nothing_up(rounds: usize, mut action: impl FnMut(usize) -> Result<()>) 
     }
     let mut grown: Option<BTreeMap<String, i64>> = None;
     for repetition in 0..=REPETITIONS {
-        let before = counts()?;
+        let before = kernel::objects()?;
         for round in 0..rounds {
             action(repetition * rounds + round)?;
         }
@@ -76,7 +48,7 @@ fn piles_nothing_up(rounds: usize, mut action: impl FnMut(usize) -> Result<()>) 
             // What is made at the first time stays.
             continue;
         }
-        let after = counts()?;
+        let after = kernel::objects()?;
         let by = |name: &str| after.get(name).unwrap_or(&0) - before.get(name).unwrap_or(&0);
         let still = |name: &str| by(name) >= i64::try_from(rounds).unwrap_or(i64::MAX) * 8 / 10;
         grown = Some(match grown {

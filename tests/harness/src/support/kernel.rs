@@ -2,6 +2,7 @@
 
 //! What the kernel tells about itself, and settings that are put back.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -123,6 +124,34 @@ pub fn bounce_slots() -> Result<i64> {
     } else {
         Ok(0)
     }
+}
+
+/// How many there are of all that the kernel counts.
+pub fn objects() -> Result<BTreeMap<String, i64>> {
+    let mut counts = BTreeMap::new();
+    let slabs = read("/proc/slabinfo")?;
+    // The version, and the names of the columns.
+    for line in slabs.lines().skip(2) {
+        let mut words = line.split_whitespace();
+        if let (Some(name), Some(count)) = (words.next(), words.next()) {
+            // Of the kernel's addresses that are free again, stacks of processes say, there are many before
+            // they are given back together.
+            if name == "vmap_area" {
+                continue;
+            }
+            counts.insert(format!("objects of {name}"), count.parse()?);
+        }
+    }
+    let areas = read("/proc/vmallocinfo")?;
+    let ours = areas.lines().filter(|line| line.contains("[pinbuf]"));
+    counts.insert(
+        "areas of the kernel's addresses".to_owned(),
+        i64::try_from(ours.count())?,
+    );
+    let files = read("/proc/sys/fs/file-nr")?;
+    let files = files.split_whitespace().next().context("file-nr")?;
+    counts.insert("open files".to_owned(), files.parse()?);
+    Ok(counts)
 }
 
 /// Whether every device mapping goes through a bounce buffer.

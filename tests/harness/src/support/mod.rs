@@ -11,6 +11,7 @@ pub mod probe;
 pub mod process;
 pub mod processor;
 pub mod turn;
+pub mod uffd;
 pub mod view;
 
 use std::fmt;

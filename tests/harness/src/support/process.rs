@@ -295,3 +295,9 @@ impl End {
         bail!("no descriptor came")
     }
 }
+
+impl AsFd for End {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
