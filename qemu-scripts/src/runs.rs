@@ -103,6 +103,13 @@ const CHECKED: Run = Run {
     ..PLAIN
 };
 
+/// Processes that are killed; rows say how many.
+const KILLS: Run = Run {
+    memory: "2G",
+    cmdline: "movablecore=640M",
+    ..PLAIN
+};
+
 /// All runs.
 pub const RUNS: &[Run] = &[
     Run {
@@ -335,6 +342,26 @@ pub const RUNS: &[Run] = &[
         command: "tests/fuzz/run",
         verdict: Verdict::Status,
         filters: false,
+        ..CHECKED
+    },
+    Run {
+        // Callers that are killed anywhere, in pages that are pinned where they are and in others.
+        name: "kills-quick",
+        command: "pinbuf-stress kills --kills 300",
+        ..KILLS
+    },
+    Run {
+        name: "kills",
+        when: When::Long,
+        command: "pinbuf-stress kills --kills 10000",
+        timeout: 5400,
+        ..KILLS
+    },
+    Run {
+        name: "kills-debug",
+        cmdline: "movablecore=640M",
+        command: "pinbuf-stress kills leaks --kills 2000",
+        timeout: 5400,
         ..CHECKED
     },
     Run {

@@ -9,11 +9,14 @@
 //! * `migration`: no room for pages that have to leave `ZONE_MOVABLE`. With `movablecore=` besides.
 //! * `races`: calls against whatever else the process, other processes and the kernel do, on any
 //!   kernel, with random delays, for `--seconds` each.
+//! * `kills`: `--kills` processes are killed at random moments of all that can be done with a buffer, and
+//!   programs under `pinbuf run`. Best with `movablecore=`.
 //! * `leaks`: what kmemleak finds at the end.
 //!
 //! A test that misses what it needs fails.
 
 mod faults;
+mod kills;
 mod kinds;
 mod leaks;
 mod migration;
@@ -40,6 +43,10 @@ struct Options {
     #[arg(long, value_name = "N", default_value_t = 10)]
     seconds: u64,
 
+    /// How many processes are killed by `kills`
+    #[arg(long, value_name = "N", default_value_t = 300)]
+    kills: usize,
+
     /// Where random numbers begin; another one each time if it is not given
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -55,6 +62,10 @@ struct Options {
     /// Do not look for what a subtest left behind
     #[arg(long)]
     no_leak_checks: bool,
+
+    /// Uses /dev/udmabuf until it is killed, as a program under the shim
+    #[arg(long, hide = true, value_name = "SEED")]
+    udmabuf_client: Option<u64>,
 }
 
 /// The part of a subtest's name before its dot.
@@ -83,6 +94,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         races::importers::TESTS,
         races::memlock::TESTS,
         races::module::TESTS,
+        kills::TESTS,
         leaks::TESTS,
     ]
     .into_iter()
@@ -91,17 +103,25 @@ fn tests() -> impl Iterator<Item = &'static Test> {
 
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
+    if let Some(seed) = options.udmabuf_client {
+        return kills::client(seed).map(|()| ExitCode::SUCCESS);
+    }
     for wanted in &options.themes {
         if !tests().any(|test| theme(test) == wanted) {
             bail!("there is no theme `{wanted}`");
         }
     }
     let seconds = Duration::from_secs(options.seconds);
-    // Their time is what the setting up takes at most; a race's own comes on top.
+    // Their time is what the setting up takes at most; a race's own comes on top, and that of kills, of which
+    // each takes some milliseconds, or some hundreds with checkers.
+    let own = |test: &Test| match theme(test) {
+        "kills" => Duration::from_millis(400) * u32::try_from(options.kills).unwrap_or(u32::MAX),
+        _ => seconds,
+    };
     let chosen: Vec<Test> = tests()
         .filter(|test| options.wants(test))
         .map(|test| Test {
-            timeout: test.timeout + seconds,
+            timeout: test.timeout + own(test),
             ..*test
         })
         .collect();
@@ -112,7 +132,15 @@ fn main() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let seed = options.seed.unwrap_or_else(|| fastrand::u64(..));
-    println!("# --seed {seed} --seconds {}", options.seconds);
-    Settings { seconds, seed }.set();
+    println!(
+        "# --seed {seed} --seconds {} --kills {}",
+        options.seconds, options.kills
+    );
+    Settings {
+        seconds,
+        kills: options.kills,
+        seed,
+    }
+    .set();
     report(&chosen.iter().collect::<Vec<_>>(), !options.no_leak_checks)
 }

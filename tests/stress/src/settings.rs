@@ -10,6 +10,8 @@ use std::time::Duration;
 pub struct Settings {
     /// How long a race goes on.
     pub seconds: Duration,
+    /// How many are killed.
+    pub kills: usize,
     /// Where random numbers begin.
     pub seed: u64,
 }

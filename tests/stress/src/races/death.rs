@@ -48,7 +48,7 @@ fn children(
     die: impl Fn(Duration) -> Result<Child>,
     expected: impl Fn(WaitStatus) -> bool,
 ) -> Result<()> {
-    let Settings { seconds, seed } = Settings::get();
+    let Settings { seconds, seed, .. } = Settings::get();
     let mut rng = Rng::with_seed(seed);
     let (end, died) = (Instant::now() + seconds, Count::default());
     let pins = kernel::pins()?;

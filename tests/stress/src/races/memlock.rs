@@ -64,7 +64,7 @@ impl Shared {
 
 /// What each process does: buffers of random sizes, several at a time.
 fn want(shared: &Shared, room: usize, limit: usize, charge: u32, index: u64) -> Result<()> {
-    let Settings { seconds, seed } = Settings::get();
+    let Settings { seconds, seed, .. } = Settings::get();
     let mut rng = Rng::with_seed(seed.wrapping_add(index));
     let device = Device::open()?;
     become_user(USER)?;

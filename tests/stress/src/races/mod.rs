@@ -24,7 +24,7 @@ pub type Worker<'a> = (&'static str, &'a (dyn Fn(&mut Rng) -> Result<()> + Sync)
 
 /// Does what all workers do, each in a thread of its own, until the time is over or one fails.
 pub fn race(workers: &[Worker<'_>]) -> Result<()> {
-    let Settings { seconds, seed } = Settings::get();
+    let Settings { seconds, seed, .. } = Settings::get();
     let end = Instant::now() + seconds;
     let stop = AtomicBool::new(false);
     let mut told = String::new();

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What all victims together must leave as it was.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Result};
+
+use super::victims::collect_sockets;
+use pinbuf_test_harness::accounts::{Accounts, Charges};
+use pinbuf_test_harness::support::{check, kernel};
+
+/// The tests' user, root, and users of namespaces.
+pub const USERS: usize = 4;
+
+/// How long the kernel may take to let go of what the last victims had.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Memory that may be missing: stocks of allocators grow with use.
+const SLACK: i64 = 48 << 20;
+/// The same where KASAN keeps what has been freed, up to a part of the memory.
+const SLACK_OF_CHECKERS: i64 = 256 << 20;
+
+/// Kills that are enough for what each leaves behind to be seen in numbers that vary by some tens.
+const ENOUGH: usize = 100;
+
+/// Intervals in which a number may grow each time by chance.
+const FEW: usize = 6;
+
+/// Whether the kernel looks for leaks itself.
+fn has_kmemleak() -> bool {
+    Path::new("/sys/kernel/debug/kmemleak").exists()
+}
+
+/// What is exactly as it was once the last victim is gone.
+#[derive(Clone, Debug, PartialEq)]
+struct Counters {
+    pins: i64,
+    dma_bufs: i64,
+    module_references: Option<i64>,
+    bounce_slots: i64,
+    huge_pages: [i64; 3],
+    vm_pin: i64,
+    /// Each user's: whether a page can be locked up to the limit, and the allowance.
+    charges: [Charges; USERS],
+}
+
+/// What there was before, and what grows.
+pub struct Baseline {
+    accounts: Accounts<USERS>,
+    counters: Counters,
+    /// Kills between two comparisons.
+    interval: usize,
+    /// Numbers of objects of the kernel's after each interval.
+    objects: Vec<BTreeMap<String, i64>>,
+    free: i64,
+}
+
+impl Baseline {
+    /// The state of the moment.
+    pub fn new(mut accounts: Accounts<USERS>, interval: usize) -> Result<Self> {
+        let counters = Self::count(&mut accounts)?;
+        for charges in &counters.charges {
+            check!(
+                !charges.locked && charges.room && charges.allowance == 0,
+                "a user of the test's has something already: {charges:?}"
+            );
+        }
+        Ok(Self {
+            accounts,
+            counters,
+            interval,
+            objects: Vec::new(),
+            free: 0,
+        })
+    }
+
+    fn count(accounts: &mut Accounts<USERS>) -> Result<Counters> {
+        Ok(Counters {
+            pins: kernel::pins()?,
+            dma_bufs: kernel::dma_bufs()?,
+            module_references: kernel::module_references()?,
+            bounce_slots: kernel::bounce_slots()?,
+            huge_pages: kernel::fields(
+                "/proc/meminfo",
+                ["HugePages_Total", "HugePages_Free", "HugePages_Rsvd"],
+            )?,
+            vm_pin: kernel::vm_pin()?,
+            charges: accounts.charges()?,
+        })
+    }
+
+    /// Waits until all counters are back.
+    pub fn is_reached(&mut self, number: usize) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            collect_sockets()?;
+            let now = Self::count(&mut self.accounts)?;
+            if now == self.counters {
+                break;
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "left behind after {PATIENCE:?}: expected {:#?}, seen {now:#?}",
+                    self.counters
+                );
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let free = give_back_stocks()?;
+        let objects = kernel::objects()?;
+        // What is made at the first time stays: the first interval is what others are compared with.
+        if number == 1 {
+            self.free = free;
+        } else {
+            let slack = if has_kmemleak() {
+                SLACK_OF_CHECKERS
+            } else {
+                SLACK
+            };
+            check!(
+                free > self.free - slack,
+                "memory is lost: {} MiB were free after {} kills, and {} MiB are now",
+                self.free >> 20,
+                self.interval,
+                free >> 20
+            );
+        }
+        self.objects.push(objects);
+        Ok(())
+    }
+
+    /// Of nothing may there be more after each interval than after the one before, by one for fifty kills; by one for
+    /// five where there are so few intervals that numbers may have grown each time by chance.
+    ///
+    /// On kernels with kmemleak that finds such objects, and KASAN keeps freed ones for a while.
+    pub fn is_kept(&self) -> Result<()> {
+        if has_kmemleak() || self.objects.len() < 3 || self.interval < ENOUGH {
+            return Ok(());
+        }
+        let each = if self.objects.len() < FEW { 5 } else { 50 };
+        let least = i64::try_from(self.interval / each)?;
+        let at = |objects: &BTreeMap<String, i64>, name: &str| *objects.get(name).unwrap_or(&0);
+        let grown: Vec<_> = self.objects[0]
+            .keys()
+            .filter(|name| {
+                self.objects
+                    .windows(2)
+                    .all(|pair| at(&pair[1], name) - at(&pair[0], name) >= least)
+            })
+            .map(|name| {
+                let numbers: Vec<_> = self.objects.iter().map(|all| at(all, name)).collect();
+                format!("{name}: {numbers:?}")
+            })
+            .collect();
+        check!(
+            grown.is_empty(),
+            "of these there are more after each {} kills: {}",
+            self.interval,
+            grown.join("; ")
+        );
+        Ok(())
+    }
+}
+
+/// Lets allocators give back what they keep in stock, so that objects can be counted, and returns how much
+/// memory is free.
+fn give_back_stocks() -> Result<i64> {
+    kernel::write("/proc/sys/vm/drop_caches", "3")?;
+    // Waits for a grace period of RCU's: what was to be freed after one is freed soon.
+    // SAFETY: takes no memory.
+    unsafe { libc::syscall(libc::SYS_membarrier, 1, 0, 0) };
+    std::thread::sleep(Duration::from_millis(200));
+    if let Ok(caches) = std::fs::read_dir("/sys/kernel/slab") {
+        for cache in caches {
+            // A cache may be on its way.
+            let _ = std::fs::write(cache?.path().join("shrink"), "1");
+        }
+    }
+    Ok(kernel::field("/proc/meminfo", "MemFree")? << 10)
+}

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Programs under `pinbuf run` that are killed, and `pinbuf run` itself, which becomes the program: until
+//! then it has the same process, and the signal meets either, or the loader and the shim between them.
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{bail, Context, Result};
+use fastrand::Rng;
+use nix::errno::Errno;
+use nix::fcntl::{fcntl, open, FcntlArg, OFlag, SealFlag};
+use nix::sys::stat::Mode;
+
+use super::baseline::Baseline;
+use super::victims::Scene;
+use super::{intervals, may_fail, moment};
+use crate::settings::Settings;
+use pinbuf_test_harness::support::memory::{memfd, PAGE};
+use pinbuf_test_harness::support::process::USER;
+use pinbuf_test_harness::support::{check, Buffer, Memory, Sync};
+
+/// Starting a program takes as long as twenty of the other kills.
+const SHARE: usize = 20;
+/// The longest time that a start takes, by far.
+const START: Duration = Duration::from_millis(400);
+/// What says that the program under the shim is at work.
+const AT_WORK: &[u8] = b"!";
+
+/// What a program under the shim is called with.
+const OPTION: &str = "--udmabuf-client";
+
+/// Kills programs that use udmabuf's interface under the shim.
+pub fn under_the_shim() -> Result<()> {
+    let Settings { kills, seed, .. } = Settings::get();
+    let kills = (kills / SHARE).max(15);
+    let (interval, count) = intervals(kills);
+    let scene = Scene::new()?;
+    let before = files()?;
+    let mut baseline = Baseline::new(scene.accounts()?, interval)?;
+    let mut rng = Rng::with_seed(seed);
+    let (mut killed, mut at_work) = (0, 0);
+    for number in 1..=count {
+        let target = (number * interval).min(kills);
+        while killed < target {
+            at_work += usize::from(
+                one(&mut rng).with_context(|| format!("after {killed} kills (--seed {seed})"))?,
+            );
+            killed += 1;
+        }
+        baseline
+            .is_reached(number)
+            .with_context(|| format!("after {killed} kills (--seed {seed})"))?;
+    }
+    baseline.is_kept()?;
+    println!("# {killed} kills, {at_work} of them when the program had buffers");
+    check!(at_work > 0, "no program came to make a buffer");
+    let left: Vec<_> = files()?.difference(&before).cloned().collect();
+    check!(left.is_empty(), "files are left behind: {left:?}");
+    drop(baseline);
+    scene.end()
+}
+
+/// Starts one and kills it: whether it was at work.
+fn one(rng: &mut Rng) -> Result<bool> {
+    let wait = rng.bool();
+    let mut command = Command::new("pinbuf");
+    let own = std::env::current_exe().context("this program's file")?;
+    command.args(["run", "--"]).arg(own);
+    command.args([OPTION, &rng.u64(..).to_string()]);
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    if rng.bool() {
+        command.uid(USER).gid(USER);
+    }
+    let mut child = command.spawn().context("starting `pinbuf run`")?;
+    let said = if wait { hear(&mut child)? } else { false };
+    std::thread::sleep(if wait {
+        moment(rng)
+    } else {
+        START.mul_f64(rng.f64() * rng.f64())
+    });
+    child.kill().context("kill")?;
+    let mut rest = Vec::new();
+    if let Some(mut output) = child.stdout.take() {
+        output.read_to_end(&mut rest)?;
+    }
+    let status = child.wait()?;
+    check!(
+        status.signal() == Some(libc::SIGKILL),
+        "a program under the shim ended by itself: {status}"
+    );
+    Ok(said || rest == AT_WORK)
+}
+
+/// Waits until the program has a buffer.
+fn hear(child: &mut Child) -> Result<bool> {
+    let mut byte = [0];
+    let output = child.stdout.as_mut().context("no output")?;
+    if output.read(&mut byte)? == 0 {
+        let status = child.wait()?;
+        bail!("a program under the shim ended before it was killed: {status}");
+    }
+    Ok(byte == AT_WORK)
+}
+
+/// Files that a program could leave behind.
+fn files() -> Result<BTreeSet<String>> {
+    let mut found = BTreeSet::new();
+    for directory in ["/dev/shm", "/tmp", "/run", "/var/tmp"] {
+        for entry in std::fs::read_dir(directory)? {
+            found.insert(entry?.path().display().to_string());
+        }
+    }
+    Ok(found)
+}
+
+/// `struct udmabuf_create`.
+#[repr(C)]
+struct Create {
+    memfd: u32,
+    flags: u32,
+    offset: u64,
+    size: u64,
+}
+
+/// `struct udmabuf_create_item`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Item {
+    memfd: u32,
+    pad: u32,
+    offset: u64,
+    size: u64,
+}
+
+/// `struct udmabuf_create_list` with so many items.
+#[repr(C)]
+struct List<const N: usize> {
+    flags: u32,
+    count: u32,
+    items: [Item; N],
+}
+
+const PAGES: usize = 256;
+const ITEMS: usize = 64;
+const CLOEXEC: u32 = 1;
+/// `UDMABUF_CREATE` and `UDMABUF_CREATE_LIST`.
+const CREATE: libc::c_ulong = 0x4018_7542;
+const CREATE_LIST: libc::c_ulong = 0x4008_7543;
+
+/// A dma-buf, unless there is no room for it.
+fn made(fd: i32) -> Result<Option<Buffer>> {
+    match Errno::result(fd) {
+        // SAFETY: the call has just returned it.
+        Ok(fd) => Ok(Some(Buffer::from_fd(unsafe { OwnedFd::from_raw_fd(fd) }))),
+        Err(error) if may_fail(error) => Ok(None),
+        Err(error) => Err(error).context("udmabuf"),
+    }
+}
+
+/// The program: makes, maps and closes buffers of memfds until it is killed.
+pub fn client(seed: u64) -> Result<()> {
+    let mut rng = Rng::with_seed(seed);
+    let device = open(
+        c"/dev/udmabuf",
+        OFlag::O_RDWR | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .context("opening /dev/udmabuf")?;
+    let file = memfd(PAGES * PAGE, libc::MFD_ALLOW_SEALING)?;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).context("sealing")?;
+    // The shim takes the program's own mapping, if there is one.
+    let _mapped = match rng.bool() {
+        true => Some(Memory::shared(&file, PAGES * PAGE)?),
+        false => None,
+    };
+    let memfd = u32::try_from(file.as_raw_fd())?;
+    let mut at_work = false;
+    loop {
+        let buffer = if rng.bool() {
+            let create = Create {
+                memfd,
+                flags: CLOEXEC,
+                offset: 0,
+                size: (PAGES * PAGE) as u64,
+            };
+            // SAFETY: the kernel, or the shim, reads the struct.
+            made(unsafe { libc::ioctl(device.as_raw_fd(), CREATE, &create) })?
+        } else {
+            let item = |index: usize| Item {
+                memfd,
+                pad: 0,
+                offset: ((ITEMS - 1 - index) * PAGE) as u64,
+                size: PAGE as u64,
+            };
+            let list = List {
+                flags: CLOEXEC,
+                count: u32::try_from(ITEMS)?,
+                items: std::array::from_fn::<_, ITEMS, _>(item),
+            };
+            // SAFETY: as above.
+            made(unsafe { libc::ioctl(device.as_raw_fd(), CREATE_LIST, &list) })?
+        };
+        let Some(buffer) = buffer else {
+            continue;
+        };
+        let view = buffer.map_part(0, ITEMS * PAGE).context("mmap")?;
+        buffer.synced(Sync::ReadWrite, || view.touch_to_write())?;
+        if !at_work {
+            at_work = true;
+            std::io::stdout().write_all(AT_WORK)?;
+            std::io::stdout().flush()?;
+        }
+    }
+}
