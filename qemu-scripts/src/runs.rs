@@ -254,7 +254,7 @@ pub const RUNS: &[Run] = &[
         memory: "2688M",
         // With a piece that stands for a device's memory, which keeps its bytes.
         cmdline: "hugepagesz=1G hugepages=1 memmap=128M!2G",
-        command: "pinbuf-memtest kinds populate safety discard promises owners",
+        command: "pinbuf-memtest kinds populate safety discard promises late owners",
         ..PLAIN
     },
     Run {

@@ -11,6 +11,7 @@ mod common;
 mod discard;
 mod holders;
 mod kinds;
+mod late;
 mod movable;
 mod owners;
 mod passing;
@@ -80,6 +81,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         safety::TESTS,
         discard::TESTS,
         promises::TESTS,
+        late::TESTS,
         owners::TESTS,
     ]
     .into_iter()
