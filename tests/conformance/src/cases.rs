@@ -13,7 +13,7 @@ use crate::run::{errno_name, Expect, Outcome};
 use crate::udmabuf::{
     self as u, check, close, create, create_list, end, fcntl, ioctl, open, Item, Map, PAGE,
 };
-use crate::{mappings, sandbox};
+use crate::{late, mappings, sandbox};
 
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const HUGE: u64 = 2 * MIB;
@@ -459,6 +459,7 @@ pub fn all() -> Vec<Case> {
     surroundings(&mut table);
     limits(&mut table);
     mappings::cases(&mut table);
+    late::cases(&mut table);
     sandbox::cases(&mut table);
     table.0
 }

@@ -13,6 +13,7 @@ mod compare;
 #[cfg(target_arch = "x86_64")]
 mod crosvm;
 mod filter;
+mod late;
 mod mappings;
 mod run;
 mod sandbox;

@@ -4,13 +4,13 @@
 //! program's mappings must give the same buffers whatever happens to them.
 
 use std::ffi::c_int;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
-use crate::cases::{device, in_child, mark, File, Spec, Table, HUGE, HUGETLB, OK, PLAIN};
-use crate::run::{Expect, Outcome};
+use crate::cases::{device, in_child, mark, File, Table, HUGE, HUGETLB, OK, PLAIN};
+use crate::run::Outcome;
 use crate::udmabuf::{check, close, create, create_list, fcntl, Item, Map, PAGE};
 
 const READ_WRITE: c_int = libc::PROT_READ | libc::PROT_WRITE;
@@ -20,11 +20,10 @@ pub fn cases(t: &mut Table) {
     changes(t);
     forks(t);
     descriptors(t);
-    late(t);
 }
 
 /// Has the buffer these pages of the case's first file, in this order?
-fn has(dmabuf: c_int, pages: impl Iterator<Item = u64>) -> Result<bool> {
+pub(crate) fn has(dmabuf: c_int, pages: impl Iterator<Item = u64>) -> Result<bool> {
     let pages: Vec<u64> = pages.collect();
     let map = Map::new(
         dmabuf,
@@ -373,153 +372,5 @@ fn descriptors(t: &mut Table) {
             outcome.fact("all open still", open.count() == others.count());
             Ok(outcome)
         });
-    }
-}
-
-#[repr(C)]
-struct Api {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct Register {
-    start: u64,
-    len: u64,
-    mode: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct Copy {
-    to: u64,
-    from: u64,
-    len: u64,
-    mode: u64,
-    copied: i64,
-}
-
-const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
-const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
-const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
-const MISSING: u64 = 1;
-const NONBLOCK: c_int = libc::O_NONBLOCK | libc::O_CLOEXEC;
-
-/// A userfaultfd for a mapping whose pages come late.
-fn userfaultfd(map: &Map, len: u64) -> Result<c_int> {
-    // SAFETY: no memory is involved.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, NONBLOCK) };
-    let fd = check(fd).context("userfaultfd")? as c_int;
-    let mut api = Api {
-        api: 0xaa,
-        features: 0,
-        ioctls: 0,
-    };
-    // SAFETY: the kernel reads and writes the struct.
-    check(i64::from(unsafe {
-        libc::ioctl(fd, UFFDIO_API, &raw mut api)
-    }))
-    .context("UFFDIO_API")?;
-    let mut register = Register {
-        start: map.address() as u64,
-        len,
-        mode: MISSING,
-        ioctls: 0,
-    };
-    // SAFETY: as above; faults in the mapping wait from here on.
-    let ret = unsafe { libc::ioctl(fd, UFFDIO_REGISTER, &raw mut register) };
-    check(i64::from(ret)).context("UFFDIO_REGISTER")?;
-    Ok(fd)
-}
-
-/// Delivers pages of `unit` bytes, each with its marks, as long as `stop` is not set; counts them, and what could
-/// not be delivered.
-fn deliver(fd: c_int, base: usize, unit: u64, stop: &AtomicBool, failed: &AtomicU64) -> u64 {
-    let mut delivered = 0;
-    while !stop.load(Ordering::Relaxed) {
-        let mut message = [0u64; 4];
-        // SAFETY: room for a message of 32 bytes.
-        let count = unsafe { libc::read(fd, message.as_mut_ptr().cast(), 32) };
-        if count != 32 {
-            thread::sleep(std::time::Duration::from_millis(1));
-            continue;
-        }
-        // Late, as pages over a network are.
-        thread::sleep(std::time::Duration::from_millis(5));
-        let offset = (message[2] - base as u64) / unit * unit;
-        let mut page = vec![0u64; unit as usize / 8];
-        for i in 0..unit / PAGE {
-            page[(i * PAGE / 8) as usize] = mark(0, offset / PAGE + i);
-        }
-        let mut copy = Copy {
-            to: base as u64 + offset,
-            from: page.as_ptr() as u64,
-            len: unit,
-            mode: 0,
-            copied: 0,
-        };
-        // SAFETY: the kernel puts a new page where there is none.
-        if unsafe { libc::ioctl(fd, UFFDIO_COPY, &raw mut copy) } == 0 {
-            delivered += 1;
-        } else {
-            failed.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-    delivered
-}
-
-/// Pages of the program's own mapping that have yet to arrive, as in a machine that is being migrated.
-fn late(t: &mut Table) {
-    for (sort, spec, unit) in [("4k", PLAIN, PAGE), ("2m", HUGETLB, HUGE)] {
-        let spec = Spec {
-            filled: false,
-            ..spec
-        };
-        let parts = vec![(2 * unit, unit), (unit - PAGE, PAGE), (2 * unit, unit)];
-        let whole = vec![(0, spec.bytes)];
-        for (name, parts) in [("whole", whole), ("list", parts)] {
-            // Once with nothing known of the mapping, once with what was found before.
-            for again in [false, true] {
-                let name = format!("late/{sort}-{name}{}", if again { "-again" } else { "" });
-                let parts = parts.clone();
-                t.custom(name, Expect::Compared, move || {
-                    let device = device()?;
-                    let file = File::new(0, spec)?;
-                    let map = Map::shared(file.fd, spec.bytes)?;
-                    if again {
-                        // One page that is there, and is taken away afterwards.
-                        map.set(0, 1);
-                        close(create(device, file.fd, 0, PAGE, 0)?)?;
-                        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-                        // SAFETY: no memory is involved.
-                        let ret = unsafe { libc::fallocate(file.fd, mode, 0, unit as i64) };
-                        check(i64::from(ret))?;
-                    }
-                    let uffd = userfaultfd(&map, spec.bytes)?;
-                    let stop = &AtomicBool::new(false);
-                    let failed = &AtomicU64::new(0);
-                    let base = map.address();
-                    let items: Vec<Item> = parts
-                        .iter()
-                        .map(|(offset, size)| file.item(*offset, *size))
-                        .collect();
-                    let (result, delivered) = thread::scope(|scope| {
-                        let delivering = scope.spawn(|| deliver(uffd, base, unit, stop, failed));
-                        let result = create_list(device, &items, 0);
-                        stop.store(true, Ordering::Relaxed);
-                        (result, delivering.join().unwrap_or(0))
-                    });
-                    let mut outcome = Outcome::of(&result);
-                    outcome.fact("waited", delivered > 0);
-                    outcome.fact("none came too late", failed.load(Ordering::Relaxed) == 0);
-                    let pages = parts
-                        .iter()
-                        .flat_map(|(offset, size)| offset / PAGE..(offset + size) / PAGE);
-                    outcome.fact("contents", has(result?, pages)?);
-                    Ok(outcome)
-                });
-            }
-        }
     }
 }

@@ -1,0 +1,471 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Pages of the program's own mapping that have yet to arrive, as in a machine that is being migrated, and other
+//! things that only the mapping says of a page: udmabuf takes the file's page, whatever the mapping promises.
+
+use std::ffi::c_int;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::cases::{device, free_hugepages, mark, File, Spec, Table, HUGE, HUGETLB, OK, PLAIN};
+use crate::mappings::has;
+use crate::run::{Expect, Outcome};
+use crate::udmabuf::{check, close, create, create_list, Item, Map, PAGE};
+
+pub fn cases(t: &mut Table) {
+    missing(t);
+    other_modes(t);
+    several_files(t);
+    hole(t);
+    killed(t);
+    markers(t);
+}
+
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// The argument of all other calls; those of three words end before the fourth.
+#[repr(C)]
+struct Words([u64; 5]);
+
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
+const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
+const UFFDIO_CONTINUE: libc::c_ulong = 0xc020_aa07;
+const UFFDIO_POISON: libc::c_ulong = 0xc020_aa08;
+const NONBLOCK: c_int = libc::O_NONBLOCK | libc::O_CLOEXEC;
+
+/// `UFFD_FEATURE_PAGEFAULT_FLAG_WP`, `_MINOR_HUGETLBFS`, `_MINOR_SHMEM`, `_WP_HUGETLBFS_SHMEM` and `_POISON`.
+const FEATURES: u64 = 1 | 1 << 9 | 1 << 10 | 1 << 12 | 1 << 14;
+
+/// Which faults a userfaultfd has: the value is the mode in which it is registered.
+#[derive(Clone, Copy, PartialEq)]
+enum Mode {
+    /// Of pages that the file does not have.
+    Missing = 1,
+    /// Of writes.
+    Protected = 2,
+    /// Of pages that the file has and the mapping has not.
+    Minor = 4,
+}
+
+/// A userfaultfd that has the faults of a mapping.
+#[derive(Clone, Copy)]
+struct Faults {
+    fd: c_int,
+    base: u64,
+    /// The size of a page.
+    unit: u64,
+    mode: Mode,
+    /// The file's place in the case, of which the marks speak.
+    file: usize,
+}
+
+impl Faults {
+    fn of(map: &Map, len: u64, unit: u64, mode: Mode) -> Result<Self> {
+        // SAFETY: no memory is involved.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, NONBLOCK) };
+        let fd = check(fd).context("userfaultfd")? as c_int;
+        let mut api = Api {
+            api: 0xaa,
+            features: FEATURES,
+            ioctls: 0,
+        };
+        // SAFETY: the kernel reads and writes the struct.
+        let ret = unsafe { libc::ioctl(fd, UFFDIO_API, &raw mut api) };
+        check(i64::from(ret)).context("UFFDIO_API")?;
+        let faults = Self {
+            fd,
+            base: map.address() as u64,
+            unit,
+            mode,
+            file: 0,
+        };
+        faults
+            .call(UFFDIO_REGISTER, [faults.base, len, mode as u64, 0, 0])
+            .context("UFFDIO_REGISTER")?;
+        if mode == Mode::Protected {
+            faults
+                .call(UFFDIO_WRITEPROTECT, [faults.base, len, 1, 0, 0])
+                .context("UFFDIO_WRITEPROTECT")?;
+        }
+        Ok(faults)
+    }
+
+    fn call(&self, number: libc::c_ulong, words: [u64; 5]) -> Result<()> {
+        let mut words = Words(words);
+        // SAFETY: the words have room for each of these calls' structs; pages change in mappings of the case's alone.
+        check(i64::from(unsafe {
+            libc::ioctl(self.fd, number, &raw mut words)
+        }))?;
+        Ok(())
+    }
+
+    /// The offset of the page that is waited for, if one is.
+    fn next(&self) -> Option<u64> {
+        let mut message = [0u64; 4];
+        // SAFETY: room for a message of 32 bytes.
+        let count = unsafe { libc::read(self.fd, message.as_mut_ptr().cast(), 32) };
+        (count == 32).then(|| (message[2] - self.base) / self.unit * self.unit)
+    }
+
+    /// Delivers a page, with its marks if it is new.
+    fn answer(&self, offset: u64) -> Result<()> {
+        let (addr, len) = (self.base + offset, self.unit);
+        match self.mode {
+            Mode::Missing => {
+                let mut page = vec![0u64; len as usize / 8];
+                for i in 0..len / PAGE {
+                    page[(i * PAGE / 8) as usize] = mark(self.file, offset / PAGE + i);
+                }
+                self.call(UFFDIO_COPY, [addr, page.as_ptr() as u64, len, 0, 0])
+            }
+            Mode::Protected => self.call(UFFDIO_WRITEPROTECT, [addr, len, 0, 0, 0]),
+            Mode::Minor => self.call(UFFDIO_CONTINUE, [addr, len, 0, 0, 0]),
+        }
+    }
+}
+
+/// Answers what is waited for while `action` runs. Adds to its outcome whether something was waited for, and
+/// whether each page could be delivered. `first` is called before the first answer.
+fn answering(
+    faults: &[Faults],
+    first: impl FnOnce() + Send,
+    action: impl FnOnce() -> std::io::Result<c_int>,
+) -> (std::io::Result<c_int>, Outcome) {
+    let stop = AtomicBool::new(false);
+    let (delivered, failed) = (AtomicU64::new(0), AtomicU64::new(0));
+    let result = thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut first = Some(first);
+            while !stop.load(Ordering::Relaxed) {
+                // Late, as pages over a network are.
+                thread::sleep(Duration::from_millis(5));
+                for faults in faults {
+                    let Some(offset) = faults.next() else {
+                        continue;
+                    };
+                    if let Some(first) = first.take() {
+                        first();
+                    }
+                    let count = match faults.answer(offset) {
+                        Ok(()) => &delivered,
+                        Err(_) => &failed,
+                    };
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+        let result = action();
+        stop.store(true, Ordering::Relaxed);
+        result
+    });
+    let mut outcome = Outcome::of(&result);
+    outcome.fact("waited", delivered.load(Ordering::Relaxed) > 0);
+    outcome.fact("none came too late", failed.load(Ordering::Relaxed) == 0);
+    (result, outcome)
+}
+
+/// The sorts of files, and the size of their pages.
+const SORTS: [(&str, Spec, u64); 2] = [("4k", PLAIN, PAGE), ("2m", HUGETLB, HUGE)];
+
+fn pages(parts: &[(u64, u64)]) -> impl Iterator<Item = u64> + '_ {
+    parts
+        .iter()
+        .flat_map(|(offset, size)| offset / PAGE..(offset + size) / PAGE)
+}
+
+fn punch(fd: c_int, offset: u64, len: u64) -> Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: no memory is involved.
+    let ret = unsafe { libc::fallocate(fd, mode, offset as i64, len as i64) };
+    check(i64::from(ret))?;
+    Ok(())
+}
+
+/// Pages that are nowhere yet.
+fn missing(t: &mut Table) {
+    for (sort, spec, unit) in SORTS {
+        let spec = Spec {
+            filled: false,
+            ..spec
+        };
+        let parts = vec![(2 * unit, unit), (unit - PAGE, PAGE), (2 * unit, unit)];
+        let whole = vec![(0, spec.bytes)];
+        for (name, parts) in [("whole", whole), ("list", parts)] {
+            // Once with nothing known of the mapping, once with what was found before.
+            for again in [false, true] {
+                let name = format!("late/{sort}-{name}{}", if again { "-again" } else { "" });
+                let parts = parts.clone();
+                t.custom(name, Expect::Compared, move || {
+                    let device = device()?;
+                    let file = File::new(0, spec)?;
+                    let map = Map::shared(file.fd, spec.bytes)?;
+                    if again {
+                        // One page that is there, and is taken away afterwards.
+                        map.set(0, 1);
+                        close(create(device, file.fd, 0, PAGE, 0)?)?;
+                        punch(file.fd, 0, unit)?;
+                    }
+                    let faults = Faults::of(&map, spec.bytes, unit, Mode::Missing)?;
+                    let items: Vec<Item> = parts
+                        .iter()
+                        .map(|(offset, size)| file.item(*offset, *size))
+                        .collect();
+                    let (result, mut outcome) =
+                        answering(&[faults], || (), || create_list(device, &items, 0));
+                    outcome.fact("contents", has(result?, pages(&parts))?);
+                    Ok(outcome)
+                });
+            }
+        }
+    }
+}
+
+/// Pages that the file has, but of which the owner wants to know the first access, or a write.
+fn other_modes(t: &mut Table) {
+    for (sort, spec, unit) in SORTS {
+        for (name, mode) in [("minor", Mode::Minor), ("protected", Mode::Protected)] {
+            t.custom(format!("late/{sort}-{name}"), Expect::Compared, move || {
+                let device = device()?;
+                let file = File::new(0, spec)?;
+                let map = Map::shared(file.fd, spec.bytes)?;
+                if mode == Mode::Protected {
+                    // What is to be protected has to be in the mapping.
+                    (0..spec.bytes / PAGE).for_each(|page| map.set(page, mark(0, page)));
+                }
+                let faults = Faults::of(&map, spec.bytes, unit, mode)?;
+                let (result, mut outcome) = answering(
+                    &[faults],
+                    || (),
+                    || create(device, file.fd, 0, spec.bytes, 0),
+                );
+                outcome.fact("contents", has(result?, 0..spec.bytes / PAGE)?);
+                Ok(outcome)
+            });
+        }
+    }
+}
+
+/// A list of parts of three files: one has all, of the others nothing has come yet; one is mapped in two pieces.
+fn several_files(t: &mut Table) {
+    t.custom("late/several-files", Expect::Compared, || {
+        let device = device()?;
+        let empty = |spec: Spec| Spec {
+            filled: false,
+            ..spec
+        };
+        let whole = File::new(0, PLAIN)?;
+        let _map = Map::shared(whole.fd, PLAIN.bytes)?;
+        let small = File::new(1, empty(PLAIN))?;
+        let half = PLAIN.bytes / 2;
+        let flags = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+        let upper = Map::at_offset(small.fd, half, flags.0, flags.1, half)?;
+        let lower = Map::shared(small.fd, half)?;
+        let huge = File::new(2, empty(HUGETLB))?;
+        let map = Map::shared(huge.fd, HUGETLB.bytes)?;
+        let of_lower = Faults {
+            file: 1,
+            ..Faults::of(&lower, half, PAGE, Mode::Missing)?
+        };
+        let of_upper = Faults {
+            file: 1,
+            ..Faults::of(&upper, half, PAGE, Mode::Missing)?
+        };
+        let of_upper = Faults {
+            // Offsets are the file's.
+            base: of_upper.base - half,
+            ..of_upper
+        };
+        let of_huge = Faults {
+            file: 2,
+            ..Faults::of(&map, HUGETLB.bytes, HUGE, Mode::Missing)?
+        };
+        let parts = [
+            (&whole, 0, 2 * PAGE, 0),
+            (&huge, HUGE - PAGE, 2 * PAGE, 2),
+            (&small, half - PAGE, 2 * PAGE, 1),
+            (&whole, 5 * PAGE, PAGE, 0),
+            (&small, 0, PAGE, 1),
+        ];
+        let items = parts.map(|(file, offset, size, _)| file.item(offset, size));
+        let (result, mut outcome) = answering(
+            &[of_lower, of_upper, of_huge],
+            || (),
+            || create_list(device, &items, 0),
+        );
+        let expected: Vec<u64> = parts
+            .iter()
+            .flat_map(|&(_, offset, size, file)| {
+                (offset / PAGE..(offset + size) / PAGE).map(move |page| mark(file, page))
+            })
+            .collect();
+        let map = Map::shared(result?, expected.len() as u64 * PAGE)?;
+        let right = |(at, value): (u64, &u64)| map.get(at) == *value;
+        outcome.fact("contents", (0..).zip(&expected).all(right));
+        Ok(outcome)
+    });
+}
+
+/// While a page is waited for, one that was pinned already and one that was not are punched out of the file: the
+/// buffer keeps the first, and the second is waited for again.
+fn hole(t: &mut Table) {
+    for (sort, spec, unit) in SORTS {
+        t.custom(format!("late/{sort}-hole"), Expect::Compared, move || {
+            let device = device()?;
+            let spec = Spec {
+                filled: false,
+                bytes: 4 * unit,
+                ..spec
+            };
+            let file = File::new(0, spec)?;
+            let map = Map::shared(file.fd, spec.bytes)?;
+            let faults = Faults::of(&map, spec.bytes, unit, Mode::Missing)?;
+            for page in [0, 1, 3] {
+                faults.answer(page * unit)?;
+            }
+            let fd = file.fd;
+            let punched = AtomicBool::new(false);
+            let holes = || {
+                let both = punch(fd, 0, unit).and_then(|()| punch(fd, 3 * unit, unit));
+                punched.store(both.is_ok(), Ordering::Relaxed);
+            };
+            let (result, mut outcome) = answering(&[faults], holes, || {
+                create(device, file.fd, 0, spec.bytes, 0)
+            });
+            outcome.fact("punched", punched.load(Ordering::Relaxed));
+            outcome.fact("contents", has(result?, 0..spec.bytes / PAGE)?);
+            Ok(outcome)
+        });
+    }
+}
+
+fn pins() -> Result<i64> {
+    std::fs::write("/proc/sys/vm/stat_refresh", "1")?;
+    let text = std::fs::read_to_string("/proc/vmstat")?;
+    let number = |name: &str| -> i64 {
+        let value = text.lines().find_map(|line| line.strip_prefix(name));
+        value
+            .and_then(|value| value.trim().parse().ok())
+            .unwrap_or(0)
+    };
+    Ok(number("nr_foll_pin_acquired ") - number("nr_foll_pin_released "))
+}
+
+/// A process that asks for pages that only it could deliver waits until it is killed, and leaves nothing.
+fn killed(t: &mut Table) {
+    for (sort, spec, unit) in SORTS {
+        t.custom(format!("late/{sort}-killed"), Expect::Compared, move || {
+            let device = device()?;
+            let file = File::new(
+                0,
+                Spec {
+                    filled: false,
+                    ..spec
+                },
+            )?;
+            let map = Map::shared(file.fd, spec.bytes)?;
+            let before = (pins()?, free_hugepages());
+            // SAFETY: this process has one thread, so the child may go on as any program.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                // Registered here: a child's copy of the mapping has no userfaultfd.
+                let ended = Faults::of(&map, spec.bytes, unit, Mode::Missing).and_then(|faults| {
+                    faults.answer(0)?;
+                    Ok(create(device, file.fd, 0, spec.bytes, 0)?)
+                });
+                // SAFETY: ends the child.
+                unsafe { libc::_exit(i32::from(ended.is_err())) };
+            }
+            let start = Instant::now();
+            let mut status = 0;
+            let mut waited = false;
+            let mut ended = false;
+            while !waited && !ended && start.elapsed() < Duration::from_secs(10) {
+                // SAFETY: the status is written to `status`.
+                ended = unsafe { libc::waitpid(child, &mut status, libc::WNOHANG) } == child;
+                let stack = std::fs::read_to_string(format!("/proc/{child}/stack"));
+                waited = stack.is_ok_and(|stack| {
+                    stack.contains("handle_userfault") && stack.contains("[pinbuf]")
+                });
+                thread::sleep(Duration::from_millis(1));
+            }
+            if !ended {
+                // SAFETY: our own child, not yet waited for.
+                unsafe { libc::kill(child, libc::SIGKILL) };
+                // SAFETY: the status is written to `status`.
+                unsafe { libc::waitpid(child, &mut status, 0) };
+            }
+            // The page that did come stays with the file.
+            punch(file.fd, 0, spec.bytes)?;
+            let mut outcome = Outcome {
+                ret: "0".to_owned(),
+                ..Outcome::default()
+            };
+            outcome.fact("waited", waited);
+            let signaled = libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL;
+            outcome.fact("killed", signaled);
+            outcome.fact("nothing left", (pins()?, free_hugepages()) == before);
+            Ok(outcome)
+        });
+    }
+}
+
+/// A page that an access would not reach, by a guard or a marker of poison in the program's mapping: to udmabuf, the
+/// file's page is all there is.
+fn markers(t: &mut Table) {
+    /// `MADV_GUARD_INSTALL`.
+    const GUARD: c_int = 102;
+    t.custom("markers/guard", OK, || {
+        let device = device()?;
+        let file = File::new(0, PLAIN)?;
+        let map = Map::shared(file.fd, PLAIN.bytes)?;
+        let at = (map.address() + 3 * PAGE as usize) as *mut libc::c_void;
+        // SAFETY: a page of the case's mapping, which is not read there.
+        check(i64::from(unsafe {
+            libc::madvise(at, PAGE as usize, GUARD)
+        }))
+        .context("MADV_GUARD_INSTALL")?;
+        let result = create(device, file.fd, 0, PLAIN.bytes, 0);
+        let mut outcome = Outcome::of(&result);
+        outcome.fact("contents", has(result?, 0..16)?);
+        Ok(outcome)
+    });
+    for (sort, spec, unit) in SORTS {
+        t.custom(format!("markers/poison-{sort}"), OK, move || {
+            let device = device()?;
+            let spec = Spec {
+                filled: false,
+                bytes: 4 * unit,
+                ..spec
+            };
+            let file = File::new(0, spec)?;
+            let map = Map::shared(file.fd, spec.bytes)?;
+            let faults = Faults::of(&map, spec.bytes, unit, Mode::Missing)?;
+            for page in [0, 2, 3] {
+                faults.answer(page * unit)?;
+            }
+            faults
+                .call(UFFDIO_POISON, [faults.base + unit, unit, 0, 0, 0])
+                .context("UFFDIO_POISON")?;
+            let result = create(device, file.fd, 0, spec.bytes, 0);
+            let mut outcome = Outcome::of(&result);
+            let buffer = Map::shared(result?, spec.bytes)?;
+            let at = |page: u64| buffer.get(page * unit / PAGE);
+            let others = [0, 2, 3]
+                .iter()
+                .all(|&page| at(page) == mark(0, page * unit / PAGE));
+            outcome.fact("the other pages", others);
+            outcome.fact("a new page", at(1) == 0);
+            Ok(outcome)
+        });
+    }
+}
