@@ -470,6 +470,23 @@ pub const RUNS: &[Run] = &[
         ..NESTED
     },
     Run {
+        // A guest moves to another QEMU, before its memory has come there and after; the comparison, on the
+        // kernel's own udmabuf, is among it.
+        name: "nested-migrate",
+        cmdline: "",
+        command: "pinbuf-nested --group migrate",
+        timeout: 3600,
+        ..NESTED
+    },
+    Run {
+        name: "nested-migrate-next",
+        image: "qemu-next",
+        cmdline: "",
+        command: "pinbuf-nested --group migrate",
+        timeout: 3600,
+        ..NESTED
+    },
+    Run {
         name: "nested-udmabuf",
         // The comparison: what the same does on the kernel's own udmabuf.
         cmdline: "",

@@ -97,6 +97,11 @@ pub fn dma_bufs(exporter: &str) -> Result<usize> {
         .count())
 }
 
+/// What the kernel is doing for the first thread of a process: its functions, the innermost first.
+pub fn kernel_stack(process: u32) -> Result<String> {
+    fs::read_to_string(format!("/proc/{process}/stack")).context("the stack of QEMU's first thread")
+}
+
 /// Pages pinned minus pages released since the boot.
 pub fn pins() -> Result<i64> {
     fs::write("/proc/sys/vm/stat_refresh", "1")?;

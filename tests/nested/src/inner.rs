@@ -145,6 +145,10 @@ impl Guest {
                 screen.draw(frame)?;
                 Answer::Done
             }
+            Request::Wrong(frame) => {
+                let screen = self.screen.as_mut().context("there is no screen yet")?;
+                Answer::Count(screen.wrong(frame))
+            }
             Request::Fragment(size) => {
                 let held = fragment::fragment((size as usize) << 20)?;
                 let freed = held.freed;

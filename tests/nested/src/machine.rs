@@ -5,7 +5,7 @@
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
@@ -245,6 +245,24 @@ pub fn refusal(setup: &Setup) -> Result<String> {
 impl Machine {
     /// Starts it, and waits until its guest is ready.
     pub fn start(setup: &Setup) -> Result<Self> {
+        let mut machine = Self::start_qemu(setup)?;
+        machine.wait_ready()?;
+        Ok(machine)
+    }
+
+    /// Starts QEMU alone, which waits for a guest to come by migration.
+    pub fn incoming(setup: &Setup) -> Result<Self> {
+        let mut setup = setup.clone();
+        setup.more.extend(["-incoming", "defer"].map(str::to_owned));
+        Self::start_qemu(&setup)
+    }
+
+    /// Takes over what the guest shows from the machine that it comes from.
+    pub fn shows_what(&mut self, source: &Self) {
+        self.screen = source.screen;
+    }
+
+    fn start_qemu(setup: &Setup) -> Result<Self> {
         let (mut child, directory) = spawn(setup)?;
         let connected = connect(&mut child, &directory);
         let (qmp, link) = match connected {
@@ -256,16 +274,14 @@ impl Machine {
                 return Err(error.context(format!("QEMU said: {}", said.trim_end())));
             }
         };
-        let mut machine = Self {
+        Ok(Self {
             child,
             directory,
             qmp,
             link: Link::new(link)?,
             screen: None,
             dumps: 0,
-        };
-        machine.wait_ready()?;
-        Ok(machine)
+        })
     }
 
     /// Waits until the guest has booted.
@@ -406,6 +422,20 @@ impl Machine {
             .filter(|line| line.contains(": created fd "))
             .filter_map(|line| Some((number(line, " items")?, number(line, " pieces")?)))
             .collect())
+    }
+
+    /// Whether QEMU has ended, and how.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// Fails unless the guest itself finds this frame in its screen's memory.
+    pub fn guest_finds(&mut self, frame: u32) -> Result<()> {
+        match self.ask(&Request::Wrong(frame))? {
+            Answer::Count(0) => Ok(()),
+            Answer::Count(wrong) => bail!("the guest finds {wrong} wrong pixels of frame {frame}"),
+            other => bail!("{other:?}"),
+        }
     }
 
     /// Starts work on the disk.

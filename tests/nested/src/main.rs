@@ -13,6 +13,7 @@ mod inner;
 mod libvirt;
 mod link;
 mod machine;
+mod migrate;
 mod pattern;
 mod picture;
 mod protocol;

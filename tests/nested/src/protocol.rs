@@ -18,6 +18,8 @@ pub enum Request {
     Draw(u32),
     /// Draw a frame into it without telling the driver.
     DrawQuietly(u32),
+    /// Count the pixels of its memory that are not this frame's.
+    Wrong(u32),
     /// Allocate so many MiB page by page, then free every other page of that.
     Fragment(u64),
     /// Make a process's own memory a dma-buf, by pinbuf, and show that instead of a dumb buffer.

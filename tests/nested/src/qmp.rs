@@ -28,8 +28,21 @@ impl Qmp {
             events: Vec::new(),
         };
         qmp.read().context("QEMU's greeting")?;
-        qmp.execute("qmp_capabilities", json!({}))?;
+        // Commands that QEMU executes while its main thread waits.
+        qmp.execute("qmp_capabilities", json!({"enable": ["oob"]}))?;
         Ok(qmp)
+    }
+
+    /// Fails from now on where an answer takes longer.
+    pub fn set_patience(&self, patience: Duration) -> Result<()> {
+        Ok(self.writer.set_read_timeout(Some(patience))?)
+    }
+
+    /// Executes one of the commands that do not need QEMU's main thread.
+    pub fn execute_out_of_band(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        let request = json!({"exec-oob": command, "arguments": arguments});
+        writeln!(self.writer, "{request}").with_context(|| format!("QMP {command}"))?;
+        self.answer(command)
     }
 
     /// Executes a command and returns its result.

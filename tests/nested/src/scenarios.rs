@@ -16,6 +16,11 @@ use crate::gl::{
 };
 use crate::libvirt::confined_by_libvirt;
 use crate::machine::{refusal, Backend, Machine, Setup, User};
+use crate::migrate::{
+    downtime_few_pieces, downtime_many_pieces, postcopy_broken_in_create, postcopy_huge,
+    postcopy_paused, postcopy_plain, postcopy_user, precopy, udmabuf_postcopy_huge,
+    udmabuf_postcopy_plain, udmabuf_precopy,
+};
 use crate::protocol::{Answer, Request};
 use crate::vfio::{self, Nvme};
 use crate::vnc::Vnc;
@@ -32,7 +37,7 @@ pub struct Scenario {
 }
 
 macro_rules! scenarios {
-    ($($group:literal: $($name:ident),*;)*) => {
+    ($($group:literal: $($name:ident),* $(,)?;)*) => {
         /// All of them.
         pub const ALL: &[Scenario] = &[
             $($(Scenario { name: stringify!($name), group: $group, run: $name }),*),*
@@ -48,6 +53,8 @@ scenarios! {
     "udmabuf": udmabuf_refuses_8k, udmabuf_stale_fragmented, udmabuf_dbus_without_blob;
     "gl": dbus_descriptor, dbus_without_blob, egl_headless, gtk_gl_on, gtk_gl_off;
     "libvirt": confined_by_libvirt;
+    "migrate": precopy, postcopy_plain, postcopy_huge, postcopy_paused, postcopy_broken_in_create, postcopy_user,
+        downtime_few_pieces, downtime_many_pieces, udmabuf_precopy, udmabuf_postcopy_plain, udmabuf_postcopy_huge;
     "cma": buffers_then_vfio_cma;
     "zones": buffers_then_vfio_movable, vfio_then_buffers_movable, offline_under_screen;
 }
@@ -85,7 +92,7 @@ pub fn start(setup: &Setup) -> Result<Machine> {
     Ok(machine)
 }
 
-fn show(machine: &mut Machine, setup: &Setup) -> Result<()> {
+pub fn show(machine: &mut Machine, setup: &Setup) -> Result<()> {
     let shown = machine.show(&Request::Show)?;
     ensure!(
         (shown.width, shown.height) == setup.screen,
@@ -222,7 +229,7 @@ fn uhd_8k() -> Result<()> {
 }
 
 /// Fragments the guest's memory, and lets the guest show another buffer, made of the pieces.
-fn show_fragmented(machine: &mut Machine, setup: &Setup) -> Result<()> {
+pub fn show_fragmented(machine: &mut Machine, setup: &Setup) -> Result<()> {
     match machine.ask(&Request::Fragment(128))? {
         Answer::Freed(pages) => note(&format!("{pages} pages of the guest freed one by one")),
         other => bail!("{other:?}"),
@@ -382,7 +389,7 @@ fn vfio_hotplug_and_reset() -> Result<()> {
 }
 
 /// Lets a user run QEMU.
-fn permit(nvme: Option<&Nvme>, uid: u32) -> Result<()> {
+pub fn permit(nvme: Option<&Nvme>, uid: u32) -> Result<()> {
     let mut paths = vec!["/dev/kvm".into(), "/dev/pinbuf".into()];
     if let Some(nvme) = nvme {
         paths.push("/dev/vfio/vfio".into());
@@ -480,7 +487,7 @@ fn has_udmabuf(parameter: &str, value: u64) -> Result<()> {
 }
 
 /// The comparison: what QEMU does on udmabuf, with 7.2's default limits set explicitly.
-fn on_udmabuf(name: &str) -> Result<Setup> {
+pub fn on_udmabuf(name: &str) -> Result<Setup> {
     has_udmabuf("size_limit_mb", 64)?;
     has_udmabuf("list_limit", 1024)?;
     Ok(Setup {
@@ -560,7 +567,7 @@ fn udmabuf_stale_fragmented() -> Result<()> {
 }
 
 /// The last line of what QEMU printed.
-fn last_message(machine: &Machine) -> Result<String> {
+pub fn last_message(machine: &Machine) -> Result<String> {
     let messages = fs::read_to_string(machine.path("messages"))?;
     Ok(messages.lines().last().unwrap_or("nothing").to_owned())
 }

@@ -255,6 +255,22 @@ impl Screen {
         Ok(())
     }
 
+    /// Counts the pixels in its memory that are not this frame's.
+    pub fn wrong(&mut self, frame: u32) -> usize {
+        let pattern = Pattern {
+            width: self.width,
+            height: self.height,
+            frame,
+        };
+        let pitch = self.pitch as usize / 4;
+        let rows = self.memory.pixels().chunks(pitch);
+        (0..self.height)
+            .zip(rows)
+            .flat_map(|(y, row)| row.iter().zip(pattern.row(y)))
+            .filter(|(pixel, drawn)| *pixel != drawn)
+            .count()
+    }
+
     /// Tells the driver that all of the screen changed.
     pub fn flush(&self) -> Result<()> {
         let (right, bottom) = (self.width as u16, self.height as u16);

@@ -1,0 +1,497 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A guest moves from one QEMU to another while its screen is a blob.
+//!
+//! With postcopy the guest continues in the target before its memory has come: QEMU registers the memory with
+//! userfaultfd, loads the devices, virtio-gpu's blobs among them, and asks the source for each page that is
+//! touched. Whoever pins the screen's pages at that moment has to wait for them. The kernel's udmabuf does not: it
+//! fills in zeroes, and QEMU fails when the page comes.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure, Context, Result};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+use serde_json::{json, Value};
+
+use crate::evidence;
+use crate::machine::{Backend, Machine, Setup, User};
+use crate::scenarios::{
+    huge_pages, last_message, note, on_udmabuf, permit, show_fragmented, start, timed,
+};
+
+/// How long any step of a migration may take.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// How long QEMU may take for what does not depend on memory that has yet to come.
+const HANGS: Duration = Duration::from_secs(40);
+
+/// What a migration may send before the switch: little enough that the screen is not among it.
+const SLOW: u64 = 1 << 20;
+
+/// What it may send after the switch, besides pages that are asked for, so that what is tested then comes before
+/// the end.
+const CAPPED: u64 = 4 << 20;
+
+/// No limit.
+const FAST: u64 = 1 << 40;
+
+/// Source and target of a migration.
+struct Pair {
+    source: Machine,
+    target: Machine,
+}
+
+/// What the switch to the target was like.
+struct Switch {
+    /// From the stop of the source to the start of the target.
+    downtime: Duration,
+    /// How often the target's main thread was seen waiting for a page in a call of pinbuf's.
+    waits: usize,
+}
+
+impl Pair {
+    /// Starts both, and lets the source's guest show something.
+    fn start(setup: &Setup) -> Result<Self> {
+        let mut source = start(setup)?;
+        let version = source.qmp.execute("query-version", json!({}))?;
+        note(&format!("QEMU {}", version["package"]));
+        source.frames(1..3)?;
+        let setup = Setup {
+            name: format!("{}-target", setup.name),
+            ..setup.clone()
+        };
+        let mut target = Machine::incoming(&setup)?;
+        target.shows_what(&source);
+        Ok(Self { source, target })
+    }
+
+    /// Lets the migration begin.
+    fn begin(&mut self, postcopy: bool, before: u64, after: u64) -> Result<()> {
+        self.set("postcopy-ram", postcopy)?;
+        self.limit(before, after)?;
+        let address = json!({"uri": self.address("migration")});
+        self.target
+            .qmp
+            .execute("migrate-incoming", address.clone())?;
+        self.source.qmp.execute("migrate", address)?;
+        if postcopy {
+            wait(&mut self.source, "active")?;
+        }
+        Ok(())
+    }
+
+    /// Switches something of QEMU's migration on or off, on both sides.
+    fn set(&mut self, capability: &str, on: bool) -> Result<()> {
+        let one = json!({"capability": capability, "state": on});
+        let all = json!({"capabilities": [one]});
+        for machine in [&mut self.source, &mut self.target] {
+            let qmp = &mut machine.qmp;
+            qmp.execute("migrate-set-capabilities", all.clone())?;
+        }
+        Ok(())
+    }
+
+    fn limit(&mut self, before: u64, after: u64) -> Result<()> {
+        let limits = json!({"max-bandwidth": before, "max-postcopy-bandwidth": after});
+        self.source.qmp.execute("migrate-set-parameters", limits)?;
+        Ok(())
+    }
+
+    fn address(&self, name: &str) -> String {
+        format!("unix:{}", self.target.path(name).display())
+    }
+
+    /// Lets the target go on with what has come until now.
+    fn switch(&mut self) -> Result<Switch> {
+        let qmp = &mut self.source.qmp;
+        qmp.execute("migrate-start-postcopy", json!({}))?;
+        let process = self.target.process();
+        let done = AtomicBool::new(false);
+        let (stop, resume, waits) = std::thread::scope(|scope| {
+            let watch = scope.spawn(|| {
+                let mut waits = 0;
+                while !done.load(Ordering::Relaxed) {
+                    waits += usize::from(waits_in_pinbuf(process).unwrap_or(false));
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                waits
+            });
+            let stop = self.source.qmp.event("STOP", PATIENCE);
+            let resume = self.target.qmp.event("RESUME", PATIENCE);
+            done.store(true, Ordering::Relaxed);
+            let waits = watch.join().unwrap_or(0);
+            anyhow::Ok((
+                moment(&stop?)?,
+                moment(&resume.context("the target does not start")?)?,
+                waits,
+            ))
+        })?;
+        let downtime = resume.saturating_sub(stop);
+        note(&format!(
+            "from the source's stop to the target's start: {:.2} s; its main thread was seen {waits} times \
+             waiting for a page in pinbuf",
+            downtime.as_secs_f64()
+        ));
+        Ok(Switch { downtime, waits })
+    }
+
+    /// Waits until all of the guest has come.
+    fn complete(&mut self) -> Result<()> {
+        timed("what was left of the migration", || {
+            wait(&mut self.source, "completed")
+        })?;
+        let all = migration(&mut self.source)?;
+        note(&format!(
+            "query-migrate: total {} ms, downtime {} ms, {} bytes of memory, {} postcopy requests",
+            all["total-time"],
+            all["downtime"],
+            all["ram"]["transferred"],
+            all["ram"]["postcopy-requests"],
+        ));
+        Ok(())
+    }
+
+    /// Ends both.
+    fn quit(self) -> Result<()> {
+        self.source.quit()?;
+        self.target.quit()
+    }
+}
+
+/// When QEMU said this.
+fn moment(event: &Value) -> Result<Duration> {
+    let part = |name: &str| {
+        let value = event["timestamp"][name].as_u64();
+        value.context("an event without a time")
+    };
+    Ok(Duration::from_secs(part("seconds")?) + Duration::from_micros(part("microseconds")?))
+}
+
+fn migration(machine: &mut Machine) -> Result<Value> {
+    machine.qmp.execute("query-migrate", json!({}))
+}
+
+fn status(machine: &mut Machine) -> Result<String> {
+    let all = migration(machine)?;
+    Ok(all["status"].as_str().unwrap_or("none").to_owned())
+}
+
+/// Waits for a state of the migration.
+fn wait(machine: &mut Machine, wanted: &str) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        let now = status(machine)?;
+        if now == wanted {
+            return Ok(());
+        }
+        ensure!(
+            !["failed", "cancelled"].contains(&now.as_str()) && start.elapsed() < PATIENCE,
+            "the migration is {now}, not {wanted}; QEMU says: {}",
+            last_message(machine)?
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Whether a process's main thread waits for a userfault in a call of pinbuf's.
+fn waits_in_pinbuf(process: u32) -> Result<bool> {
+    let stack = evidence::kernel_stack(process)?;
+    Ok(stack.contains("handle_userfault") && stack.contains("[pinbuf]"))
+}
+
+/// A migration without postcopy: all has come when the target starts.
+fn precopy_of(setup: &Setup) -> Result<Pair> {
+    let mut pair = Pair::start(setup)?;
+    pair.begin(false, FAST, FAST)?;
+    pair.complete()?;
+    pair.target.qmp.event("RESUME", PATIENCE)?;
+    Ok(pair)
+}
+
+/// The last frame of the source, and further ones.
+fn check_target(pair: &mut Pair, last: u32, frames: std::ops::Range<u32>) -> Result<()> {
+    let expected = pair.target.screen()?.pattern(last);
+    let picture = pair.target.picture()?;
+    picture
+        .compare(expected)
+        .context("the source's last frame, in the target")?;
+    pair.target.guest_finds(last)?;
+    for frame in frames {
+        pair.target.frames(frame..frame + 1)?;
+        pair.target.guest_finds(frame)?;
+    }
+    Ok(())
+}
+
+pub fn precopy() -> Result<()> {
+    let mut pair = precopy_of(&Setup::new("precopy"))?;
+    check_target(&mut pair, 2, 3..6)?;
+    pair.target.buffers()?;
+    pair.quit()
+}
+
+/// Begins a migration, draws a frame that only the source has, and switches.
+fn switched(setup: &Setup, after: u64) -> Result<(Pair, Switch)> {
+    let mut pair = Pair::start(setup)?;
+    pair.begin(true, SLOW, after)?;
+    // What may have been sent of the screen is out of date by this.
+    pair.source.frames(3..4)?;
+    let sent = migration(&mut pair.source)?["ram"]["transferred"].clone();
+    note(&format!(
+        "{sent} bytes of memory were sent before the switch"
+    ));
+    let switch = pair.switch()?;
+    Ok((pair, switch))
+}
+
+/// Postcopy, with every pixel compared before, during and after.
+fn postcopy_of(setup: &Setup) -> Result<()> {
+    let (mut pair, switch) = switched(setup, CAPPED)?;
+    ensure!(
+        switch.waits > 0,
+        "no page of the screen was late: this proves nothing"
+    );
+    check_target(&mut pair, 3, 4..7)?;
+    let now = status(&mut pair.source)?;
+    ensure!(
+        now == "postcopy-active",
+        "{now} already: nothing was compared during the migration"
+    );
+    pair.target.buffers()?;
+    pair.limit(FAST, FAST)?;
+    pair.complete()?;
+    check_target(&mut pair, 6, 7..10)?;
+    pair.target.buffers()?;
+    pair.quit()
+}
+
+pub fn postcopy_plain() -> Result<()> {
+    postcopy_of(&Setup::new("postcopy"))
+}
+
+fn huge_setup(setup: Setup) -> Result<Setup> {
+    let setup = Setup {
+        backend: Backend::Huge,
+        ..setup
+    };
+    huge_pages(2 * setup.memory)?;
+    Ok(setup)
+}
+
+pub fn postcopy_huge() -> Result<()> {
+    postcopy_of(&huge_setup(Setup::new("postcopy-huge"))?)?;
+    huge_pages(0)
+}
+
+/// Continues a migration whose connection broke.
+fn recover(pair: &mut Pair) -> Result<()> {
+    wait(&mut pair.source, "postcopy-paused")?;
+    let address = pair.address("recovery");
+    let qmp = &mut pair.target.qmp;
+    // The target notices later than the source that the connection broke.
+    let start = Instant::now();
+    while let Err(error) = qmp.execute_out_of_band("migrate-recover", json!({"uri": address})) {
+        let patience = start.elapsed() < PATIENCE;
+        ensure!(patience, "migrate-recover: {error:#}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let resume = json!({"uri": address, "resume": true});
+    pair.source.qmp.execute("migrate", resume)?;
+    wait(&mut pair.source, "postcopy-active")
+}
+
+/// The connection breaks when the target runs already.
+pub fn postcopy_paused() -> Result<()> {
+    let (mut pair, _) = switched(&Setup::new("postcopy-paused"), CAPPED)?;
+    let qmp = &mut pair.source.qmp;
+    qmp.execute_out_of_band("migrate-pause", json!({}))?;
+    recover(&mut pair)?;
+    check_target(&mut pair, 3, 4..6)?;
+    pair.limit(FAST, FAST)?;
+    pair.complete()?;
+    check_target(&mut pair, 5, 6..8)?;
+    pair.target.buffers()?;
+    pair.quit()
+}
+
+/// The connection breaks while the target's main thread waits for the screen's pages. What becomes of the guest is
+/// QEMU's affair: version 10 cannot recover while devices are loaded. It must not hang in the wait, nor leave a page
+/// pinned.
+pub fn postcopy_broken_in_create() -> Result<()> {
+    let mut pair = Pair::start(&Setup::new("postcopy-broken-in-create"))?;
+    pair.begin(true, SLOW, CAPPED)?;
+    pair.source.frames(3..4)?;
+    let (process, source) = (pair.target.process(), pair.source.process());
+    let source = Pid::from_raw(i32::try_from(source)?);
+    let qmp = &mut pair.source.qmp;
+    qmp.execute("migrate-start-postcopy", json!({}))?;
+    let start = Instant::now();
+    while !waits_in_pinbuf(process)? {
+        ensure!(start.elapsed() < PATIENCE, "no create waits for a page");
+    }
+    // No page comes any more, so that what is waited for stays so.
+    kill(source, Signal::SIGSTOP)?;
+    std::thread::sleep(Duration::from_secs(2));
+    let waits = waits_in_pinbuf(process);
+    let qmp = &mut pair.target.qmp;
+    let broken = qmp.execute_out_of_band("migrate-pause", json!({}));
+    kill(source, Signal::SIGCONT)?;
+    broken?;
+    ensure!(waits?, "the create ended too early: this proves nothing");
+    let start = Instant::now();
+    loop {
+        if let Some(status) = pair.target.ended()? {
+            let said = evidence::tail(&pair.target.path("messages"));
+            note(&format!("the target ended with {status}; it said:\n{said}"));
+            note(&format!(
+                "the source: {}",
+                status_and_run_state(&mut pair.source)?
+            ));
+            return Ok(());
+        }
+        if status(&mut pair.source)? == "postcopy-paused" && start.elapsed() > HANGS {
+            break;
+        }
+        ensure!(
+            start.elapsed() < PATIENCE,
+            "the target neither ends nor pauses; the source: {}",
+            status_and_run_state(&mut pair.source)?
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    recover(&mut pair)?;
+    pair.target.qmp.event("RESUME", PATIENCE)?;
+    check_target(&mut pair, 3, 4..6)?;
+    pair.limit(FAST, FAST)?;
+    pair.complete()?;
+    check_target(&mut pair, 5, 6..8)?;
+    pair.target.buffers()?;
+    pair.quit()
+}
+
+/// The states of a machine's migration and of its guest.
+fn status_and_run_state(machine: &mut Machine) -> Result<String> {
+    let state = machine.qmp.execute("query-status", json!({}))?;
+    Ok(format!("{}, {}", status(machine)?, state["status"]))
+}
+
+/// An ordinary user with Debian's limit, who may use userfaultfd in one of two ways.
+pub fn postcopy_user() -> Result<()> {
+    const UID: u32 = 1002;
+    const DEVICE: &str = "/dev/userfaultfd";
+    const SYSCTL: &str = "/proc/sys/vm/unprivileged_userfaultfd";
+    permit(None, UID)?;
+    let user = |name: &str| Setup {
+        user: Some(User {
+            uid: UID,
+            memlock: 8 << 20,
+        }),
+        ..Setup::new(name)
+    };
+    std::os::unix::fs::chown(DEVICE, Some(UID), None).context(DEVICE)?;
+    let with_device = postcopy_of(&user("postcopy-user-device"));
+    std::os::unix::fs::chown(DEVICE, Some(0), None)?;
+    with_device.context("by /dev/userfaultfd")?;
+    std::fs::write(SYSCTL, "1").context(SYSCTL)?;
+    let with_sysctl = postcopy_of(&user("postcopy-user-sysctl"));
+    std::fs::write(SYSCTL, "0")?;
+    with_sysctl.context("by vm.unprivileged_userfaultfd")?;
+    permit(None, 0)
+}
+
+/// What waiting costs, against a screen that is a copy of the guest's memory, and with a connection of its own for
+/// pages that are asked for.
+fn downtime(fragmented: bool, limits: &[(&str, u64)]) -> Result<()> {
+    for &(limit, after) in limits {
+        for (blob, preempt) in [(false, false), (true, false), (true, true)] {
+            let setup = Setup {
+                blob,
+                ..Setup::new("downtime")
+            };
+            let mut pair = Pair::start(&setup)?;
+            if fragmented {
+                show_fragmented(&mut pair.source, &setup)?;
+            }
+            // QEMU takes this only after the capability that it extends.
+            pair.set("postcopy-ram", true)?;
+            pair.set("postcopy-preempt", preempt)?;
+            pair.begin(true, SLOW, after)?;
+            pair.source.frames(3..4)?;
+            let switch = pair.switch()?;
+            let pieces = if blob {
+                pair.source.items()?
+            } else {
+                Vec::new()
+            };
+            note(&format!(
+                "downtime, {limit}, blob={blob} {pieces:?}, postcopy-preempt={preempt}: {:.2} s",
+                switch.downtime.as_secs_f64()
+            ));
+            check_target(&mut pair, 3, 4..5)?;
+            pair.limit(FAST, FAST)?;
+            pair.complete()?;
+            check_target(&mut pair, 4, 5..6)?;
+            pair.quit()?;
+        }
+    }
+    Ok(())
+}
+
+pub fn downtime_few_pieces() -> Result<()> {
+    downtime(false, &[("no limit", FAST), ("a low limit", CAPPED)])
+}
+
+/// Each page of the screen is a piece.
+pub fn downtime_many_pieces() -> Result<()> {
+    downtime(true, &[("no limit", FAST)])
+}
+
+pub fn udmabuf_precopy() -> Result<()> {
+    let mut pair = precopy_of(&on_udmabuf("udmabuf-precopy")?)?;
+    check_target(&mut pair, 2, 3..5)?;
+    pair.quit()
+}
+
+/// The comparison: fails unless the guest is lost.
+fn lost_on_udmabuf(setup: &Setup) -> Result<()> {
+    let mut pair = Pair::start(setup)?;
+    pair.begin(true, SLOW, CAPPED)?;
+    pair.source.frames(3..4)?;
+    let qmp = &mut pair.source.qmp;
+    qmp.execute("migrate-start-postcopy", json!({}))?;
+    let begin = Instant::now();
+    let lost = loop {
+        if let Some(status) = pair.target.ended()? {
+            break format!("the target ended with {status}");
+        }
+        if begin.elapsed() > HANGS {
+            pair.target.qmp.set_patience(HANGS)?;
+            match check_target(&mut pair, 3, 4..5) {
+                Ok(()) => {
+                    bail!("the guest continues in the target: this is no comparison any more")
+                }
+                Err(error) => break format!("the target runs, but: {error:#}"),
+            }
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    note(&lost);
+    let said = evidence::tail(&pair.target.path("messages"));
+    note(&format!("it said:\n{said}"));
+    if let Ok(stack) = evidence::kernel_stack(pair.target.process()) {
+        note(&format!("its main thread is in:\n{}", stack.trim_end()));
+    }
+    note(&format!("the source: {}", status(&mut pair.source)?));
+    Ok(())
+}
+
+pub fn udmabuf_postcopy_plain() -> Result<()> {
+    lost_on_udmabuf(&on_udmabuf("udmabuf-postcopy")?)
+}
+
+pub fn udmabuf_postcopy_huge() -> Result<()> {
+    lost_on_udmabuf(&huge_setup(on_udmabuf("udmabuf-postcopy-huge")?)?)?;
+    huge_pages(0)
+}
