@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! What a discard under a live buffer does today: the process gets other pages, the buffer keeps
-//! the old ones, which nobody else can get meanwhile. Nothing tells user space.
+//! the old ones, which nobody else can get meanwhile. What the driver reports of it while swap is on.
 
 use std::os::fd::AsFd;
 
@@ -9,8 +9,8 @@ use anyhow::Result;
 use pinbuf_test_importer::{Direction, Importer, Limits, Mapping};
 
 use crate::common::huge_private;
-use crate::frames::{all_frames, Pfn};
-use crate::swap::{give_up, page_out};
+use crate::frames::{all_frames, with_flag, Pfn, THP};
+use crate::swap::{give_up, page_out, SlowSwap};
 use pinbuf_test_harness::support::kernel::HugePool;
 use pinbuf_test_harness::support::memory::{
     huge_memfd, memfd, pattern, punch_hole, HUGE, PAGE, RW,
@@ -32,9 +32,14 @@ tests! { "discard":
     unmapped_and_mapped_again,
     moved_elsewhere,
     balloon within 120,
+    in_the_swap_cache,
+    parts_of_folios_in_the_swap_cache,
+    turmoil_with_swap within 180,
 }
 
 const LEN: usize = 64 * PAGE;
+/// `KPF_SWAPCACHE`.
+const SWAP_CACHE: u64 = 1 << 13;
 
 /// A buffer of some memory, with a device and a mapping, and the frames that it has.
 struct Live {
@@ -271,4 +276,144 @@ impl Live {
         }
         self.keeps_the_old(9)
     }
+}
+
+/// What is reported of a buffer: pages that are discarded, and pages not known of.
+fn reported(device: &Device, buffer: &Buffer) -> Result<(usize, usize)> {
+    let info = device.describe(buffer)?;
+    Ok((
+        info.discarded_bytes as usize / PAGE,
+        info.unsure_bytes as usize / PAGE,
+    ))
+}
+
+/// Pages that were read back from swap stay in the swap cache, mapped, where a buffer finds them. When their
+/// owner lets go of them, they are discarded.
+fn in_the_swap_cache() -> Result<()> {
+    let _swap = SlowSwap::on(64 << 20)?;
+    let device = Device::open()?;
+    let memory = Memory::small_pages(LEN)?;
+    memory.write(0, &pattern(1, 0, LEN));
+    page_out(&memory)?;
+    memory.touch();
+    let cached = with_flag(&all_frames(&memory)?, SWAP_CACHE)?;
+    let buffer = device.create(&[memory.range()])?;
+    println!("# {cached} of 64 pages are in the swap cache");
+    for _ in 0..3 {
+        page_out(&memory)?;
+        check_eq!(reported(&device, &buffer)?, (0, 0), "paged out");
+    }
+    let still = with_flag(&all_frames(&memory)?, SWAP_CACHE)?;
+    memory.advise(0, LEN / 2, libc::MADV_DONTNEED)?;
+    let seen = reported(&device, &buffer)?;
+    println!("# {still} are in the swap cache; reported {seen:?}");
+    check_eq!(seen, (32, 0), "half of it discarded");
+    Ok(())
+}
+
+fn parts_of_folios_in_the_swap_cache() -> Result<()> {
+    const FOLIO: usize = 16;
+    kernel::needs_transparent_huge_pages()?;
+    let _setting = kernel::Setting::choice(
+        "/sys/kernel/mm/transparent_hugepage/hugepages-64kB/enabled",
+        "always",
+    )?;
+    let _swap = SlowSwap::on(256 << 20)?;
+    let device = Device::open()?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let len = 256 * FOLIO * PAGE;
+    let memory = Memory::map_aligned(len, FOLIO * PAGE, RW, flags, None, 0)?;
+    memory.write(0, &pattern(1, 0, len));
+    // While they are written out, an access finds them in the swap cache.
+    let mut cached = 0;
+    for _ in 0..5 {
+        page_out(&memory)?;
+        memory.touch();
+        let frames = all_frames(&memory)?;
+        cached = 0;
+        for &frame in &frames {
+            cached +=
+                usize::from(crate::frames::flags(frame)? & (SWAP_CACHE | THP) == SWAP_CACHE | THP);
+        }
+        if cached > 0 {
+            break;
+        }
+    }
+    let buffer = device.create(&[memory.range()])?;
+    println!(
+        "# {cached} of {} pages are in the swap cache, in folios",
+        256 * FOLIO
+    );
+    for folio in 0..256 {
+        memory.advise((folio * FOLIO + 3) * PAGE, PAGE, libc::MADV_DONTNEED)?;
+    }
+    let seen = reported(&device, &buffer)?;
+    println!("# reported {seen:?}");
+    for _ in 0..3 {
+        page_out(&memory)?;
+        memory.touch();
+    }
+    let seen = reported(&device, &buffer)?;
+    println!("# later {seen:?}");
+    check!(cached > 0, "no folio is in the swap cache");
+    check_eq!(seen, (256, 0), "a page of each folio");
+    Ok(())
+}
+
+/// Memory is paged out, read back, forked and pinned, again and again: no page is reported as discarded that
+/// its owner has.
+fn turmoil_with_swap() -> Result<()> {
+    const TIME: std::time::Duration = std::time::Duration::from_secs(40);
+    let _swap = SlowSwap::on(64 << 20)?;
+    let device = Device::open()?;
+    let memory = Memory::small_pages(LEN)?;
+    let huge = Memory::map_aligned(
+        HUGE,
+        HUGE,
+        RW,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        None,
+        0,
+    )?;
+    huge.advise(0, HUGE, libc::MADV_HUGEPAGE)?;
+    let file = memfd(LEN, 0)?;
+    let shared = Memory::shared(&file, LEN)?;
+    let begin = std::time::Instant::now();
+    let (mut rounds, mut cached) = (0, 0);
+    while begin.elapsed() < TIME {
+        for memory in [&memory, &huge, &shared] {
+            if rounds % 2 == 0 {
+                memory.touch_to_write();
+            }
+            page_out(memory)?;
+            if rounds % 3 == 0 {
+                memory.touch();
+            }
+            let buffer = device.create(&[memory.range()])?;
+            cached += with_flag(&all_frames(memory)?, SWAP_CACHE)?;
+            let done = std::sync::atomic::AtomicBool::new(false);
+            std::thread::scope(|scope| -> Result<()> {
+                let asks = scope.spawn(|| -> Result<()> {
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        let seen = reported(&device, &buffer)?;
+                        check_eq!(seen, (0, 0), "discarded and unsure, round {rounds}");
+                    }
+                    Ok(())
+                });
+                for _ in 0..4 {
+                    memory.advise(0, memory.len(), libc::MADV_PAGEOUT)?;
+                    memory.protect(PAGE, PAGE, libc::PROT_READ)?;
+                    memory.protect(PAGE, PAGE, RW)?;
+                }
+                done.store(true, std::sync::atomic::Ordering::Relaxed);
+                match asks.join() {
+                    Ok(result) => result,
+                    Err(_) => anyhow::bail!("the thread that asks panicked"),
+                }
+            })?;
+        }
+        rounds += 1;
+    }
+    println!("# {rounds} rounds, {cached} pages pinned in the swap cache");
+    Ok(())
 }

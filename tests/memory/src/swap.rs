@@ -86,6 +86,52 @@ impl Drop for Swap {
     }
 }
 
+/// Swap space on a loop device, from which pages are read through the swap cache, where they stay.
+#[derive(Debug)]
+pub struct SlowSwap {
+    path: CString,
+    _file: std::fs::File,
+}
+
+impl SlowSwap {
+    /// Switches so many bytes of it on.
+    pub fn on(bytes: usize) -> Result<Self> {
+        modprobe(&["loop"])?;
+        let name = Path::new("/dev/shm").join(format!("pinbuf-swap-{}", std::process::id()));
+        let file = std::fs::File::create(&name)?;
+        // All of it is there, as a read of a hole would be quick.
+        file.set_len(bytes as u64)?;
+        let output = Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(&name)
+            .output()
+            .context("running losetup")?;
+        std::fs::remove_file(&name)?;
+        if !output.status.success() {
+            bail!("losetup: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        let device = String::from_utf8(output.stdout)?.trim().to_owned();
+        run("mkswap", &[], Path::new(&device))?;
+        let path = CString::new(device)?;
+        // SAFETY: the path is a string that ends with a zero byte.
+        Errno::result(unsafe { libc::swapon(path.as_ptr(), 0) }).context("swapon")?;
+        Ok(Self { path, _file: file })
+    }
+}
+
+impl Drop for SlowSwap {
+    fn drop(&mut self) {
+        // SAFETY: the path is a string that ends with a zero byte.
+        if let Err(error) = Errno::result(unsafe { libc::swapoff(self.path.as_ptr()) }) {
+            eprintln!("swapoff: {error}");
+        }
+        let device = self.path.to_string_lossy().into_owned();
+        if let Err(error) = run("losetup", &["--detach"], Path::new(&device)) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
 /// How many pages of some memory are resident, as `mincore` tells it of page cache and memory.
 pub fn resident(memory: &Memory) -> Result<usize> {
     let mut pages = vec![0u8; memory.len() / PAGE];
