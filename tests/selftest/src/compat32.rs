@@ -9,9 +9,10 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use pinbuf_uapi::{Info, Query, Range};
+use pinbuf_uapi::{Discards, Info, Query, Range, STATE_DISCARDED};
 
 use crate::create::bytes_of;
+use crate::discards_more;
 use pinbuf_test_harness::support::device::{create, sync_raw};
 use pinbuf_test_harness::support::memory::{memfd, pattern, PAGE};
 use pinbuf_test_harness::support::view::{holds, Mapped};
@@ -22,6 +23,7 @@ tests! { "compat32":
     query,
     create_and_info,
     checked,
+    discards,
     errors,
     memory_above_4_gib,
     sync_of_the_buffer,
@@ -299,5 +301,58 @@ fn sync_of_the_buffer() -> Result<()> {
             "sync with {flags}, by 64 bits"
         );
     }
+    Ok(())
+}
+
+fn discards() -> Result<()> {
+    let device = Device::open()?;
+    let low = Low::new()?;
+    let memory = Memory::low(8 * PAGE)?;
+    memory.keep_small(0, 8 * PAGE)?;
+    let buffer = create32(&device, &low, &[memory.range()])?;
+    memory.advise(PAGE, PAGE, libc::MADV_DONTNEED)?;
+    memory.advise(5 * PAGE, 2 * PAGE, libc::MADV_DONTNEED)?;
+    let call = Discards {
+        size: size_of::<Discards>() as u32,
+        fd: buffer.as_fd().as_raw_fd(),
+        offset: 0,
+        list: u64::from(low.addr(PAGE)),
+        count: 4,
+        reserved: 0,
+    };
+    low.0.write(0, &discards_more::bytes_of(&call));
+    check_eq!(
+        ioctl32(&device, pinbuf_uapi::DISCARDS, low.addr(0)),
+        Ok(0),
+        "PINBUF_DISCARDS"
+    );
+    check_eq!(low.0.get(8), 8 * PAGE as u64, "the end");
+    check_eq!(low.0.get(24), 2, "elements");
+    let state = u64::from(STATE_DISCARDED);
+    for (index, word) in [
+        PAGE as u64,
+        PAGE as u64,
+        state,
+        5 * PAGE as u64,
+        2 * PAGE as u64,
+        state,
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        check_eq!(
+            low.0.get(PAGE + index * 8),
+            word,
+            "word {index} of the list"
+        );
+    }
+    // An address that only 64 bits reach is not cut.
+    let far = Discards {
+        list: 1 << 32 | call.list,
+        ..call
+    };
+    low.0.write(0, &discards_more::bytes_of(&far));
+    let failed = ioctl32(&device, pinbuf_uapi::DISCARDS, low.addr(0));
+    check_eq!(failed, Err(Errno::EFAULT), "a list above 4 GiB");
     Ok(())
 }

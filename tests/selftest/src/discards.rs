@@ -57,16 +57,16 @@ tests! { "discards":
     killed within 120,
 }
 
-const COUNT: usize = 16;
-const LEN: usize = COUNT * PAGE;
+pub(crate) const COUNT: usize = 16;
+pub(crate) const LEN: usize = COUNT * PAGE;
 const MADV_GUARD_INSTALL: i32 = 102;
-const MADV_COLLAPSE: i32 = 25;
+pub(crate) const MADV_COLLAPSE: i32 = 25;
 
 /// Parts of a buffer: first page, number of pages.
-type Parts<'a> = &'a [(usize, usize)];
+pub(crate) type Parts<'a> = &'a [(usize, usize)];
 
 /// Expects these parts to be gone, and nothing else.
-fn is_gone(device: &Device, buffer: &Buffer, parts: Parts) -> Result<()> {
+pub(crate) fn is_gone(device: &Device, buffer: &Buffer, parts: Parts) -> Result<()> {
     let expected: Vec<Discard> = parts
         .iter()
         .map(|&(first, pages)| Discard {
@@ -90,7 +90,7 @@ fn is_gone(device: &Device, buffer: &Buffer, parts: Parts) -> Result<()> {
 }
 
 /// A buffer of all of this memory, written before.
-fn buffer_of(device: &Device, memory: &Memory) -> Result<Buffer> {
+pub(crate) fn buffer_of(device: &Device, memory: &Memory) -> Result<Buffer> {
     memory.write(0, &pattern(7, 0, memory.len()));
     let buffer = device.create(&[memory.range()])?;
     is_gone(device, &buffer, &[])?;
@@ -421,7 +421,7 @@ fn advice_that_keeps() -> Result<()> {
 }
 
 /// Private memory in `count` transparent huge pages, with a buffer.
-fn transparent(device: &Device, count: usize) -> Result<(Memory, Buffer)> {
+pub(crate) fn transparent(device: &Device, count: usize) -> Result<(Memory, Buffer)> {
     needs_transparent_huge_pages()?;
     let flags_ = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     let memory = Memory::map_aligned(count * HUGE, HUGE, RW, flags_, None, 0)?;
@@ -434,7 +434,7 @@ fn transparent(device: &Device, count: usize) -> Result<(Memory, Buffer)> {
     Ok((memory, buffer))
 }
 
-const FOLIO: usize = HUGE / PAGE;
+pub(crate) const FOLIO: usize = HUGE / PAGE;
 
 fn huge_pages() -> Result<()> {
     let device = Device::open()?;

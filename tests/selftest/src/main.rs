@@ -9,6 +9,7 @@
 mod compat32;
 mod create;
 mod discards;
+mod discards_more;
 mod errors;
 mod fences;
 mod fork;
@@ -63,6 +64,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
     [
         create::TESTS,
         discards::TESTS,
+        discards_more::TESTS,
         info::TESTS,
         errors::TESTS,
         lists::TESTS,

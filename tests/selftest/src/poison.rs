@@ -67,12 +67,12 @@ impl Drop for Survive {
 
 /// Frames that were broken, which are put right when this is dropped: everybody must have let go of
 /// them by then.
-struct Broken(Vec<frames::Pfn>);
+pub(crate) struct Broken(Vec<frames::Pfn>);
 
 impl Broken {
     const REPAIR: &str = "/sys/kernel/debug/hwpoison/unpoison-pfn";
 
-    fn none() -> Result<Self> {
+    pub(crate) fn none() -> Result<Self> {
         let status = Command::new("modprobe")
             .args(["--quiet", "hwpoison_inject"])
             .status()?;
@@ -88,7 +88,7 @@ impl Broken {
     }
 
     /// Breaks a page.
-    fn add(&mut self, memory: &Memory, offset: usize) -> Result<()> {
+    pub(crate) fn add(&mut self, memory: &Memory, offset: usize) -> Result<()> {
         let mut pfn = frames::frames(memory, offset, PAGE)?[0];
         if frames::flags(pfn)? & frames::HUGETLB != 0 {
             // Its first page is marked.
