@@ -10,6 +10,7 @@ mod compat32;
 mod create;
 mod discards;
 mod discards_more;
+mod discards_random;
 mod errors;
 mod fences;
 mod fork;
@@ -65,6 +66,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         create::TESTS,
         discards::TESTS,
         discards_more::TESTS,
+        discards_random::TESTS,
         info::TESTS,
         errors::TESTS,
         lists::TESTS,
