@@ -124,11 +124,6 @@ bool pinbuf_folio_test_hugetlb(const struct folio *folio)
 	return folio_test_hugetlb(folio);
 }
 
-bool pinbuf_folio_test_swapcache(const struct folio *folio)
-{
-	return folio_test_swapcache(folio);
-}
-
 bool pinbuf_folio_mapped(const struct folio *folio)
 {
 	return folio_mapped(folio);

@@ -42,7 +42,6 @@ unsigned long pinbuf_folio_page_idx(const struct folio *folio,
 				    const struct page *page);
 unsigned long pinbuf_folio_nr_pages(const struct folio *folio);
 bool pinbuf_folio_test_hugetlb(const struct folio *folio);
-bool pinbuf_folio_test_swapcache(const struct folio *folio);
 bool pinbuf_folio_mapped(const struct folio *folio);
 int pinbuf_folio_entire_mapcount(const struct folio *folio);
 void pinbuf_smp_rmb(void);

@@ -171,7 +171,8 @@ fn query(argument: UserPtr) -> Result<c_long> {
 fn info(argument: UserPtr) -> Result<c_long> {
     let (info, claimed) = uaccess::read_struct::<uapi::Info>(argument)?;
     let dma_buf = DmaBuf::from_fd(info.fd)?;
-    let (buffer, mappings) = dma_buf.inspect::<Buffer>().ok_or(EINVAL)?;
+    let buffer = dma_buf.exporter::<Buffer>().ok_or(EINVAL)?;
+    let mappings = dma_buf.mappings::<Buffer>().ok_or(EINVAL)?;
     let (held, charge) = (buffer.held(), buffer.charge());
     let (mut discarded, mut unsure) = (0, 0);
     survey(held, 0, |part| {
@@ -213,7 +214,7 @@ fn discards(argument: UserPtr) -> Result<c_long> {
         return Err(EINVAL);
     }
     let dma_buf = DmaBuf::from_fd(call.fd)?;
-    let (buffer, _) = dma_buf.inspect::<Buffer>().ok_or(EINVAL)?;
+    let buffer = dma_buf.exporter::<Buffer>().ok_or(EINVAL)?;
     let held = buffer.held();
     if call.offset > bytes(held.extents().pages()) {
         return Err(EINVAL);

@@ -219,8 +219,9 @@ struct pinbuf_query {
  *                more
  * @unsure_bytes: of @bytes, those of which the kernel does not tell
  *
- * PINBUF_DISCARDS says where they are.  The time that the call takes grows with
- * the number of pages, or of huge pages.
+ * PINBUF_DISCARDS says where they are.  Without PINBUF_FEATURE_DISCARDS, @state
+ * and these two say nothing, and must be zero in the call.  The time that the call
+ * takes grows with the number of pages, or of huge pages.
  *
  *   EBADF   @fd is not open
  *   EINVAL  @fd is no dma-buf of pinbuf's
@@ -285,15 +286,20 @@ struct pinbuf_discard {
  * is seen while it is the file's, whether a process maps it or not.  A hole, a
  * truncation and the end of the file take pages away.  Private memory is seen
  * while a process maps it, at whatever address: munmap(), MADV_DONTNEED,
- * MADV_GUARD_INSTALL, another mapping in its place and the process's end take
- * it away.  A part of a huge page that a hole cuts is cleared and stays seen.
+ * MADV_GUARD_INSTALL, a shrinking mremap(), another mapping in its place, execve()
+ * and the end of the last process or device that has the address space take it
+ * away, and the truncation of the file for copies of its pages.  A part of a
+ * huge page that a hole or a truncation cuts is cleared and stays seen.
  *
  * What the call reports as discarded stays so.  What it does not report may be
- * discarded by the time it returns.  PINBUF_STATE_UNSURE is reported of memory
- * in the swap cache, and of parts of transparent huge pages on a kernel without
- * CONFIG_PAGE_MAPCOUNT.
+ * discarded by the time it returns.  PINBUF_STATE_UNSURE is reported of parts of
+ * transparent huge pages on a kernel without CONFIG_PAGE_MAPCOUNT.  Memory that
+ * the kernel found broken, whose owner gets SIGBUS, may be reported or not.
  *
- * The time that the call takes grows with the number of pages, or of huge pages.
+ * The time that the call takes grows with the number of pages, or of huge pages;
+ * a call whose @list is full checks up to the end of the next such part.  After
+ * EFAULT and EINTR, @list may have been written to, @offset and @count are as
+ * before.
  *
  *   EBADF   @fd is not open
  *   EINVAL  @fd is no dma-buf of pinbuf's; @offset is beyond its end, or no

@@ -207,17 +207,24 @@ impl DmaBuf {
         Ok(fd)
     }
 
-    /// The exporter's value and the number of devices' mappings, if it is one of `E`'s.
-    pub(crate) fn inspect<E: Exporter>(&self) -> Option<(&E, usize)> {
+    /// The exporter's value, if it is one of `E`'s.
+    pub(crate) fn exporter<E: Exporter>(&self) -> Option<&E> {
+        Some(&self.exported::<E>()?.exporter)
+    }
+
+    /// The number of devices' mappings, if it is one of `E`'s. Waits while one is made or synchronised.
+    pub(crate) fn mappings<E: Exporter>(&self) -> Option<usize> {
+        Some(self.exported::<E>()?.mappings.lock().iter().count())
+    }
+
+    fn exported<E: Exporter>(&self) -> Option<&Exported<E>> {
         // SAFETY: A valid dma-buf; its operations never change.
         let ops = unsafe { (*self.0.as_ptr()).ops };
         if !core::ptr::eq(ops, &E::operations().0) {
             return None;
         }
         // SAFETY: One of `E`'s, as its operations show; it lives as long as our reference.
-        let exported = unsafe { exported::<E>(self.0.as_ptr()) };
-        let mappings = exported.mappings.lock().iter().count();
-        Some((&exported.exporter, mappings))
+        Some(unsafe { exported::<E>(self.0.as_ptr()) })
     }
 }
 

@@ -353,22 +353,6 @@ impl Folio<'_> {
         // SAFETY: A valid folio, by the type invariant.
         unsafe { ffi::pinbuf_folio_mapped(self.0.as_ptr()) }
     }
-
-    /// Whether swap space is set aside for the folio, by which its owner finds it again.
-    fn is_in_swap_cache(self) -> bool {
-        // SAFETY: A valid folio, by the type invariant.
-        unsafe { ffi::pinbuf_folio_test_swapcache(self.0.as_ptr()) }
-    }
-
-    /// What [`Sight`] the owner has of a folio that is not where it was.
-    #[cold]
-    fn lost(self) -> Sight {
-        if self.is_in_swap_cache() {
-            Sight::Unsure
-        } else {
-            Sight::Discarded
-        }
-    }
 }
 
 /// What tells the folios of an open file from those of others.
@@ -413,6 +397,16 @@ pub(crate) enum Sight {
     Unsure,
 }
 
+impl Sight {
+    fn seen_if(is_seen: bool) -> Self {
+        if is_seen {
+            Self::Seen
+        } else {
+            Self::Discarded
+        }
+    }
+}
+
 /// What has become of a pinned page, and of how many pages from it on, at most `pages`, the same is known.
 /// As of now; a discard may follow, and none is undone.
 ///
@@ -422,8 +416,9 @@ pub(crate) enum Sight {
 /// * A page of private memory is seen as long as a page table maps it. GUP pins pages that belong to one
 ///   process alone, and while they are pinned a fork copies them, and neither KSM, migration nor
 ///   `UFFDIO_MOVE` takes them: so it is that process, or one that shares its address space, which has
-///   it mapped, wherever it has moved it to.
-/// * What reclaim has put into the swap cache comes back from there.
+///   it mapped, wherever it has moved it to. Reclaim does not unmap it, in the swap cache or not.
+///
+/// Of memory that the kernel has found broken, whose owner gets a signal, some is reported and some is not.
 ///
 /// # Safety
 ///
@@ -449,7 +444,7 @@ pub(crate) unsafe fn sight(array: PageArray, pfn: Pfn, pages: usize) -> (Sight, 
     } else {
         folio.is_mapped()
     };
-    (if is_seen { Sight::Seen } else { folio.lost() }, left)
+    (Sight::seen_if(is_seen), left)
 }
 
 /// [`sight`] for private memory in a transparent huge page, which is mapped as a whole or by the page.
@@ -471,7 +466,7 @@ unsafe fn sight_of_part(
         let sight = if folio.is_mapped() {
             Sight::Unsure
         } else {
-            folio.lost()
+            Sight::Discarded
         };
         return (sight, left);
     }
@@ -482,12 +477,7 @@ unsafe fn sight_of_part(
     // volatile read copes with. It is one less than the number of page table entries.
     let count =
         unsafe { (&raw const (*page.as_ptr()).__bindgen_anon_2._mapcount.counter).read_volatile() };
-    let sight = if count >= 0 {
-        Sight::Seen
-    } else {
-        folio.lost()
-    };
-    (sight, 1)
+    (Sight::seen_if(count >= 0), 1)
 }
 
 /// Pages whose pins are dropped between two chances for other tasks to run.
