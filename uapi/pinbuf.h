@@ -95,9 +95,11 @@ struct pinbuf_backing {
  *
  * A buffer consists of anonymous memory, shmem (memfd, tmpfs, System V) and
  * hugetlb.  Each page is faulted in as if the process wrote to it, so a page
- * that a userfaultfd has to provide is waited for.  The call can be killed
- * meanwhile.  A thread must not create a buffer of memory whose userfaults it
- * alone resolves.
+ * that a userfaultfd has to provide is waited for.  SIGKILL ends the wait, and
+ * so does any signal without a handler that would end the process, unless one
+ * with a handler is pending: that does not end the wait.  A thread must not
+ * create a buffer of memory whose userfaults it alone resolves: it would wait
+ * for itself until it is killed.
  *
  * The pages are charged to the caller's user under RLIMIT_MEMLOCK, whichever
  * process they are released in, and shown as VmPin in /proc/PID/status.  In a

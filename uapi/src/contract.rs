@@ -47,6 +47,9 @@ pub const CREATE_CHECK_BACKING: u32 = 1 << 1;
 pub const CREATE_FLAGS: u32 = CREATE_CLOEXEC | CREATE_CHECK_BACKING;
 
 /// The argument of [`CREATE`]: pin ranges and make them one dma-buf.
+///
+/// The call waits for pages that a userfaultfd has to provide, until they come or it is killed. A thread that alone
+/// resolves these faults would wait for itself.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Create {
