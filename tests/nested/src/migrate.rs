@@ -480,6 +480,10 @@ fn lost_on_udmabuf(setup: &Setup) -> Result<()> {
     note(&lost);
     let said = evidence::tail(&pair.target.path("messages"));
     note(&format!("it said:\n{said}"));
+    ensure!(
+        said.contains("errno=17"),
+        "the target is lost by something else than a page that is there already (EEXIST)"
+    );
     if let Ok(stack) = evidence::kernel_stack(pair.target.process()) {
         note(&format!("its main thread is in:\n{}", stack.trim_end()));
     }
