@@ -110,6 +110,11 @@ const KILLS: Run = Run {
     ..PLAIN
 };
 
+/// A disk for the image of a machine that hibernates, kept in a temporary file.
+const SWAP: &str =
+    "-drive if=none,id=swap,file.driver=null-co,file.size=6G,file.read-zeroes=on,format=raw,\
+snapshot=on -device virtio-blk-pci,drive=swap,serial=swap";
+
 /// All runs.
 pub const RUNS: &[Run] = &[
     Run {
@@ -345,7 +350,7 @@ pub const RUNS: &[Run] = &[
         ..CHECKED
     },
     Run {
-        // Callers that are killed anywhere, in pages that are pinned where they are and in others.
+        // SIGKILL at random moments. With ZONE_MOVABLE, so that creates have to migrate pages.
         name: "kills-quick",
         command: "pinbuf-stress kills --kills 300",
         ..KILLS
@@ -363,6 +368,15 @@ pub const RUNS: &[Run] = &[
         command: "pinbuf-stress kills leaks --kills 2000",
         timeout: 5400,
         ..CHECKED
+    },
+    Run {
+        // Suspend to RAM and hibernation while buffers live.
+        name: "suspend",
+        when: When::Long,
+        qemu: SWAP,
+        command: "pinbuf-stress suspend",
+        timeout: 1800,
+        ..PLAIN
     },
     Run {
         name: "nested-screen",

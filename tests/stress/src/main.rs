@@ -11,6 +11,7 @@
 //!   kernel, with random delays, for `--seconds` each.
 //! * `kills`: `--kills` processes are killed at random moments of all that can be done with a buffer, and
 //!   programs under `pinbuf run`. Best with `movablecore=`.
+//! * `suspend`: the machine sleeps while buffers live. In a guest as the row `suspend` makes one.
 //! * `leaks`: what kmemleak finds at the end.
 //!
 //! A test that misses what it needs fails.
@@ -22,6 +23,7 @@ mod leaks;
 mod migration;
 mod races;
 mod settings;
+mod suspend;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -95,6 +97,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         races::memlock::TESTS,
         races::module::TESTS,
         kills::TESTS,
+        suspend::TESTS,
         leaks::TESTS,
     ]
     .into_iter()
@@ -136,6 +139,9 @@ fn main() -> Result<ExitCode> {
         "# --seed {seed} --seconds {} --kills {}",
         options.seconds, options.kills
     );
+    if chosen.iter().any(|test| theme(test) == "suspend") {
+        suspend::leave_shares()?;
+    }
     Settings {
         seconds,
         kills: options.kills,

@@ -2,7 +2,7 @@
 
 //! Memory whose missing pages a program provides.
 
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -139,5 +139,11 @@ impl Faults {
         unsafe { uffd_copy(self.0.as_raw_fd(), &mut argument) }.context("UFFDIO_COPY")?;
         check_eq!(argument.copied, i64::try_from(data.len())?, "bytes copied");
         Ok(())
+    }
+}
+
+impl AsFd for Faults {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }

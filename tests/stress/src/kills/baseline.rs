@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What all victims together must leave as it was.
+//! Counters and kernel objects that victims must leave as they were.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,26 +15,26 @@ use pinbuf_test_harness::support::{check, kernel};
 /// The tests' user, root, and users of namespaces.
 pub const USERS: usize = 4;
 
-/// How long the kernel may take to let go of what the last victims had.
+/// How long the kernel may take to release what the last victims held.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Memory that may be missing: stocks of allocators grow with use.
+/// Memory that may be missing, as caches of allocators grow with use.
 const SLACK: i64 = 48 << 20;
-/// The same where KASAN keeps what has been freed, up to a part of the memory.
+/// The same where KASAN quarantines freed memory, up to a thirty-second of all memory.
 const SLACK_OF_CHECKERS: i64 = 256 << 20;
 
-/// Kills that are enough for what each leaves behind to be seen in numbers that vary by some tens.
+/// Kills in an interval from which on a leak for each exceeds the noise, which is some tens of objects.
 const ENOUGH: usize = 100;
 
-/// Intervals in which a number may grow each time by chance.
+/// With fewer intervals, a number may grow in all of them by chance.
 const FEW: usize = 6;
 
-/// Whether the kernel looks for leaks itself.
+/// Whether the kernel finds leaks itself.
 fn has_kmemleak() -> bool {
     Path::new("/sys/kernel/debug/kmemleak").exists()
 }
 
-/// What is exactly as it was once the last victim is gone.
+/// What must have its old value once the last victim is gone.
 #[derive(Clone, Debug, PartialEq)]
 struct Counters {
     pins: i64,
@@ -43,11 +43,11 @@ struct Counters {
     bounce_slots: i64,
     huge_pages: [i64; 3],
     vm_pin: i64,
-    /// Each user's: whether a page can be locked up to the limit, and the allowance.
+    /// For each user: whether a page can be locked up to the limit, and the allowance.
     charges: [Charges; USERS],
 }
 
-/// What there was before, and what grows.
+/// The state before the first victim, and the kernel objects after each interval.
 pub struct Baseline {
     accounts: Accounts<USERS>,
     counters: Counters,
@@ -111,7 +111,7 @@ impl Baseline {
         }
         let free = give_back_stocks()?;
         let objects = kernel::objects()?;
-        // What is made at the first time stays: the first interval is what others are compared with.
+        // Caches are filled in the first interval: later ones are compared with its end.
         if number == 1 {
             self.free = free;
         } else {
@@ -132,10 +132,10 @@ impl Baseline {
         Ok(())
     }
 
-    /// Of nothing may there be more after each interval than after the one before, by one for fifty kills; by one for
-    /// five where there are so few intervals that numbers may have grown each time by chance.
+    /// No number of objects may have grown in every interval, by one for fifty kills, or by one for five if there
+    /// are fewer than [`FEW`] intervals.
     ///
-    /// On kernels with kmemleak that finds such objects, and KASAN keeps freed ones for a while.
+    /// On kernels with kmemleak, kmemleak finds such objects, and KASAN delays the freeing of others.
     pub fn is_kept(&self) -> Result<()> {
         if has_kmemleak() || self.objects.len() < 3 || self.interval < ENOUGH {
             return Ok(());
@@ -165,17 +165,16 @@ impl Baseline {
     }
 }
 
-/// Lets allocators give back what they keep in stock, so that objects can be counted, and returns how much
-/// memory is free.
+/// Empties the caches of allocators, so that objects can be counted, and returns how much memory is free.
 fn give_back_stocks() -> Result<i64> {
     kernel::write("/proc/sys/vm/drop_caches", "3")?;
-    // Waits for a grace period of RCU's: what was to be freed after one is freed soon.
+    // Waits for an RCU grace period; the callbacks run soon after it.
     // SAFETY: takes no memory.
     unsafe { libc::syscall(libc::SYS_membarrier, 1, 0, 0) };
     std::thread::sleep(Duration::from_millis(200));
     if let Ok(caches) = std::fs::read_dir("/sys/kernel/slab") {
         for cache in caches {
-            // A cache may be on its way.
+            // A cache may be destroyed meanwhile.
             let _ = std::fs::write(cache?.path().join("shrink"), "1");
         }
     }

@@ -2,12 +2,12 @@
 
 //! Callers that are killed, at random moments of everything that can be done with a buffer.
 //!
-//! What is requested, by whom and where, follows from the seed. The moments do not: a process runs as far
-//! as it comes before the signal, and they are random in time, which is the point.
+//! The sequence of requests, callers and places follows from the seed. The instruction at which the signal
+//! arrives does not: delays follow from the seed too, but not the progress that a process makes in them.
 //!
-//! * [`requests`]: what a victim does, again and again;
-//! * [`victims`]: where it does so: a process, threads, a process that shares its memory, a user namespace;
-//! * [`baseline`]: what has to be as it was, now and then and in the end.
+//! * [`requests`]: what a victim does, repeatedly;
+//! * [`victims`]: where it does so: in a process, threads, a shared address space, a user namespace;
+//! * [`baseline`]: what has to be as before after each interval.
 
 mod baseline;
 mod requests;
@@ -49,7 +49,7 @@ fn intervals(kills: usize) -> (usize, usize) {
     (interval, kills.div_ceil(interval))
 }
 
-/// A time from next to nothing to 65 ms, short ones as often as long ones.
+/// A delay of 8 us to 65 ms. Each power of two is equally likely.
 fn moment(rng: &mut Rng) -> Duration {
     let most = 1_u64 << rng.u32(4..17);
     Duration::from_micros(rng.u64(most / 2..most))
@@ -61,7 +61,7 @@ fn anywhere() -> Result<()> {
     let scene = Scene::new()?;
     let progress = Progress::new()?;
     let mut baseline = Baseline::new(scene.accounts()?, interval)?;
-    rehearse(&scene, &progress).context("before any is killed in the midst")?;
+    rehearse(&scene, &progress).context("while each request is completed once")?;
     let mut rng = Rng::with_seed(seed);
     let mut killed = 0;
     for number in 1..=count {
@@ -91,14 +91,17 @@ fn anywhere() -> Result<()> {
     scene.end()
 }
 
-/// Each request is done as a whole by a victim that is let live: what a signal interrupts later is no
-/// failure.
+/// Completes each request once, in a victim that is killed only then: a request that always fails would
+/// test nothing.
 fn rehearse(scene: &Scene, progress: &Progress) -> Result<()> {
     for request in REQUESTS {
         let victim = Victim::alone(scene, progress, *request)?;
         let deadline = Instant::now() + PATIENCE;
         while progress.rounds(*request) == 0 {
-            check!(Instant::now() < deadline, "{request:?} comes to nothing");
+            check!(
+                Instant::now() < deadline,
+                "{request:?} was not completed within {PATIENCE:?}"
+            );
             std::thread::sleep(Duration::from_millis(1));
         }
         victim.kill(scene, progress)?;
@@ -106,7 +109,7 @@ fn rehearse(scene: &Scene, progress: &Progress) -> Result<()> {
     scene.take_what_was_sent()
 }
 
-/// Says where the signals met their victims.
+/// Prints what the victims were doing when they were killed.
 fn report(progress: &Progress, killed: usize) {
     let mut steps: Vec<_> = STEPS
         .iter()
@@ -123,11 +126,11 @@ fn report(progress: &Progress, killed: usize) {
         .iter()
         .map(|request| format!("{request:?} {}", progress.rounds(*request)))
         .collect();
-    println!("# rounds before: {}", rounds.join(", "));
+    println!("# completed before: {}", rounds.join(", "));
 }
 
-/// What a create may answer to a victim that goes on: its user's room is used by others, which are dying, or
-/// pages cannot be moved while others are pinned.
+/// Whether a create may fail so in a victim that goes on: the limit of its user is used up by other victims, or
+/// pages cannot be migrated while another victim holds them.
 fn may_fail(error: Errno) -> bool {
     matches!(error, Errno::ENOMEM | Errno::EBUSY | Errno::EINTR)
 }

@@ -21,7 +21,7 @@ use pinbuf_test_harness::support::process::Link;
 use pinbuf_test_harness::support::uffd::Faults;
 use pinbuf_test_harness::support::{bail, Buffer, Device, Memory, Sync};
 
-/// What a victim does again and again.
+/// What a victim does repeatedly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
     /// A buffer of a few pages.
@@ -32,9 +32,9 @@ pub enum Request {
     Ranges,
     /// A buffer whose pages are compared with a file.
     Checked,
-    /// A buffer of a page that somebody holds where it may not stay: the call retries, with pauses.
+    /// A buffer of a page that a pipe holds in `ZONE_MOVABLE`: the call retries, with pauses.
     Held,
-    /// A buffer of a page whose fault nobody answers.
+    /// A buffer with pages whose faults userfaultfd never resolves.
     Waiting,
     /// A buffer of transparent huge pages or of hugetlb.
     Huge,
@@ -48,7 +48,7 @@ pub enum Request {
     Kernel,
     /// Closing buffers of which there are several descriptors.
     Close,
-    /// Passing descriptors on, to itself in a ring and to a process that survives.
+    /// Passing descriptors: in a cycle of sockets, and to a process that survives.
     Pass,
 }
 
@@ -70,7 +70,7 @@ pub const REQUESTS: &[Request] = &[
 ];
 
 impl Request {
-    /// Whether nothing of it stays in the address space, which others may have too.
+    /// Whether it leaves no mapping of a buffer in the address space, which another process may share.
     pub fn leaves_no_mapping(self) -> bool {
         !matches!(self, Self::Map)
     }
@@ -147,7 +147,7 @@ impl Progress {
         self.word(slot)
     }
 
-    /// How often a request was done as a whole.
+    /// How often a request was completed.
     pub fn rounds(&self, request: Request) -> u64 {
         self.word(Self::SLOTS + request as usize)
             .load(Ordering::Relaxed)
@@ -176,9 +176,9 @@ impl Progress {
 pub struct Work<'a> {
     /// What all have.
     pub scene: &'a Scene,
-    /// Where to say what is being done.
+    /// Where the current step is recorded.
     pub progress: &'a Progress,
-    /// The victim's place there.
+    /// The victim's index there.
     pub slot: usize,
     /// What to do.
     pub request: Request,
@@ -217,14 +217,14 @@ impl Work<'_> {
         self.at(Step::Between);
     }
 
-    /// Counts a round that was more than a refusal.
+    /// Counts a completed round.
     fn done(&self) {
         self.progress
             .word(Progress::SLOTS + self.request as usize)
             .fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Does it until something ends it. `ready` is called when it begins.
+    /// Does it until the process ends. `ready` is called before the first round.
     pub fn go_on(&self, rng: &mut Rng, ready: impl FnOnce() -> Result<()>) -> Result<Infallible> {
         match self.request {
             Request::Short => self.buffers(rng, 40, 3, ready),
@@ -243,7 +243,7 @@ impl Work<'_> {
         }
     }
 
-    /// Buffers of fresh pages, some of which it keeps.
+    /// Creates buffers of new pages, and keeps up to `kept` of them.
     fn buffers(
         &self,
         rng: &mut Rng,
@@ -263,7 +263,7 @@ impl Work<'_> {
             if held.len() >= kept {
                 self.close(std::mem::take(&mut held));
             }
-            // The next one has to get its pages again, or not.
+            // Pages that are present take another path than pages that have to be faulted in.
             if most > 64 || rng.bool() {
                 memory.advise(0, memory.len(), libc::MADV_DONTNEED)?;
             }
@@ -312,7 +312,8 @@ impl Work<'_> {
         }
     }
 
-    /// The pipe's reference keeps a page from leaving `ZONE_MOVABLE`. Elsewhere nothing hinders the pin.
+    /// The pipe's reference prevents the migration of a page out of `ZONE_MOVABLE`. In other zones the page is
+    /// pinned where it is.
     fn held(&self, ready: impl FnOnce() -> Result<()>) -> Result<Infallible> {
         const PAGES: usize = 64;
         let memory = Memory::small_pages(PAGES * PAGE)?;
@@ -342,7 +343,7 @@ impl Work<'_> {
         }
     }
 
-    /// The first pages are pinned when the call begins to wait.
+    /// The call has pinned the first half of the pages when it begins to wait.
     fn waiting(&self, ready: impl FnOnce() -> Result<()>) -> Result<Infallible> {
         const PAGES: usize = 96;
         let memory = Memory::small_pages(PAGES * PAGE)?;
@@ -358,7 +359,7 @@ impl Work<'_> {
         let _faults = Faults::of_part(&memory, part.0, part.1)?;
         loop {
             if self.create(&[memory.range()])?.is_some() {
-                bail!("a create did not wait for pages that nobody provides");
+                bail!("a create completed without pages that userfaultfd never provided");
             }
         }
     }
@@ -368,12 +369,12 @@ impl Work<'_> {
         let kind = kinds[rng.usize(..kinds.len())];
         ready()?;
         loop {
-            // Others may have the huge pages; then there is nothing to pin.
+            // Other victims may have reserved all huge pages.
             let Ok(memory) = kind.fresh() else {
                 std::thread::yield_now();
                 continue;
             };
-            // A fault of the driver's takes no huge page that would have to leave ZONE_MOVABLE.
+            // A fault during a long-term pin takes no huge page of the pool in ZONE_MOVABLE; an earlier fault does.
             if rng.bool() {
                 memory.set(0, 1);
                 memory.set(memory.len() / 2, 1);
@@ -388,7 +389,7 @@ impl Work<'_> {
                     self.done();
                     self.close(buffer);
                 }
-                // The pool may have none that a fault of the driver's may take.
+                // The pool may have no page outside of ZONE_MOVABLE.
                 Err(Errno::EFAULT) if kind != Kind::Transparent => {}
                 Err(error) if may_fail(error) => {}
                 Err(error) => return Err(error).context("create of huge pages"),
@@ -396,7 +397,7 @@ impl Work<'_> {
         }
     }
 
-    /// A buffer for all rounds, half of its pages adjacent, perhaps.
+    /// A buffer for all rounds, of pages in random order in its first half.
     fn buffer(&self, rng: &mut Rng, memory: &Memory) -> Result<Buffer> {
         let pages = memory.len() / PAGE;
         let mut ranges: Vec<_> = (0..pages)
@@ -422,7 +423,7 @@ impl Work<'_> {
             if rng.bool() {
                 mapped.touch_to_write();
             } else {
-                // Page tables for this much, and those that a split leaves.
+                // A fault that fills a page table, and a partial unmap, which splits a huge entry.
                 mapped.set(mapped.len() / 2, 1);
                 mapped.unmap(mapped.len() / 4, PAGE)?;
             }
@@ -458,7 +459,7 @@ impl Work<'_> {
             self.at(Step::Attach);
             let importer = Importer::attach(buffer.as_fd(), Limits::NONE).context("attaching")?;
             if rng.bool() {
-                // The importer has the last reference, from here on or from the next round on.
+                // From here on the importer holds the last reference to the first buffer.
                 self.close(std::mem::replace(&mut buffer, self.buffer(rng, &memory)?));
             }
             self.at(Step::MapDevice);
@@ -505,7 +506,8 @@ impl Work<'_> {
         }
     }
 
-    /// A socket that is in flight in itself is found by the kernel's garbage collection alone.
+    /// Sockets that are in flight in each other, and a buffer with them, are freed by the kernel's garbage
+    /// collector alone.
     fn pass(&self, ready: impl FnOnce() -> Result<()>) -> Result<Infallible> {
         let memory = Memory::small_pages(16 * PAGE)?;
         ready()?;
@@ -516,7 +518,7 @@ impl Work<'_> {
             self.at(Step::Pass);
             match self.pass_on(&buffer) {
                 Ok(()) => self.done(),
-                // A user may have so many descriptors in flight, and the garbage collector takes its time.
+                // The number of descriptors in flight is limited for each user, and the garbage collector is asynchronous.
                 Err(error) if error.downcast_ref() == Some(&Errno::ETOOMANYREFS) => {}
                 Err(error) => return Err(error),
             }

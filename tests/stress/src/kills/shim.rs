@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Programs under `pinbuf run` that are killed, and `pinbuf run` itself, which becomes the program: until
-//! then it has the same process, and the signal meets either, or the loader and the shim between them.
+//! Programs under `pinbuf run` that are killed, and `pinbuf run` itself. It executes the program in its own
+//! process, so the signal arrives in either, or in the loader and the constructor of the shim between them.
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -24,11 +24,11 @@ use pinbuf_test_harness::support::memory::{memfd, PAGE};
 use pinbuf_test_harness::support::process::USER;
 use pinbuf_test_harness::support::{check, Buffer, Memory, Sync};
 
-/// Starting a program takes as long as twenty of the other kills.
+/// Starting a program takes as long as some of the other kills: one in this number.
 const SHARE: usize = 20;
-/// The longest time that a start takes, by far.
+/// More than a start takes.
 const START: Duration = Duration::from_millis(400);
-/// What says that the program under the shim is at work.
+/// What the program under the shim prints when it has made a buffer.
 const AT_WORK: &[u8] = b"!";
 
 /// What a program under the shim is called with.
@@ -57,15 +57,15 @@ pub fn under_the_shim() -> Result<()> {
             .with_context(|| format!("after {killed} kills (--seed {seed})"))?;
     }
     baseline.is_kept()?;
-    println!("# {killed} kills, {at_work} of them when the program had buffers");
-    check!(at_work > 0, "no program came to make a buffer");
+    println!("# {killed} kills, {at_work} of them after the program had made a buffer");
+    check!(at_work > 0, "no program lived until it had made a buffer");
     let left: Vec<_> = files()?.difference(&before).cloned().collect();
     check!(left.is_empty(), "files are left behind: {left:?}");
     drop(baseline);
     scene.end()
 }
 
-/// Starts one and kills it: whether it was at work.
+/// Starts a program and kills it. Returns whether it had made a buffer.
 fn one(rng: &mut Rng) -> Result<bool> {
     let wait = rng.bool();
     let mut command = Command::new("pinbuf");
@@ -96,7 +96,7 @@ fn one(rng: &mut Rng) -> Result<bool> {
     Ok(said || rest == AT_WORK)
 }
 
-/// Waits until the program has a buffer.
+/// Waits until the program has made a buffer.
 fn hear(child: &mut Child) -> Result<bool> {
     let mut byte = [0];
     let output = child.stdout.as_mut().context("no output")?;
@@ -107,7 +107,7 @@ fn hear(child: &mut Child) -> Result<bool> {
     Ok(byte == AT_WORK)
 }
 
-/// Files that a program could leave behind.
+/// Files in places where a program could leave some.
 fn files() -> Result<BTreeSet<String>> {
     let mut found = BTreeSet::new();
     for directory in ["/dev/shm", "/tmp", "/run", "/var/tmp"] {
@@ -137,7 +137,7 @@ struct Item {
     size: u64,
 }
 
-/// `struct udmabuf_create_list` with so many items.
+/// `struct udmabuf_create_list` with `N` items.
 #[repr(C)]
 struct List<const N: usize> {
     flags: u32,
@@ -152,7 +152,7 @@ const CLOEXEC: u32 = 1;
 const CREATE: libc::c_ulong = 0x4018_7542;
 const CREATE_LIST: libc::c_ulong = 0x4008_7543;
 
-/// A dma-buf, unless there is no room for it.
+/// A dma-buf, or `None` if the limit has no room for it.
 fn made(fd: i32) -> Result<Option<Buffer>> {
     match Errno::result(fd) {
         // SAFETY: the call has just returned it.
@@ -173,7 +173,7 @@ pub fn client(seed: u64) -> Result<()> {
     .context("opening /dev/udmabuf")?;
     let file = memfd(PAGES * PAGE, libc::MFD_ALLOW_SEALING)?;
     fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).context("sealing")?;
-    // The shim takes the program's own mapping, if there is one.
+    // The shim uses the mapping of the program, if there is one.
     let _mapped = match rng.bool() {
         true => Some(Memory::shared(&file, PAGES * PAGE)?),
         false => None,

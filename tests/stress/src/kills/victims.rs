@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Processes that are there to be killed.
+//! Processes that are killed.
 
 use std::convert::Infallible;
 use std::fs::{self, File, Permissions};
@@ -28,11 +28,11 @@ use pinbuf_test_harness::support::process::{
 };
 use pinbuf_test_harness::support::{check, device, Device};
 
-/// Users of a namespace: a user of the host as its root, and users that it is lent; and who is nobody there.
+/// Users of a namespace: subordinate users of the host beside its owner, and the user nobody in it.
 const LENT: u32 = 100_000;
 const COUNT: u32 = 65_536;
 const NOBODY: u32 = 65_534;
-/// Users of a container: other ones.
+/// The first host user of a container.
 const OTHERS: u32 = 300_000;
 
 /// What all victims have.
@@ -40,15 +40,15 @@ pub struct Scene {
     /// The open device.
     pub device: Device,
     namespaces: Vec<Namespace>,
-    /// A process that survives them all has this end, and they have the other one.
+    /// The test's process receives descriptors at one end that victims send at the other.
     keeper: Link,
     _pool: HugePool,
-    /// Everybody may have faults of the kernel's answered, and be a device.
+    /// Victims without privileges need userfaultfd for faults of the kernel, and the devices.
     _faults: Setting,
     _devices: [OpenToAll; 2],
 }
 
-/// A device that everybody may open, until this is dropped.
+/// A device node that all users may open, until this is dropped.
 struct OpenToAll(&'static str, Permissions);
 
 impl OpenToAll {
@@ -75,7 +75,7 @@ struct Namespace {
 }
 
 impl Namespace {
-    /// Makes one. This takes long, compared with joining it.
+    /// Makes one, once: joining it takes much less time.
     fn new(owner: u32, map: &str) -> Result<Self> {
         let Link { ours, theirs } = Link::new()?;
         let child = Child::run(|| {
@@ -112,7 +112,7 @@ impl Namespace {
 impl Scene {
     /// Sets it up.
     pub fn new() -> Result<Self> {
-        // What a victim leaves behind is to be waited for here.
+        // Orphans of victims become children of this process, which waits for them.
         set_child_subreaper(true).context("PR_SET_CHILD_SUBREAPER")?;
         let pool = HugePool::with_free(8)?;
         let keeper = Link::new()?;
@@ -134,18 +134,18 @@ impl Scene {
         })
     }
 
-    /// Whose charges are watched: those of all users that victims are. The namespace of the user's counts as
-    /// the user's; a container's users as its root.
+    /// The accounts of all users that victims run as. Charges of the first namespace count for its owner as
+    /// well.
     pub fn accounts(&self) -> Result<Accounts<USERS>> {
         Ok(Accounts::of([USER, 0, LENT + NOBODY - 1, OTHERS + NOBODY]))
     }
 
-    /// Passes a buffer to the process that survives, which has it whatever becomes of the sender.
+    /// Passes a buffer to the test's process, which holds it whatever happens to the sender.
     pub fn send(&self, fd: BorrowedFd<'_>) -> Result<()> {
         self.keeper.theirs.send(fd)
     }
 
-    /// The survivor takes and closes what it was sent.
+    /// Receives and closes what victims sent.
     pub fn take_what_was_sent(&self) -> Result<()> {
         loop {
             match self.keeper.ours.receive() {
@@ -168,7 +168,7 @@ impl Scene {
     }
 }
 
-/// As whom a victim calls, and so what it is charged to.
+/// The credentials and limit of a victim, which decide what its pages are charged to.
 #[derive(Clone, Copy, Debug)]
 enum Caller {
     /// Root, which has no limit.
@@ -177,9 +177,9 @@ enum Caller {
     Limited,
     /// A user with a limit that has room.
     User,
-    /// A user without: the allowance.
+    /// A user with a limit of zero: the allowance.
     Poor,
-    /// Nobody, in a namespace.
+    /// The user nobody of a namespace.
     Nobody(usize),
 }
 
@@ -210,7 +210,7 @@ impl Caller {
                 become_user(USER)
             }
             Self::Nobody(namespace) => {
-                // Some are charged to the limit, some beyond it.
+                // Small buffers are charged to the limit, large ones to the allowance.
                 set_memlock(512 * PAGE)?;
                 scene.namespaces[namespace].join()
             }
@@ -227,7 +227,7 @@ enum Place {
     Group,
     /// Several threads of a process.
     Threads,
-    /// A process that shares the address space of one that survives it for a while.
+    /// A process that shares the address space of another one, which is killed later.
     SharedMemory,
 }
 
@@ -288,12 +288,12 @@ impl Victim {
         let child = Child::run(|| {
             setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
             caller.become_it(work.scene)?;
-            // The kernel forgets it when a process becomes another user.
+            // The kernel clears this when a process changes its user: so it comes after that.
             die_with_parent()?;
             let Err(error) = live(work, place, seed, &link.theirs);
             Err(error.context(format!("{request:?} as {caller:?} in {place:?}")))
         })?;
-        // The child does the same; whoever is first.
+        // The child does the same: the order of the two does not matter.
         let _ = setpgid(child.pid(), child.pid());
         drop(link.theirs);
         let mut victim = Self {
@@ -306,7 +306,7 @@ impl Victim {
         if early {
             return Ok(victim);
         }
-        // One that shares its memory says its number besides, before or after.
+        // With shared memory the process reports the pid of the other one too, in any order.
         let messages = if place == Place::SharedMemory { 2 } else { 1 };
         for _ in 0..messages {
             match link.ours.hear() {
@@ -339,14 +339,14 @@ impl Victim {
             matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)),
             "a victim ended by itself: {request:?}: {status:?} {said}"
         );
-        // What was its child is this process's now.
+        // Its children are this process's now, and members of its group.
         while waitpid(Pid::from_raw(-pid.as_raw()), None).is_ok() {}
         progress.died(self.slot);
         Ok(())
     }
 
-    /// The address space survives the process that pinned its pages, and nothing may be charged to it when
-    /// that is gone.
+    /// The address space survives the process that pinned its pages, and VmPin must fall to zero after that
+    /// process has ended.
     fn memory_is_let_go(&self, scene: &Scene) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         let path = format!("/proc/{}/status", self.child.pid());
@@ -367,7 +367,7 @@ impl Victim {
     }
 }
 
-/// Works for ever.
+/// Works until the process is killed.
 fn live(work: &Work<'_>, place: Place, seed: u64, link: &End) -> Result<Infallible> {
     let mut rng = Rng::with_seed(seed);
     match place {
@@ -377,7 +377,7 @@ fn live(work: &Work<'_>, place: Place, seed: u64, link: &End) -> Result<Infallib
             let _child = Child::run(|| {
                 let Err(error) = die_with_parent().and_then(|()| work.go_on(&mut other, || Ok(())));
                 eprintln!("{error:#}");
-                // The other one is watched, this one is not.
+                // The test sees how the leader of the group ends, and not how this one does.
                 kill(getppid(), Signal::SIGABRT).context("ending the group")
             })?;
             work.go_on(&mut rng, || link.signal())
@@ -398,8 +398,8 @@ fn live(work: &Work<'_>, place: Place, seed: u64, link: &End) -> Result<Infallib
     }
 }
 
-/// Starts a process that shares the memory of this one, which then does nothing but wait: the other one is
-/// killed at any instruction, with what it had locked of this process's.
+/// Starts a process that shares the memory of this one, which then does nothing but wait: the other one may be
+/// killed while it holds locks in this memory, the allocator's for instance.
 fn share_memory(work: &Work<'_>, mut rng: Rng, link: &End) -> Result<Infallible> {
     let mut stack = vec![0_u8; 256 << 10];
     let top = stack.as_mut_ptr_range().end;
@@ -446,13 +446,13 @@ impl Inner<'_> {
     }
 }
 
-/// Has the kernel's garbage collector look for sockets that are in flight in each other: it does so when
-/// another one is closed.
+/// Starts the kernel's garbage collection of sockets that are in flight in each other: closing any other
+/// socket does so.
 pub fn collect_sockets() -> Result<()> {
     Link::new().map(drop)
 }
 
-/// Nothing of the test's outlives it.
+/// Has this process killed when its parent ends.
 fn die_with_parent() -> Result<()> {
     set_pdeathsig(Signal::SIGKILL).context("PR_SET_PDEATHSIG")
 }
