@@ -34,7 +34,7 @@
 //! # Locks
 //!
 //! [`LEDGER`] is a leaf: nothing else is taken under it, no memory is allocated or freed, and it is
-//! held for a look-up.
+//! held for one look-up.
 
 use crate::{
     allowances::{

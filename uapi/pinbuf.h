@@ -30,10 +30,10 @@
  *   ENOTTY  the command is not known
  */
 
-/* The version of this interface; PINBUF_QUERY tells the kernel's. */
+/* The version of this interface; PINBUF_QUERY returns the kernel's. */
 #define PINBUF_VERSION 1
 
-/* The most ranges that one PINBUF_CREATE takes. */
+/* The maximum number of ranges of one PINBUF_CREATE. */
 #define PINBUF_MAX_RANGES 65536
 
 /**
@@ -175,7 +175,7 @@ struct pinbuf_create {
  * @version:         PINBUF_VERSION
  * @features:        PINBUF_FEATURE_*
  * @create_flags:    the PINBUF_CREATE_* that are known
- * @max_ranges:      the most ranges a call
+ * @max_ranges:      the maximum number of ranges per call
  * @page_size:       bytes; what addresses and lengths must be multiples of
  * @charge_mode:     PINBUF_CHARGE_USER: how the limit is applied
  * @memlock_bytes:   the caller's RLIMIT_MEMLOCK; all ones: no limit, or the
@@ -219,7 +219,7 @@ struct pinbuf_query {
  *                hugetlb, the pages alone: its pool is bounded already
  * @discarded_bytes: of @bytes, those that the memory's owner does not see any
  *                more
- * @unsure_bytes: of @bytes, those of which the kernel does not tell
+ * @unsure_bytes: of @bytes, those whose state is unknown
  *
  * PINBUF_DISCARDS says where they are.  Without PINBUF_FEATURE_DISCARDS, @state
  * and these two say nothing, and must be zero in the call.  The time that the call
@@ -251,7 +251,7 @@ struct pinbuf_info {
  * will again: the buffer and the owner have different pages there.
  */
 #define PINBUF_STATE_DISCARDED	(1U << 0)
-/* The kernel does not tell whether the owner sees this part of the buffer. */
+/* Whether the owner sees this part of the buffer is unknown. */
 #define PINBUF_STATE_UNSURE	(1U << 1)
 
 /**

@@ -34,8 +34,8 @@
 //!
 //! The lock covers each call, and not the time between the beginning and the end of an access. What the CPU
 //! has written in an access that is not over is lost if meanwhile the device's mapping is undone, or another
-//! access begins: both copy the bounce buffer back. The core's interface tells nothing of who is
-//! accessing what, so this cannot be prevented here; `system_heap` does the same.
+//! access begins: both copy the bounce buffer back. The core's interface does not say which access is
+//! whose, so this cannot be prevented here; `system_heap` does the same.
 //!
 //! C header: [`include/linux/dma-buf.h`](srctree/include/linux/dma-buf.h).
 
@@ -77,7 +77,7 @@ pub(crate) trait Exporter: Sized + Send + Sync + 'static {
     /// `/proc/PID/fdinfo`.
     const NAME: &'static CStr;
 
-    /// The type's table of operations, which must be a `static`: its address tells a dma-buf of
+    /// The type's table of operations, which must be a `static`: its address distinguishes a dma-buf of
     /// this type from all others.
     fn operations() -> &'static Operations<Self>;
 

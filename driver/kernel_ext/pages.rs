@@ -240,7 +240,7 @@ impl FolioPin {
 #[inline]
 unsafe fn folio_and_flags<'a>(page: NonNull<bindings::page>) -> (Folio<'a>, FolioFlags) {
     let raw = page.as_ptr();
-    // SAFETY: By the function's requirements. Bit 0 of the first word after the flags tells a tail
+    // SAFETY: By the function's requirements. Bit 0 of the first word after the flags marks a tail
     // page, whatever else the word is used for. (On older kernels a tail page of hugetlb may look
     // like a head; that is not taken for a folio of its own either.) While the page is pinned neither
     // that bit nor `PG_head` changes; what else is in the words does, which volatile reads cope with.
@@ -273,7 +273,7 @@ unsafe fn folio_and_flags<'a>(page: NonNull<bindings::page>) -> (Folio<'a>, Foli
 pub(crate) struct Folio<'a>(NonNull<bindings::folio>, PhantomData<&'a PagePin>);
 
 impl Folio<'_> {
-    /// A number that tells it from all other folios that are pinned at the same time.
+    /// A number that distinguishes it from all other folios that are pinned at the same time.
     pub(crate) fn id(self) -> usize {
         self.0.as_ptr() as usize
     }
@@ -355,7 +355,7 @@ impl Folio<'_> {
     }
 }
 
-/// What tells the folios of an open file from those of others.
+/// What distinguishes the folios of an open file from those of others.
 #[derive(Clone, Copy)]
 pub(crate) struct FileMapping<'f>(*mut bindings::address_space, PhantomData<&'f LocalFile>);
 
@@ -393,7 +393,7 @@ pub(crate) enum Sight {
     Seen,
     /// Neither, and it will never be again.
     Discarded,
-    /// The kernel does not tell.
+    /// It is not known.
     Unsure,
 }
 

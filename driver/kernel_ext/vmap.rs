@@ -51,7 +51,7 @@ pub(crate) unsafe fn map(
             array.push(pages_array.page(pfn + n), GFP_KERNEL)?;
         }
     }
-    // SAFETY: The array holds so many pointers to pages that stay in place.
+    // SAFETY: The array holds that number of pointers, to pages that stay in place.
     let address = unsafe { ffi::pinbuf_vmap(array.as_mut_ptr(), array.len() as u32) };
     NonNull::new(address).ok_or(ENOMEM)
 }

@@ -13,7 +13,7 @@ use core::mem::size_of;
 /// The version of this interface.
 pub const VERSION: u32 = 1;
 
-/// The most ranges that one [`CREATE`] takes.
+/// The maximum number of ranges of one [`CREATE`].
 pub const MAX_RANGES: u32 = 65_536;
 
 /// A range of the caller's address space, laid out as a 64-bit `struct iovec`.
@@ -95,7 +95,7 @@ pub struct Query {
     pub features: u64,
     /// The `CREATE_*` flags that are known.
     pub create_flags: u64,
-    /// The most ranges a call.
+    /// The maximum number of ranges per call.
     pub max_ranges: u32,
     /// Bytes; what addresses and lengths must be multiples of.
     pub page_size: u32,
@@ -144,13 +144,13 @@ pub struct Info {
     pub held_bytes: u64,
     /// Bytes that the memory's owner does not see any more: [`STATE_DISCARDED`].
     pub discarded_bytes: u64,
-    /// Bytes of which the kernel does not tell: [`STATE_UNSURE`].
+    /// Bytes whose state is unknown: [`STATE_UNSURE`].
     pub unsure_bytes: u64,
 }
 
 /// The memory's owner does not see this part of a buffer any more, and never will again.
 pub const STATE_DISCARDED: u32 = 1 << 0;
-/// The kernel does not tell whether the memory's owner sees this part of a buffer.
+/// Whether the memory's owner sees this part of a buffer is unknown.
 pub const STATE_UNSURE: u32 = 1 << 1;
 
 /// A part of a buffer that the memory's owner does not see any more, or may not see.

@@ -66,7 +66,7 @@ pub struct Info {
     /// Of the size, bytes that the memory's owner does not see any more; [`DmaBuf::discarded`] says
     /// which.
     pub discarded_bytes: u64,
-    /// Of the size, bytes of which the kernel does not tell whether the owner sees them.
+    /// Of the size, bytes of which it is unknown whether the owner sees them.
     pub unsure_bytes: u64,
 }
 
