@@ -683,7 +683,7 @@ fn amplification() -> Result<()> {
         set_memlock(LIMIT)?;
         let file = memfd(MEMORY, 0)?;
         let memory = Memory::shared(&file, MEMORY)?;
-        memory.advise(0, MEMORY, libc::MADV_NOHUGEPAGE)?;
+        memory.keep_small(0, MEMORY)?;
         let mut buffers = Vec::new();
         loop {
             memory.touch_to_write();
