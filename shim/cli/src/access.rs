@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Who may open a device, by its mode; and what refuses it where the mode does not.
+//! Which users may open a device, by its mode; and what refuses it where the mode does not.
 
 use std::fs::{self, File};
 use std::io;
@@ -80,7 +80,7 @@ pub struct Node {
     pub number: u64,
     /// Its mount does not let devices be opened.
     nodev: bool,
-    /// There are entries for other users and groups, such as those that udev gives to who sits at the machine.
+    /// There are entries for other users and groups, such as those that udev gives to the user at the local seat.
     has_acl: bool,
 }
 

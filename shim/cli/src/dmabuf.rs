@@ -172,7 +172,7 @@ fn mapping(line: &[u8]) -> Option<Mapping> {
     })
 }
 
-/// Does a process map a dma-buf there? `None` for those who may not ask: root may.
+/// Whether a process maps a dma-buf there. `None` for a user that may not ask; root may.
 pub fn is_buffer(pid: u32, mapping: &Mapping) -> Option<bool> {
     let (start, end) = (mapping.start, mapping.start + mapping.bytes);
     let link = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
@@ -188,7 +188,7 @@ pub struct Listed {
     pub name: Vec<u8>,
 }
 
-/// All buffers there are; none for those who may not ask.
+/// All live buffers; none for a user that may not read the list.
 pub fn of_debugfs() -> Vec<Listed> {
     let text = fs::read("/sys/kernel/debug/dma_buf/bufinfo").unwrap_or_default();
     text.split(|&byte| byte == b'\n')

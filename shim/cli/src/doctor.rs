@@ -22,9 +22,9 @@ use crate::security::{self, Refusal};
 use crate::shim;
 use crate::text::{self, of_path, say};
 
-/// Finds out what keeps pinbuf, or a program on it, from working, and how to mend it.
+/// Finds out what keeps pinbuf, or a program on it, from working, and how to fix it.
 ///
-/// The status is 1 if something has to be mended.
+/// The status is 1 if something has to be fixed.
 #[derive(Debug, Args)]
 pub struct Doctor {
     /// For scripts.
@@ -57,7 +57,7 @@ pub struct Finding {
     pub text: String,
     /// What can be done about it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub mend: Option<String>,
+    pub remedy: Option<String>,
 }
 
 impl Finding {
@@ -72,25 +72,25 @@ fn good(what: &'static str, text: impl Into<String>) -> Finding {
         what,
         state: State::Good,
         text: text.into(),
-        mend: None,
+        remedy: None,
     }
 }
 
-fn note(what: &'static str, text: impl Into<String>, mend: impl Into<String>) -> Finding {
+fn note(what: &'static str, text: impl Into<String>, remedy: impl Into<String>) -> Finding {
     Finding {
         what,
         state: State::Note,
         text: text.into(),
-        mend: Some(mend.into()),
+        remedy: Some(remedy.into()),
     }
 }
 
-fn bad(what: &'static str, text: impl Into<String>, mend: impl Into<String>) -> Finding {
+fn bad(what: &'static str, text: impl Into<String>, remedy: impl Into<String>) -> Finding {
     Finding {
         what,
         state: State::Bad,
         text: text.into(),
-        mend: Some(mend.into()),
+        remedy: Some(remedy.into()),
     }
 }
 
@@ -142,8 +142,8 @@ fn print(findings: &[Finding]) {
             State::Bad => "BAD ",
         };
         say!("{word}  {}: {}", finding.what, finding.text);
-        if let Some(mend) = &finding.mend {
-            say!("      {mend}");
+        if let Some(remedy) = &finding.remedy {
+            say!("      {remedy}");
         }
     }
 }
@@ -363,7 +363,7 @@ fn memlock(device: &Device) -> Finding {
         mib(query.allowance),
         mib(query.allowance_used)
     );
-    let mend = format!(
+    let remedy = format!(
         "for more: `{} hard memlock 4194304` (KiB) in /etc/security/limits.d/pinbuf.conf, and log \
          in again; for a service, LimitMEMLOCK=4G",
         user_name()
@@ -372,10 +372,10 @@ fn memlock(device: &Device) -> Finding {
         bad(
             "memlock",
             format!("{text}: less than a 4K framebuffer takes"),
-            mend,
+            remedy,
         )
     } else if all < 256 << 20 {
-        note("memlock", text, mend)
+        note("memlock", text, remedy)
     } else {
         good("memlock", text)
     }
@@ -622,7 +622,7 @@ fn qemu() -> Finding {
         what: "QEMU",
         state: State::Good,
         text: version.to_owned(),
-        mend: Some(
+        remedy: Some(
             "with `pinbuf run`, guests need -object memory-backend-memfd,share=on and a \
              virtio-gpu device with blob=on"
                 .to_owned(),
@@ -660,8 +660,8 @@ fn program(name: &Path) -> Vec<Finding> {
     let program = match Program::find(name) {
         Ok(program) => program,
         Err(error) => {
-            let mend = "name it as you would in a shell";
-            return vec![bad(WHAT, format!("{error:#}"), mend)];
+            let remedy = "name it as you would in a shell";
+            return vec![bad(WHAT, format!("{error:#}"), remedy)];
         }
     };
     let loaded = of_path(&program.loaded);
@@ -700,8 +700,8 @@ fn process(pid: u32) -> Vec<Finding> {
     let process = match Process::find(pid) {
         Ok(process) => process,
         Err(error) => {
-            let mend = "give the number of a process that runs; for others' processes, be root";
-            return vec![bad(WHAT, format!("{error:#}"), mend)];
+            let remedy = "give the number of a process that runs; for others' processes, be root";
+            return vec![bad(WHAT, format!("{error:#}"), remedy)];
         }
     };
     let who = format!("{} ({})", of_path(&process.program), process.pid);
@@ -785,13 +785,13 @@ fn reached(process: &Process, who: &str, opens: bool) -> Finding {
         )
     } else {
         let obstacles = command::obstacles_of_file(&process.executable()).unwrap_or_default();
-        let mend = if obstacles.is_empty() {
+        let remedy = if obstacles.is_empty() {
             "start it with `pinbuf run`, or with LD_PRELOAD=/usr/lib/pinbuf/libudmabuf_shim.so"
                 .to_owned()
         } else {
             reasons(&obstacles)
         };
-        bad(WHAT, format!("{who} was started without the shim"), mend)
+        bad(WHAT, format!("{who} was started without the shim"), remedy)
     }
 }
 
@@ -809,7 +809,7 @@ fn own_device(process: &Process, who: &str) -> Option<Finding> {
             format!("{who} has no /dev/pinbuf in its own /dev: {have}"),
             missing(),
         )),
-        // Who may not look there says nothing.
+        // A user that may not read it reports nothing.
         Err(_) => None,
         Ok(node) if Some(node.number) != crate::access::number_of("pinbuf") => Some(bad(
             WHAT,

@@ -46,7 +46,7 @@ impl Run {
         let shim = shim::find()?;
         if let Some(finding) = check_device()? {
             complain!("{}", finding.text);
-            complain!("{}", finding.mend.unwrap_or_default());
+            complain!("{}", finding.remedy.unwrap_or_default());
             return Ok(ExitCode::from(OWN_ERROR));
         }
         let program = match Program::find(Path::new(name)) {

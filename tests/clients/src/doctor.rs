@@ -86,7 +86,7 @@ impl Findings {
                     .as_str()
                     .is_some_and(|seen| seen.contains(text))
             };
-            finding["what"] == what && finding["state"] == state && (says("text") || says("mend"))
+            finding["what"] == what && finding["state"] == state && (says("text") || says("remedy"))
         });
         ensure!(
             found,

@@ -121,7 +121,7 @@ impl End {
     }
 }
 
-/// Makes this process one of a user's who may use virtual machines.
+/// Makes this process one of a user in the group kvm.
 pub fn become_kvm_user() -> Result<()> {
     let group = nix::unistd::Group::from_name("kvm")?.context("there is no group kvm")?;
     nix::unistd::setgroups(&[group.gid])?;

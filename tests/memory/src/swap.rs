@@ -66,7 +66,7 @@ pub struct Swap {
 }
 
 impl Swap {
-    /// Switches so many bytes of it on.
+    /// Switches this number of bytes of it on.
     pub fn on(bytes: usize) -> Result<Self> {
         let zram = Zram::new(bytes)?;
         run("mkswap", &[], &zram.path())?;
@@ -94,7 +94,7 @@ pub struct SlowSwap {
 }
 
 impl SlowSwap {
-    /// Switches so many bytes of it on.
+    /// Switches this number of bytes of it on.
     pub fn on(bytes: usize) -> Result<Self> {
         modprobe(&["loop"])?;
         let name = Path::new("/dev/shm").join(format!("pinbuf-swap-{}", std::process::id()));
