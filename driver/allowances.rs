@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the users of the host have pinned, beyond their limit and under it.
+//! How many pages the users of the host have pinned, under their limit and beyond it.
 //!
-//! This file knows nothing of tasks or locks, and is compiled for the host too, where `tests/pure`
-//! compares it with a map and sums.
+//! This file depends on neither tasks nor locks. It is also compiled for the host, where
+//! `tests/pure` compares it with a map and sums.
 
 use kernel::{
     prelude::*,
@@ -14,7 +14,7 @@ use kernel::{
     }, //
 };
 
-/// To what a user's pages are charged.
+/// The account that a user's pages are charged to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Account {
     /// The user's limit on locked memory.
@@ -23,12 +23,12 @@ pub(crate) enum Account {
     Allowance,
 }
 
-/// What may be charged to an account at most, in pages.
+/// The maximum number of pages that may be charged to an account.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Caps {
-    /// By one user.
+    /// For one user.
     pub(crate) user: usize,
-    /// By all users together.
+    /// For all users together.
     pub(crate) system: usize,
 }
 
@@ -61,16 +61,16 @@ impl Usage {
     }
 }
 
-/// What each user of the host has pinned.
+/// The pages that are charged to each user of the host.
 pub(crate) struct Ledger {
-    /// By user; a user is here while pages are charged to it. `None` until the first (a tree cannot
-    /// be made at compile time).
+    /// By UID. A user has an entry while pages are charged to it. `None` until the first charge,
+    /// because a tree cannot be created at compile time.
     users: Option<RBTree<u32, Usage>>,
     total: Usage,
 }
 
 impl Ledger {
-    /// Nobody has anything.
+    /// An empty ledger.
     pub(crate) const fn new() -> Self {
         Self {
             users: None,
@@ -78,14 +78,15 @@ impl Ledger {
         }
     }
 
-    /// What is charged to a user.
+    /// The pages that are charged to a user.
     pub(crate) fn of(&self, uid: u32) -> Usage {
         let usage = self.users.as_ref().and_then(|users| users.get(&uid));
         usage.copied().unwrap_or(Usage::NONE)
     }
 
-    /// Charges `pages` to a user, for which `spare` becomes an entry if it has none; returns `spare`
-    /// otherwise. `ENOMEM` if one of `caps` would be exceeded, or if there is neither.
+    /// Charges `pages` to a user. If the user has no entry, `spare` becomes its entry; otherwise
+    /// `spare` is returned. Fails with `ENOMEM` if the charge would exceed one of `caps`, or if
+    /// there is neither an entry nor `spare`.
     pub(crate) fn take(
         &mut self,
         uid: u32,
@@ -119,7 +120,8 @@ impl Ledger {
         (Ok(()), spare)
     }
 
-    /// Takes `pages` back that were charged, and returns the user's entry if those were all.
+    /// Uncharges `pages`, which were charged before. If nothing else is charged to the user,
+    /// removes the user's entry and returns it.
     pub(crate) fn give_back(
         &mut self,
         uid: u32,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A buffer: pinned pages, who is charged for them, and how they are exported.
+//! A buffer: its pinned pages, their charge, and how they are exported.
 
 use crate::{
     charge::Charge,
@@ -40,9 +40,9 @@ use kernel::{
 /// The pages of one dma-buf.
 #[pin_data]
 pub(crate) struct Buffer {
-    // Dropped in this order: the pages are unpinned before their charge is given back.
+    // Fields are dropped in this order: the pages are unpinned before they are uncharged.
     held: Held,
-    /// Pages that are kept in place besides, of large folios.
+    /// The number of pages of large folios that the buffer keeps in place besides its own pages.
     rest: usize,
     charge: Charge,
     #[pin]
@@ -50,7 +50,7 @@ pub(crate) struct Buffer {
 }
 
 impl Buffer {
-    /// A buffer of at least one page.
+    /// Creates a buffer of at least one page.
     pub(crate) fn new(held: Held, rest: usize, charge: Charge) -> impl PinInit<Self> {
         pin_init!(Self {
             held,
@@ -65,7 +65,7 @@ impl Buffer {
         &self.held
     }
 
-    /// The number of pages that are kept in place besides.
+    /// The number of pages that the buffer keeps in place besides its own.
     pub(crate) fn rest(&self) -> usize {
         self.rest
     }
@@ -80,8 +80,8 @@ impl Buffer {
         self.held.extents().iter().map(|run| (run.pfn, run.pages))
     }
 
-    /// `EHWPOISON` if memory of the buffer has been found broken since it was pinned: no device and
-    /// no part of the kernel gets to use that.
+    /// Fails with `EHWPOISON` if memory of the buffer was found broken after it was pinned, so that
+    /// no device and no part of the kernel gets to use it.
     fn check_poison(&self) -> Result {
         const AT_ONCE: usize = 4096;
         let pages = self.held.extents().pages();
@@ -94,20 +94,21 @@ impl Buffer {
         Ok(())
     }
 
-    /// Where the direct map has all of the buffer in one piece, if it does. Always the same.
+    /// The address of the buffer in the direct map, if the buffer is a single extent. The result
+    /// never changes.
     fn direct(&self) -> Option<NonNull<c_void>> {
         let mut runs = self.runs();
         let (pfn, _) = runs.next()?;
         if runs.next().is_some() {
             return None;
         }
-        // SAFETY: A pinned page.
+        // SAFETY: The frame is that of a pinned page, so it has a `struct page`.
         unsafe { vmap::direct(pfn) }
     }
 }
 
 // SAFETY: The frames are those of pinned pages, which stay in place until the buffer is dropped.
-// `pin` takes anonymous memory, shmem and hugetlb alone, which are ordinary write-back memory.
+// `pin` accepts only anonymous memory, shmem and hugetlb, which are ordinary write-back memory.
 unsafe impl pfn_map::Pages for Buffer {
     fn runs(&self, first: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
         let extents = self.held.extents();
@@ -119,7 +120,8 @@ unsafe impl pfn_map::Pages for Buffer {
         let mut left = pages;
         for run in self.held.extents().iter_from(first) {
             let (pages, hugetlb) = (run.pages.min(left), run.kind == Kind::Hugetlb);
-            // SAFETY: Pages that are pinned while the buffer lives.
+            // SAFETY: The pages are pinned while the buffer lives, and those of an extent of
+            // `Kind::Hugetlb` all belong to hugetlb.
             if unsafe { any_poisoned(array, run.pfn, pages, hugetlb) } {
                 return true;
             }
@@ -151,8 +153,8 @@ impl Exporter for Buffer {
 
     fn map(&self, dev: &Device, direction: DataDirection) -> Result<KBox<MappedTable>> {
         self.check_poison()?;
-        // SAFETY: The pages are pinned while the buffer lives, and it outlives its mappings: the
-        // importer that maps it holds the dma-buf.
+        // SAFETY: The pages are pinned while the buffer lives, and the buffer outlives its
+        // mappings: the importer that maps it holds a reference to the dma-buf.
         unsafe { MappedTable::new(dev, direction, self.runs()) }
     }
 
@@ -166,14 +168,15 @@ impl Exporter for Buffer {
         if let Some(address) = self.direct() {
             return Ok(address);
         }
-        // SAFETY: The pages are pinned while the buffer lives, and it outlives its mappings.
+        // SAFETY: The pages are pinned while the buffer lives, and the buffer outlives its
+        // mappings.
         unsafe { vmap::map(self.runs(), self.held.extents().pages()) }
     }
 
     unsafe fn vunmap(&self, address: NonNull<c_void>) {
         if self.direct().is_none() {
-            // SAFETY: By the function's requirements; it came from `vmap::map`, as `direct` always
-            // gives the same answer.
+            // SAFETY: By the function's requirements; the address came from `vmap::map`, because
+            // `direct` always returns the same result.
             unsafe { vmap::unmap(address) };
         }
     }

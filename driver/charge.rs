@@ -1,40 +1,45 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Who is charged for pinned pages, and how many pages may be pinned.
+//! Charging of pinned pages, and limits on how many may be pinned.
 //!
-//! Pages are charged before they are pinned, to the process that makes the call, whoever opened
-//! the device. A [`Charge`] remembers whom and how much, so that any task can give it back later.
+//! Pages are charged before they are pinned, to the process that makes the call, whichever process
+//! opened the device. A [`Charge`] records what was charged to which user and process, so that any
+//! task can uncharge it later.
 //!
-//! In this order:
+//! What a call is checked against, in this order:
 //!
 //! 1. *The capability.* A process with `CAP_IPC_LOCK` has no limit, and nothing is charged to its
-//!    user, as in io_uring: it would take the room of processes of the same user without it.
-//! 2. *The limit.* The pages of a buffer count against `RLIMIT_MEMLOCK`, as iommufd's do: each page of
-//!    a call, also one that is there twice or that others have pinned too. The limit is the caller's
-//!    own. It is compared with the user's `locked_vm`, which io_uring, iommufd, perf and AF_XDP share,
-//!    and with what all that belongs to the same user of the host has pinned through this driver: a
-//!    user namespace brings its maker 65,536 more users, with a `locked_vm` each. (A process that has
-//!    left the namespace and runs as one of these users in the initial one, by a set-user-ID file,
-//!    counts as that user: nothing in the kernel leads from there back to the maker. The cap
-//!    of the allowance for all users together bounds what is gained so.)
-//! 3. *The allowance.* A buffer for which the limit has no room may be charged to an allowance of
-//!    its host user, by default 128 MiB, as long as all users together stay below a cap, by default a
-//!    sixteenth of memory. udmabuf charges nothing; with Debian's limit of 8 MiB a desktop user
-//!    would lose the 4K framebuffers (32 MiB) that udmabuf gives. The allowance is the driver's own
-//!    promise, so it bounds the memory that is kept in place, and not only the pages that are named:
-//!    large folios count as a whole ([`crate::pin`]), and no buffer counts for less than
-//!    [`LEAST`], for what else of the kernel's memory it keeps.
+//!    user, as in io_uring: otherwise its pages would use up the limit of the user's processes
+//!    without the capability.
+//! 2. *The limit.* The pages of a buffer count against `RLIMIT_MEMLOCK`, as those of iommufd do.
+//!    Each page of a call counts, also one that the call names twice or that is pinned elsewhere
+//!    too. The limit is that of the calling process. It is compared with the user's `locked_vm`, a
+//!    counter shared with io_uring, iommufd, perf and AF_XDP, and with the number of pages that all
+//!    processes of the same user of the host have pinned under their limits through this driver: a
+//!    user namespace gives its creator 65,536 more users, each with its own `locked_vm`. (A process
+//!    that runs as one of these users in the initial namespace, by means of a set-user-ID file,
+//!    counts as that user: the kernel keeps no link from there to the creator. The cap for all
+//!    users together bounds the allowances that are gained in this way; the limits of these users
+//!    add up, as they do for the other users of `locked_vm`.)
+//! 3. *The allowance.* A buffer that does not fit under the limit may be charged to an allowance of
+//!    its host user, by default 128 MiB, as long as all users together stay within a cap, by
+//!    default a sixteenth of memory. It exists because udmabuf charges nothing: with Debian's limit
+//!    of 8 MiB, a desktop user would lose the 4K framebuffers (32 MiB) that udmabuf provides. The
+//!    allowance is defined by this driver alone, so it can bound the memory that is kept in place,
+//!    and not only the pages that are named: large folios count as a whole ([`crate::pin`]), and
+//!    each buffer counts for at least [`LEAST`] pages, which stand for the other kernel memory that
+//!    it keeps.
 //!
 //! Pages that are charged to the allowance are not added to `locked_vm`: a user's framebuffers
-//! would keep io_uring from its own few pages. In every case pages are added to the process's
-//! `pinned_vm` (`VmPin` in `/proc/PID/status`), as io_uring's and iommufd's are, and memory stays
-//! charged to its memory cgroup. perf, RDMA and vhost-vdpa compare `pinned_vm` with the limit: beside
-//! them, the limit needs room for the buffers too.
+//! would leave no room for the few pages that io_uring needs. In every case, pages are added to the
+//! process's `pinned_vm` (`VmPin` in `/proc/PID/status`), as those of io_uring and iommufd are, and
+//! memory stays charged to its memory cgroup. perf, RDMA and vhost-vdpa compare `pinned_vm` with
+//! the limit: a process that uses one of these needs a limit with room for its buffers too.
 //!
 //! # Locks
 //!
-//! [`LEDGER`] is a leaf: nothing else is taken under it, no memory is allocated or freed, and it is
-//! held for one look-up.
+//! [`LEDGER`] is a leaf: while it is held, no other lock is taken and no memory is allocated or
+//! freed. It is held for one lookup.
 
 use crate::{
     allowances::{
@@ -58,11 +63,12 @@ use kernel::{
     sync::aref::ARef, //
 };
 
-/// Pages that a buffer counts for at least, where it is charged to an allowance: a buffer whose process
-/// has exited keeps some 14 KB of the process's `mm_struct`, and 2 KB of its own.
+/// The minimum number of pages that a buffer counts for, where it is charged to an allowance: a
+/// buffer whose process has exited keeps about 14 KB of memory for the process's `mm_struct`, and
+/// 2 KB of its own.
 const LEAST: usize = 8;
 
-/// To what pages are charged, besides the process's `pinned_vm`.
+/// What pages are charged to, besides the process's `pinned_vm`.
 pub(crate) enum To {
     /// The user's limit.
     Limit(User),
@@ -76,12 +82,12 @@ pub(crate) enum To {
 ///
 /// # Invariants
 ///
-/// `pages` are charged to `mm`'s `pinned_vm`. If `to` is the limit, `pages` are charged to the user's
-/// `locked_vm` and, in the ledger, to `uid`'s limit; if it is the allowance, `pages + besides` are
-/// charged to `uid`'s allowance in the ledger.
+/// `pages` are charged to `mm`'s `pinned_vm`. If `to` is the limit, `pages` are charged to the
+/// user's `locked_vm` and, in the ledger, to `uid`'s limit; if it is the allowance,
+/// `pages + besides` are charged to `uid`'s allowance in the ledger.
 pub(crate) struct Charge {
     mm: ARef<Mm>,
-    /// The caller's user of the host.
+    /// The host user that the caller belongs to.
     uid: u32,
     pages: usize,
     besides: usize,
@@ -104,7 +110,7 @@ impl Charge {
         };
         let mm: &Mm = mm.mm();
         user::pinned_vm(mm).add(pages);
-        // INVARIANT: Each branch charges what it names.
+        // INVARIANT: Each branch above charged what its value of `to` stands for.
         Ok(Self {
             mm: ARef::from(mm),
             uid,
@@ -114,36 +120,39 @@ impl Charge {
         })
     }
 
-    /// Sees to it that `besides` pages that the buffer keeps in place besides its own are charged
-    /// where that counts, or fails with `ENOMEM`.
+    /// Makes sure that `besides` pages, which the buffer keeps in place besides its own, are
+    /// charged if the buffer is charged to an allowance. Fails with `ENOMEM` if the allowance has
+    /// no room.
     pub(crate) fn hold_besides(&mut self, besides: usize) -> Result {
         let more = besides.saturating_sub(self.besides);
         if more == 0 || !matches!(self.to, To::Allowance) {
             return Ok(());
         }
         take(self.uid, Account::Allowance, more, allowance_caps())?;
-        // INVARIANT: Charged just now.
+        // INVARIANT: `take` charged them.
         self.besides += more;
         Ok(())
     }
 
-    /// Gives back what was charged besides beyond `besides` pages.
+    /// Uncharges what was charged besides the buffer's own pages and exceeds both `besides` pages
+    /// and what [`LEAST`] requires.
     pub(crate) fn settle(&mut self, besides: usize) {
         let least = LEAST.saturating_sub(self.pages);
         let less = self.besides.saturating_sub(besides.max(least));
         if less > 0 {
-            // INVARIANT: Nothing else is charged besides.
+            // INVARIANT: `give_back` uncharges the same number of pages. (`besides` is zero unless
+            // an allowance is charged.)
             self.besides -= less;
             give_back(self.uid, Account::Allowance, less);
         }
     }
 
-    /// The pages that count.
+    /// The number of pages that are charged.
     pub(crate) fn pages(&self) -> usize {
         self.pages + self.besides
     }
 
-    /// To what they are charged.
+    /// What they are charged to.
     pub(crate) fn to(&self) -> &To {
         &self.to
     }
@@ -185,14 +194,14 @@ fn charge_limit(uid: u32, pages: usize) -> Option<User> {
 fn take(uid: u32, account: Account, pages: usize, caps: Caps) -> Result {
     let spare = RBTreeNodeReservation::new(GFP_KERNEL_ACCOUNT)?;
     let (result, spare) = LEDGER.lock().take(uid, account, pages, caps, Some(spare));
-    // Freed, if it was not needed, without the lock.
+    // If it was not used, it is freed here, after the lock was released.
     drop(spare);
     result
 }
 
 fn give_back(uid: u32, account: Account, pages: usize) {
     let node = LEDGER.lock().give_back(uid, account, pages);
-    // Freed without the lock.
+    // Freed here, after the lock was released.
     drop(node);
 }
 
@@ -203,7 +212,7 @@ fn allowance_caps() -> Caps {
     }
 }
 
-/// The caller's limit in pages; `usize::MAX` for none.
+/// The caller's limit in pages; `usize::MAX` if it is unlimited.
 fn limit_pages() -> usize {
     match user::rlimit_memlock() {
         usize::MAX => usize::MAX,
@@ -220,7 +229,7 @@ pub(crate) fn limit_bytes() -> u64 {
     }
 }
 
-/// The pages that the current user has of its allowance.
+/// The number of pages that are charged to the current user's allowance.
 pub(crate) fn allowance_used() -> usize {
     let usage = LEDGER.lock().of(user::current_host_uid());
     usage.of(Account::Allowance)
@@ -235,7 +244,7 @@ kernel::sync::global_lock! {
 ///
 /// # Safety
 ///
-/// Called once, when the module is loaded, before anything else of this file.
+/// Called once, when the module is loaded, before any other function of this file.
 pub(crate) unsafe fn init() {
     // SAFETY: By the function's requirements.
     unsafe { LEDGER.init() };

@@ -2,8 +2,8 @@
 
 //! Which parts of a buffer the memory's owner does not see any more.
 //!
-//! The driver keeps no record of discards and gets no notice of them. Each page shows by itself what
-//! has become of it ([`pages::sight`]), so to ask costs a few instructions for each page, or for each
+//! The driver keeps no record of discards and is not notified of them. The state of each page shows
+//! whether it was discarded ([`pages::sight`]), so a query costs a few instructions per page or per
 //! folio.
 
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
 use core::ops::ControlFlow;
 use kernel::prelude::*;
 
-/// Adjacent pages of a buffer of which the same is known.
+/// Adjacent pages of a buffer that have the same state.
 pub(crate) struct Part {
     /// The first page.
     pub(crate) first: usize,
@@ -29,13 +29,14 @@ pub(crate) struct Part {
     pub(crate) sight: Sight,
 }
 
-/// Folios between two checks for a fatal signal.
+/// The number of pages or folios between two checks for a fatal signal.
 const STRIDE: usize = 1024;
 
-/// Calls `each` for all parts of a buffer from the page `from` on, in their order, until it breaks; adjacent
-/// parts differ. Returns the page where the part begins for which it broke, or the end of the buffer.
+/// Calls `each` for all parts of a buffer from the page `from` on, in order, until `each` breaks.
+/// Adjacent parts have different states. Returns the first page of the part for which `each` broke,
+/// or the end of the buffer.
 ///
-/// `EINTR` if the task is about to be killed.
+/// Fails with `EINTR` if a fatal signal is pending, and with any error of `each`.
 pub(crate) fn survey(
     held: &Held,
     from: usize,
@@ -51,7 +52,8 @@ pub(crate) fn survey(
     for run in held.extents().iter_from(from) {
         let mut done = 0;
         while done < run.pages {
-            // SAFETY: All these pages are in folios that `held` has pinned.
+            // SAFETY: All these pages are in folios that `held` has pinned, and at least one is
+            // left.
             let (sight, pages) = unsafe { pages::sight(array, run.pfn + done, run.pages - done) };
             if sight != part.sight {
                 if part.pages > 0 && each(&part)?.is_break() {

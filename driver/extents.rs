@@ -2,12 +2,12 @@
 
 //! Which page frames a buffer consists of.
 //!
-//! One list of extents (runs of adjacent frames), sorted by their place in the buffer and searched by
-//! bisection: 16 bytes an extent, whatever its length. A buffer whose pages are all scattered takes
-//! 16 bytes a page, which is what udmabuf takes for every buffer.
+//! One list of extents (runs of adjacent frames), sorted by their position in the buffer and
+//! searched by bisection: 16 bytes per extent, whatever its length. A buffer whose pages are all
+//! scattered takes 16 bytes per page, which is what udmabuf takes for every buffer.
 //!
-//! This file knows nothing of memory or locks, and is compiled for the host too, where `tests/pure`
-//! compares it with a list of pages.
+//! This file depends on neither memory management nor locks. It is also compiled for the host,
+//! where `tests/pure` compares it with a list of pages.
 
 use kernel::{
     alloc::{
@@ -24,9 +24,9 @@ use kernel::{
 /// What keeps the pages of an extent in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// One pin a page.
+    /// One pin per page.
     Pages,
-    /// One pin a hugetlb folio.
+    /// One pin per hugetlb folio.
     Hugetlb,
 }
 
@@ -35,7 +35,7 @@ pub(crate) enum Kind {
 pub(crate) struct Run {
     /// The first frame.
     pub(crate) pfn: usize,
-    /// How many there are, at least one.
+    /// The number of frames, at least one.
     pub(crate) pages: usize,
     pub(crate) kind: Kind,
 }
@@ -43,25 +43,27 @@ pub(crate) struct Run {
 /// An extent; it ends where the next one begins, or at the end of the buffer.
 #[derive(Clone, Copy)]
 struct Extent {
-    /// The first page of the buffer that is in it.
+    /// The index of its first page in the buffer.
     start: usize,
-    /// The frame of that page, and [`HUGETLB`] for that kind.
+    /// The frame of that page, with the bit [`HUGETLB`] set for that kind.
     frame: usize,
 }
 
-/// No frame has a number that large: physical addresses have at most 52 bits.
+/// Marks [`Kind::Hugetlb`]. No frame has a number that large: physical addresses have at most 52
+/// bits.
 const HUGETLB: usize = 1 << (usize::BITS - 1);
 
-/// Large lists are charged to the caller's memory cgroup, and one that cannot be had is the caller's
-/// problem, not one for the log.
+/// The caller determines how long a list gets. So lists are charged to its memory cgroup, and a
+/// failed allocation is reported to it (`ENOMEM`) and not in the log.
 fn flags() -> Flags {
     GFP_KERNEL_ACCOUNT | __GFP_NOWARN
 }
 
-/// The kernel refuses larger allocations, and warns of some of them.
+/// The maximum number of extents. The kernel refuses larger allocations, and warns about some of
+/// them.
 const MOST: usize = i32::MAX as usize / size_of::<Extent>();
 
-/// The least room that is made, for buffers that may need it.
+/// The minimum number of extents to allocate memory for, unless the buffer has fewer pages.
 const AT_FIRST: usize = 8;
 
 impl Extent {
@@ -89,28 +91,29 @@ impl Extent {
     }
 }
 
-/// The page frames of a buffer, in its order.
+/// The page frames of a buffer, in the order of the buffer.
 ///
 /// # Invariants
 ///
-/// The first extent starts at 0, each starts behind the one before it, and all start before `pages`.
-/// `next` is what a further page of the last extent would have in [`Extent::frame`].
+/// The first extent starts at 0, each other one starts after its predecessor, and all start before
+/// `pages`. `next` is the value of [`Extent::frame`] that a further page of the last extent would
+/// have.
 pub(crate) struct Extents {
     list: KVVec<Extent>,
     pages: usize,
     next: usize,
-    /// The pages that are expected in the end.
+    /// The number of pages that the buffer will have.
     expected: usize,
 }
 
 impl Extents {
-    /// No pages yet; `expected` in the end.
+    /// Creates an empty list for a buffer that will have `expected` pages.
     pub(crate) fn new(expected: usize) -> Result<Self> {
-        // INVARIANT: There is nothing.
+        // INVARIANT: The list is empty.
         Ok(Self {
             list: KVVec::with_capacity(expected.min(AT_FIRST), flags())?,
             pages: 0,
-            // No frame.
+            // Not equal to any frame.
             next: usize::MAX,
             expected,
         })
@@ -126,30 +129,30 @@ impl Extents {
         self.list.len()
     }
 
-    /// Bytes of memory that the list takes.
+    /// The memory that the list takes, in bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.list.capacity() * size_of::<Extent>()
     }
 
-    /// Adds `pages` frames from `pfn` on, at least one. With `joins` they become a part of the last
-    /// extent if they follow it and are of its kind. Nothing has changed after an error.
-    #[inline(always)] // Once a page where memory is scattered.
+    /// Appends `pages` frames, at least one, from `pfn` on. With `joins`, they become part of the
+    /// last extent if they are adjacent to it and of its kind. An error leaves the list unchanged.
+    #[inline(always)] // Called once per page where memory is scattered.
     pub(crate) fn push(&mut self, pfn: usize, pages: usize, kind: Kind, joins: bool) -> Result {
         let new = Extent::new(self.pages, pfn, kind);
-        // The kind is in the same word as the frame.
+        // The comparison includes the kind, which is in the same word as the frame.
         if !(joins && new.frame == self.next) && self.list.push_within_capacity(new).is_err() {
             self.grow()?;
             self.list.push_within_capacity(new).map_err(|_| ENOMEM)?;
         }
-        // INVARIANT: `pages` is at least one. The sum does not wrap: it is the buffer's size in pages, and the
-        // size in bytes is an `isize` (`ranges::total_pages`).
+        // INVARIANT: `pages` is at least one. The sum does not wrap: it is the buffer's size in
+        // pages, and the size in bytes is an `isize` (`ranges::total_pages`).
         self.pages = self.pages.wrapping_add(pages);
         self.next = new.frame.wrapping_add(pages);
         Ok(())
     }
 
-    /// Makes room for another extent, and for as many as the pages to come will make if they are
-    /// scattered as those before.
+    /// Allocates memory for at least one more extent: for as many as the remaining pages will need
+    /// if they are as scattered as those before.
     #[cold]
     fn grow(&mut self) -> Result {
         let len = self.list.len();
@@ -162,8 +165,8 @@ impl Extents {
         Ok(self.list.reserve(more, flags())?)
     }
 
-    /// Gives back room that is not used, but for an eighth, and never keeps room for more extents
-    /// than there are pages.
+    /// Frees unused capacity if it is more than an eighth of the list, or if the capacity exceeds
+    /// the number of pages. A capacity of up to [`AT_FIRST`] stays.
     pub(crate) fn shrink(&mut self) -> Result {
         let (len, room) = (self.list.len(), self.list.capacity());
         if room > AT_FIRST && (room - len > len / 8 || room > self.pages) {
@@ -174,15 +177,15 @@ impl Extents {
         Ok(())
     }
 
-    /// All extents.
+    /// All extents, as runs.
     pub(crate) fn iter(&self) -> impl Iterator<Item = Run> + Clone + '_ {
         self.iter_from(0)
     }
 
-    /// The frames from the page `first` on: the rest of the extent that it is in, then the extents
-    /// behind that. None behind the end.
+    /// The frames from the page `first` on, as runs: the rest of the extent that contains it, then
+    /// the extents after that one. Empty if `first` is not in the buffer.
     pub(crate) fn iter_from(&self, first: usize) -> impl Iterator<Item = Run> + Clone + '_ {
-        // The last extent that starts at `first` or before.
+        // The index after the last extent that starts at `first` or before.
         let index = self.list.partition_point(|extent| extent.start <= first);
         let from = if first < self.pages {
             index.saturating_sub(1)

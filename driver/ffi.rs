@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Prototypes of `driver/helpers.c`, made from its header by bindgen when the module is built.
+//! Prototypes of `driver/helpers.c`, which bindgen generates from its header when the module is
+//! built.
 //!
-//! Only [`crate::kernel_ext`] and [`crate::params`] call these.
+//! Only [`crate::kernel_ext`] and [`crate::params`] call these functions.
 
 #![allow(
     clippy::all,

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * What Rust cannot call: inline functions and macros of the kernel's headers,
- * and functions that the kernel's bindings leave out.
+ * Wrappers of what Rust cannot call: inline functions and macros of the
+ * kernel's headers, and functions that the kernel's bindings do not contain.
  *
- * Each function here makes the one call that it is named after and decides
- * nothing.  In the kernel's tree they would be split among rust/helpers/.
+ * Each function here calls the function that it is named after and contains no
+ * policy.  In the kernel's tree, they would be in files of rust/helpers/.
  *
- * The module's parameters are here as well: kernel::module_param (7.2, 7.3) has
- * no sysfs entries, and an operator changes these at run time.
+ * The module's parameters are here as well: kernel::module_param (7.2, 7.3)
+ * does not create sysfs entries, and operators change these at run time.
  */
 
 #include <linux/cred.h>
@@ -27,17 +27,17 @@
 static unsigned int allowance_mb = 128;
 module_param(allowance_mb, uint, 0644);
 MODULE_PARM_DESC(allowance_mb,
-		 "MiB that each user may keep pinned beyond RLIMIT_MEMLOCK (default 128)");
+		 "MiB that each user may keep in place beyond RLIMIT_MEMLOCK (default 128)");
 
 static unsigned int allowance_system_mb;
 module_param(allowance_system_mb, uint, 0644);
 MODULE_PARM_DESC(allowance_system_mb,
-		 "MiB that all users together may keep pinned beyond their limits (default 0: a sixteenth of memory)");
+		 "MiB that all users together may keep in place beyond their limits (default 0: a sixteenth of memory)");
 
 static unsigned int pin_retries = 10;
 module_param(pin_retries, uint, 0644);
 MODULE_PARM_DESC(pin_retries,
-		 "Retries, after growing pauses, when pages cannot be migrated (default 10, at most 16)");
+		 "Number of retries, after growing pauses, when pages cannot be migrated (default 10, maximum 16)");
 
 unsigned int pinbuf_param_allowance_mb(void)
 {
@@ -178,7 +178,10 @@ void pinbuf_dma_sync_sgtable_for_device(struct device *dev,
 
 /* Mappings */
 
-/* driver/kernel_ext/pfn_map.rs takes a page table for one page of 8-byte entries. */
+/*
+ * driver/kernel_ext/pfn_map.rs relies on a page table being one page of 8-byte
+ * entries.
+ */
 static_assert(PAGE_SHIFT + PAGE_SHIFT - 3 == PMD_SHIFT);
 
 void *pinbuf_vmap(struct page **pages, unsigned int count)

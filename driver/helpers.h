@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What driver/helpers.c gives to Rust.  bindgen makes the Rust prototypes from
- * this file when the module is built (driver/Kbuild).
+ * The functions that driver/helpers.c provides for Rust.  bindgen generates the
+ * Rust prototypes from this file when the module is built (driver/Kbuild).
  */
 #ifndef PINBUF_HELPERS_H
 #define PINBUF_HELPERS_H

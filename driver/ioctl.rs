@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The calls of `/dev/pinbuf`: what they read, check and answer. `uapi/pinbuf.h` says what they mean.
+//! The ioctls of `/dev/pinbuf`: reading and checking their arguments, and returning the results.
+//! `uapi/pinbuf.h` describes them.
 
 use crate::{
     buffer::Buffer,
@@ -53,7 +54,7 @@ use kernel::{
     }, //
 };
 
-// SAFETY: Fixed-width integers without padding, the first of them the size.
+// SAFETY: `repr(C)`, and fixed-width integers without padding, of which the first is the size.
 unsafe impl Extensible for uapi::Create {
     const FIRST_SIZE: usize = 32;
 }
@@ -73,15 +74,15 @@ unsafe impl Extensible for uapi::Discards {
     const FIRST_SIZE: usize = 32;
 }
 
-// SAFETY: As above.
+// SAFETY: Fixed-width integers without padding.
 unsafe impl AsBytes for Element<uapi::Discard> {}
 
-/// The device's calls.
+/// The device's ioctls.
 pub(crate) struct Calls;
 
 impl miscdevice::Calls for Calls {
     fn ioctl(command: u32, argument: UserPtr) -> Result<c_long> {
-        // The size in the number is that of the caller's struct, which says it itself too.
+        // The size in the number is not compared: the caller's struct contains its size too.
         match command & !SIZE_MASK {
             CREATE => create(argument),
             QUERY => query(argument),
@@ -119,14 +120,14 @@ fn create(argument: UserPtr) -> Result<c_long> {
     } else {
         None
     };
-    // Only by naming pages again and again can a buffer become larger than memory. The kernel can
-    // neither map such a buffer for itself nor pin one page that often.
+    // Only a call that names pages repeatedly can make a buffer larger than memory. The kernel
+    // could not map such a buffer for itself, and cannot pin one page any number of times.
     if pages > user::total_pages() {
         return Err(ENOMEM);
     }
 
     let task = kernel::current!();
-    // A kernel thread has no pages to pin.
+    // A kernel thread has no address space.
     let mm = CurrentMm::of(task).ok_or(EFAULT)?;
     let mut charge = Charge::new(&mm, pages)?;
     let parts = joined(&ranges, backings.as_deref());
@@ -252,7 +253,8 @@ fn discards(argument: UserPtr) -> Result<c_long> {
     Ok(0)
 }
 
-/// The bit for `pages` pages of which this is known, if there are any.
+/// The `STATE_*` bit for `pages` pages of this state; zero if there are none, or if the owner sees
+/// them.
 fn state(sight: Sight, pages: usize) -> u64 {
     match sight {
         _ if pages == 0 => 0,

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The module's parameters, which root may change at run time. Declared in `driver/helpers.c`.
+//! The module's parameters, which root can change at run time. They are declared in
+//! `driver/helpers.c`.
 
 use crate::{
     ffi,
     kernel_ext::user, //
 };
 
-/// Pages of a mebibyte.
+/// Pages per mebibyte.
 const PAGES_PER_MIB: usize = user::pages_in(1 << 20);
 
-/// Pages that a user may keep pinned beyond `RLIMIT_MEMLOCK`.
+/// The number of pages that a user may keep in place beyond `RLIMIT_MEMLOCK`.
 pub(crate) fn allowance_pages() -> usize {
     // SAFETY: Reads a parameter.
     let mib = unsafe { ffi::pinbuf_param_allowance_mb() };
@@ -26,8 +27,8 @@ pub(crate) fn allowance_system_pages() -> usize {
     }
 }
 
-/// How often GUP is asked again when pages cannot be migrated. The pauses double, from a millisecond
-/// on: with 16, the last one takes half a minute.
+/// The maximum number of retries when pages cannot be migrated. The pauses start at one millisecond
+/// and double: with 16 retries, the last one takes up to half a minute.
 pub(crate) fn pin_retries() -> u32 {
     // SAFETY: Reads a parameter.
     unsafe { ffi::pinbuf_param_pin_retries() }.min(16)

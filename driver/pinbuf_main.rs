@@ -3,39 +3,46 @@
 //! pinbuf: dma-bufs of a process's own memory.
 //!
 //! A process names ranges of its address space; the driver pins their pages for the long term and
-//! hands back a dma-buf of them. `uapi/pinbuf.h` says what user space may rely on, `DESIGN.md` how
-//! it is reached. From here, in the order of a call:
+//! returns a dma-buf of them. `uapi/pinbuf.h` is the contract with user space, and `DESIGN.md`
+//! explains the decisions. The modules, in the order in which a call uses them:
 //!
-//! * [`ioctl`]: the four calls; [`uaccess`] reads what they are given, [`ranges`] checks it;
-//! * [`charge`] on [`allowances`]: who is charged for the pages, and how many may be pinned;
-//! * [`pin`]: pinning them by GUP, and holding the pins;
-//! * [`extents`]: remembering which pages they are;
-//! * [`buffer`]: what is exported; [`discards`]: which parts of it the owner does not see any more;
-//! * [`kernel_ext`]: safe wrappers of what the `kernel` crate does not wrap yet, and everything that
-//!   differs between kernel versions; [`ffi`] and `helpers.c` below it; [`params`].
+//! * [`ioctl`]: the four ioctls; [`uaccess`] copies their arguments, [`ranges`] checks the ranges;
+//! * [`charge`], on top of [`allowances`]: charges the pages to a user, and limits how many may be
+//!   pinned;
+//! * [`pin`]: pins the pages with GUP, and holds the pins;
+//! * [`extents`]: records which pages were pinned;
+//! * [`buffer`]: the exported object; [`discards`]: finds the parts of it that the owner does not
+//!   see any more;
+//! * [`kernel_ext`]: safe wrappers of what the `kernel` crate does not wrap yet, and everything
+//!   that differs between kernel versions, on top of [`ffi`] and `helpers.c`; [`params`]: the
+//!   module's parameters.
 //!
 //! # Locks
 //!
-//! In order: the mmap lock or a VMA's, `dma_resv`, `dma_buf::mappings`; and the mmap lock or a VMA's,
-//! `pinbuf::faults`, the page tables' own. [`charge`] has a mutex besides, under which nothing else is taken.
-//! None of these is held while pages are pinned, unpinned or user memory is copied.
+//! Lock order: mmap lock or VMA lock, then `dma_resv`, then `dma_buf::mappings`; and mmap lock or
+//! VMA lock, then `pinbuf::faults`, then the page-table locks. The mutex of [`charge`] is a leaf:
+//! no other lock is taken under it. The driver holds none of these locks when it pins or unpins
+//! pages or copies user memory.
 //!
 //! # Lifetimes
 //!
-//! An open `/dev/pinbuf` holds the module, and so does each dma-buf. A dma-buf owns its
-//! [`buffer::Buffer`], which owns pins and charge; it is held by descriptors, by user mappings
-//! and by importers, and may be released by any task, after the caller is long gone.
+//! An open `/dev/pinbuf` holds a reference to the module, and so does each dma-buf. A dma-buf owns
+//! its [`buffer::Buffer`], which owns the pins and the charge. Descriptors, user mappings and
+//! importers hold references to the dma-buf, and any task may drop the last one, also after the
+//! process that created the buffer has exited.
 
 use kernel::prelude::*;
 
 #[cfg(not(CONFIG_64BIT))]
 compile_error!(
-    "pinbuf needs a 64-bit kernel: page frames and counters of pages are 64-bit numbers"
+    "pinbuf needs a 64-bit kernel: page frame numbers and page counters are 64 bits wide"
 );
 #[cfg(target_endian = "big")]
-compile_error!("pinbuf is not made for big-endian kernels: its contract was never tried there");
+compile_error!("pinbuf does not support big-endian kernels: its interface was never tested there");
 #[cfg(not(CONFIG_SPARSEMEM_VMEMMAP))]
-compile_error!("pinbuf needs CONFIG_SPARSEMEM_VMEMMAP: adjacent frames have adjacent struct pages");
+compile_error!(
+    "pinbuf needs CONFIG_SPARSEMEM_VMEMMAP: adjacent frames must have adjacent struct pages"
+);
 
 mod allowances;
 mod buffer;
@@ -49,7 +56,7 @@ mod params;
 mod pin;
 mod ranges;
 mod uaccess;
-// Public to user space; the driver does not use all of it.
+// The interface to user space, of which the driver does not use every item.
 #[allow(dead_code, unreachable_pub)]
 #[path = "../uapi/src/contract.rs"]
 mod uapi;
@@ -72,7 +79,7 @@ struct Pinbuf {
 impl kernel::InPlaceModule for Pinbuf {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         kernel_ext::module::remember(module);
-        // SAFETY: Called once, here, before there is a device.
+        // SAFETY: Called once, before the device is registered.
         unsafe { charge::init() };
         try_pin_init!(Self {
             device <- kernel_ext::miscdevice::Registration::new(module, c"pinbuf"),

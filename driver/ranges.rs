@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The ranges of a call: what can be checked, and joined, before anything is pinned.
+//! The ranges of a call: checking and joining them before anything is pinned.
 //!
-//! This file knows nothing of memory or locks, and is compiled for the host too, where `tests/pure`
-//! compares it with a naive model.
+//! This file depends on neither memory management nor locks. It is also compiled for the host,
+//! where `tests/pure` compares it with a simple model.
 
 use crate::uapi;
 use kernel::{
@@ -30,12 +30,13 @@ unsafe impl FromBytes for Element<uapi::Backing> {}
 pub(crate) struct Part {
     pub(crate) addr: usize,
     pub(crate) pages: usize,
-    /// The descriptor of the file that is expected to be mapped there, and the page of it at `addr`.
+    /// The descriptor of the file that is expected to be mapped there, and the index of the file's
+    /// page at `addr`.
     pub(crate) backing: Option<(i32, usize)>,
 }
 
 impl Part {
-    /// The part whose first page is the one behind this one's last.
+    /// An empty part that begins where this one ends.
     fn next(self) -> Self {
         Self {
             addr: self.addr + (self.pages << PAGE_SHIFT),
@@ -45,7 +46,7 @@ impl Part {
     }
 }
 
-/// The pages of all ranges together, each of which has been checked then.
+/// Checks all ranges, and returns the sum of their pages.
 pub(crate) fn total_pages(ranges: &[Element<uapi::Range>]) -> Result<usize> {
     let mut bytes: u64 = 0;
     for Element(range) in ranges {
@@ -55,12 +56,13 @@ pub(crate) fn total_pages(ranges: &[Element<uapi::Range>]) -> Result<usize> {
         range.addr.checked_add(range.len).ok_or(EOVERFLOW)?;
         bytes = bytes.checked_add(range.len).ok_or(EOVERFLOW)?;
     }
-    // A file cannot be larger, nor, hence, a dma-buf.
+    // A file cannot be larger, and neither can a dma-buf.
     let bytes = isize::try_from(bytes).map_err(|_| EOVERFLOW)?;
     Ok(bytes as usize >> PAGE_SHIFT)
 }
 
-/// Checks which parts of files the ranges are said to map, as far as that is possible.
+/// Checks the parts of files that the ranges are expected to map, as far as that is possible
+/// without the files.
 pub(crate) fn check_backings(
     ranges: &[Element<uapi::Range>],
     backings: &[Element<uapi::Backing>],
@@ -70,16 +72,16 @@ pub(crate) fn check_backings(
             return Err(EINVAL);
         }
         let end = backing.offset.checked_add(range.len).ok_or(EOVERFLOW)?;
-        // No file is longer.
+        // No file is larger.
         isize::try_from(end).map_err(|_| EINVAL)?;
     }
     Ok(())
 }
 
-/// The ranges in their order, where neighbours that are neighbours in the address space (and in the
-/// file that they map) too are one part: each part costs a call of GUP.
+/// The ranges in their order. Consecutive ranges that are also adjacent in the address space (and
+/// in the file that they map) become one part, because each part costs a call of GUP.
 ///
-/// The ranges have been checked by [`total_pages`], and the backings, one for each range, by
+/// The ranges have been checked by [`total_pages`], and the backings, one per range, by
 /// [`check_backings`].
 pub(crate) fn joined<'a>(
     ranges: &'a [Element<uapi::Range>],

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The caller's structs, which begin with their own size and may be shorter or longer than ours, and
-//! the arrays that they point to. Each byte is read once.
+//! Copies the caller's structs, which begin with their own size and may be shorter or longer than
+//! the driver's, and the arrays that they point to. Everything is read once, except for the size,
+//! whose second value is ignored.
 
 use kernel::{
     alloc::{
@@ -23,7 +24,7 @@ use kernel::{
     },
 };
 
-/// A struct of the contract that begins with its size.
+/// A struct of the interface that begins with its own size.
 ///
 /// # Safety
 ///
@@ -39,16 +40,16 @@ pub(crate) unsafe trait Extensible: Copy + Default {
 #[derive(Clone, Copy)]
 struct Bytes<T>(T);
 
-// SAFETY: Integers alone, by `Extensible`: every bit pattern is a value.
+// SAFETY: Only integers, by `Extensible`: every bit pattern is a value.
 unsafe impl<T: Extensible> FromBytes for Bytes<T> {}
 // SAFETY: No padding, by `Extensible`.
 unsafe impl<T: Extensible> AsBytes for Bytes<T> {}
 
-/// Reads the struct at `user`, and returns it with the size that its caller gave.
+/// Reads the struct at `user`, and returns it with the size that the caller passed.
 ///
-/// Fields that the caller does not know read as zero. `EINVAL` if it is shorter than the first
-/// version, `E2BIG` if there is something in the part that we do not know or it is longer than a
-/// page, `EFAULT` if it cannot be read.
+/// Fields that the caller does not know read as zero. Fails with `EINVAL` if the struct is shorter
+/// than the first version, with `E2BIG` if it is longer than a page or if the part that the driver
+/// does not know is not zero, and with `EFAULT` if it cannot be read.
 pub(crate) fn read_struct<T: Extensible>(user: UserPtr) -> Result<(T, usize)> {
     let claimed = UserSlice::new(user, size_of::<u32>())
         .reader()
@@ -65,7 +66,7 @@ pub(crate) fn read_struct<T: Extensible>(user: UserPtr) -> Result<(T, usize)> {
     let mut reader = UserSlice::new(user, claimed).reader();
     let bytes = value.as_bytes_mut();
     reader.read_slice(&mut bytes[..known])?;
-    // Another thread may have changed the size since it was checked.
+    // Another thread may have changed the size after it was checked.
     bytes[..size_of::<u32>()].copy_from_slice(&(claimed as u32).to_ne_bytes());
 
     let mut tail = [0; 64];
@@ -79,8 +80,8 @@ pub(crate) fn read_struct<T: Extensible>(user: UserPtr) -> Result<(T, usize)> {
     Ok((value.0, claimed))
 }
 
-/// Writes as much of `value` to `user` as a caller with a struct of `claimed` bytes knows, and
-/// zeroes into the rest of that.
+/// Writes `value` to the caller's struct of `claimed` bytes at `user`: truncated if that is
+/// shorter, and followed by zeroes if it is longer.
 pub(crate) fn write_struct<T: Extensible>(user: UserPtr, value: T, claimed: usize) -> Result {
     let known = claimed.min(size_of::<T>());
     let mut writer = UserSlice::new(user, claimed).writer();
@@ -93,19 +94,19 @@ pub(crate) fn write_struct<T: Extensible>(user: UserPtr, value: T, claimed: usiz
     Ok(())
 }
 
-/// Reads `count` elements from the caller's address `address` on. The caller of this function
-/// bounds `count`.
+/// Reads an array of `count` elements at `address` of user space. The caller of this function has
+/// to bound `count`.
 pub(crate) fn read_array<T: FromBytes>(address: u64, count: usize) -> Result<KVVec<T>> {
     let address = usize::try_from(address).map_err(|_| EFAULT)?;
     let bytes = count.checked_mul(size_of::<T>()).ok_or(EOVERFLOW)?;
     let mut array = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
     let room = &mut array.spare_capacity_mut()[..count];
-    // SAFETY: These are the bytes of `room`, which may hold anything.
+    // SAFETY: These are the bytes of `room`, which need not be initialised.
     let raw = unsafe { core::slice::from_raw_parts_mut(room.as_mut_ptr().cast(), bytes) };
     UserSlice::new(UserPtr::from_addr(address), bytes)
         .reader()
         .read_raw(raw)?;
-    // SAFETY: All bytes were written, and any bytes make a `T`.
+    // SAFETY: All bytes were written, and any bytes are a valid `T`, by `FromBytes`.
     unsafe { array.inc_len(count) };
     Ok(array)
 }

@@ -1,41 +1,44 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Exporting memory that stays in place as dma-bufs.
+//! Exporting memory, which stays in place, as dma-bufs.
 //!
-//! A driver implements [`Exporter`] for a type that owns memory and gives values of it to
-//! [`DmaBuf::export`]. The abstraction keeps the devices' mappings: one scatterlist for each call
-//! that maps, until the call that unmaps, and CPU access synchronises all of them. It suits
-//! exporters whose memory neither moves nor goes away while the dma-buf lives.
+//! A driver implements [`Exporter`] for a type that owns memory, and passes values of the type to
+//! [`DmaBuf::export`]. The abstraction manages the mappings of devices: each map call creates one
+//! scatterlist, which lives until the matching unmap call, and CPU access synchronises all of them.
+//! It suits exporters whose memory is neither moved nor freed while the dma-buf lives.
 //!
-//! # Life
+//! # Lifetime
 //!
-//! The dma-buf owns the exporter's value, and drops it when its own last reference goes: that of
-//! the last descriptor, mapping, or importer. This happens in process context, possibly in a
-//! worker, without locks. The dma-buf also holds the module.
+//! The dma-buf owns the exporter's value, and drops it when the last reference to the dma-buf is
+//! dropped, by a descriptor, a mapping or an importer. This happens in process context, possibly in
+//! a worker, without locks held. The dma-buf also holds a reference to the module.
 //!
 //! # Locks
 //!
-//! In order: the mmap lock, `dma_resv`, [`Exported::mappings`].
+//! Lock order: mmap lock, then `dma_resv`, then [`Exported::mappings`].
 //!
 //! The core calls `map`, `unmap`, `vmap` and `vunmap` with the buffer's `dma_resv` lock held, and
-//! `begin_cpu_access` and `end_cpu_access` without any lock, so these may run while devices map
-//! and unmap. `mappings` is what makes that safe: it is held from before a scatterlist is mapped until it
-//! is in there, and while it is taken out and unmapped. Mapping fills bounce buffers and unmapping empties
-//! them; an access by the CPU meanwhile would be lost, or see old data, if it was not synchronised.
+//! `begin_cpu_access` and `end_cpu_access` without any lock, so the latter may run while devices
+//! map and unmap. The mutex `mappings` makes that safe: it is held from before a scatterlist is
+//! mapped until it is in the tree, and while it is removed and unmapped. Mapping copies to bounce
+//! buffers, and unmapping copies back from them: without the mutex, a concurrent access by the CPU
+//! would be lost or see old data.
 //!
 //! # Bounce buffers
 //!
-//! A mapping that bounces (swiotlb) has a copy of the memory, and the DMA API cannot say which parts
-//! of it the device wrote: making the device's writes visible copies all of it back. With a second
-//! mapping that a device writes to, one of the two would lose its data. So a mapping that a device may
-//! write to and that bounces shares the memory with no other mapping that a device may write to
-//! (`EBUSY`). A mapping that bounces and that its device only reads shows what was in the memory when
-//! it was mapped and what the CPU has written since, and not what other devices have.
+//! A mapping that uses bounce buffers (swiotlb) is a copy of the memory, and the DMA API does not
+//! know which parts of it the device wrote: making the device's writes visible copies all of it
+//! back. With a second mapping that a device writes to, the data of one of the two would be lost.
+//! So a mapping that a device may write to and that uses bounce buffers cannot exist beside another
+//! mapping that a device may write to (`EBUSY`). A mapping that uses bounce buffers and that its
+//! device only reads shows the content of the memory at the time of mapping and what the CPU has
+//! written since, and not what other devices have written since.
 //!
-//! The lock covers each call, and not the time between the beginning and the end of an access. What the CPU
-//! has written in an access that is not over is lost if meanwhile the device's mapping is undone, or another
-//! access begins: both copy the bounce buffer back. The core's interface does not say which access is
-//! whose, so this cannot be prevented here; `system_heap` does the same.
+//! The mutex is held during each call, and not between the beginning and the end of an access. What
+//! the CPU has written in an access that has not ended is lost if meanwhile the device's mapping is
+//! removed or another access begins: both copy the bounce buffer back. The core's interface does
+//! not identify accesses, so the exporter cannot prevent this; `system_heap` behaves in the same
+//! way.
 //!
 //! C header: [`include/linux/dma-buf.h`](srctree/include/linux/dma-buf.h).
 
@@ -77,31 +80,33 @@ pub(crate) trait Exporter: Sized + Send + Sync + 'static {
     /// `/proc/PID/fdinfo`.
     const NAME: &'static CStr;
 
-    /// The type's table of operations, which must be a `static`: its address distinguishes a dma-buf of
-    /// this type from all others.
+    /// The type's table of operations, which must be a `static`: its address distinguishes a
+    /// dma-buf of this type from all others.
     fn operations() -> &'static Operations<Self>;
 
-    /// The memory's size in bytes, a multiple of the page size and not zero; always the same.
+    /// The size of the memory in bytes: a multiple of the page size, not zero, and constant.
     fn size(&self) -> usize;
 
     /// Maps all of the memory for a device.
     fn map(&self, dev: &Device, direction: DataDirection) -> Result<KBox<MappedTable>>;
 
-    /// Sets up a user mapping of the memory. The core has checked that it lies within the memory.
+    /// Sets up a user mapping of the memory. The core has checked that the mapping lies within the
+    /// memory.
     ///
     /// # Safety
     ///
     /// `vma` is being set up. Its file is the dma-buf, so that `self` outlives it.
     unsafe fn mmap(&self, vma: *mut bindings::vm_area_struct) -> Result;
 
-    /// Maps all of the memory for the kernel. The core asks once, however many importers want it.
+    /// Maps all of the memory for the kernel. The core shares one such mapping between all
+    /// importers.
     fn vmap(&self) -> Result<NonNull<c_void>>;
 
-    /// Undoes [`Exporter::vmap`], of which `address` is the result.
+    /// Removes the mapping of which [`Exporter::vmap`] returned `address`.
     ///
     /// # Safety
     ///
-    /// The mapping is used no more, and is undone once.
+    /// The mapping is not used any more, and is removed once.
     unsafe fn vunmap(&self, address: NonNull<c_void>);
 }
 
@@ -129,18 +134,18 @@ impl<E: Exporter> Operations<E> {
     }
 }
 
-/// What a dma-buf's private data points to.
+/// The value that a dma-buf's private data points to.
 #[pin_data]
 struct Exported<E> {
-    /// The devices' mappings, by the address of their scatterlist. Dropped before the memory that
-    /// they are of. (The core refuses to release a dma-buf that is still attached.)
+    /// The mappings of devices, by the address of their scatterlist. Dropped before the memory that
+    /// they map. (The core does not release a dma-buf that is still attached.)
     #[pin]
     mappings: Mutex<RBTree<usize, KBox<MappedTable>>>,
     #[pin]
     exporter: E,
 }
 
-/// A reference to a dma-buf, of whatever exporter.
+/// A reference to a dma-buf of any exporter.
 ///
 /// # Invariants
 ///
@@ -148,7 +153,7 @@ struct Exported<E> {
 pub(crate) struct DmaBuf(NonNull<bindings::dma_buf>);
 
 impl DmaBuf {
-    /// Makes `exporter` a dma-buf, which owns it from now on; after an error it has been dropped.
+    /// Exports `exporter` as a dma-buf, which then owns it. On an error, it is dropped.
     pub(crate) fn export<E: Exporter>(
         module: &'static ThisModule,
         exporter: impl PinInit<E>,
@@ -161,7 +166,7 @@ impl DmaBuf {
             GFP_KERNEL_ACCOUNT,
         )?;
         let size = exported.exporter.size();
-        // SAFETY: The value is not moved out of: it is turned back into a pinned box.
+        // SAFETY: The value is not moved: `release` and the error path below drop it in place.
         let exported = KBox::into_raw(unsafe { Pin::into_inner_unchecked(exported) });
         let info = bindings::dma_buf_export_info {
             exp_name: E::NAME.as_char_ptr(),
@@ -174,31 +179,32 @@ impl DmaBuf {
         };
         // SAFETY: `info` is filled in, and what it points to lives as long as the dma-buf.
         match from_err_ptr(unsafe { bindings::dma_buf_export(&info) }) {
-            // SAFETY: Not an error, hence a valid dma-buf. INVARIANT: Its reference is ours.
+            // SAFETY: Not an error, hence a valid dma-buf. INVARIANT: The new value owns the
+            // reference.
             Ok(buf) => Ok(Self(unsafe { NonNull::new_unchecked(buf) })),
             Err(error) => {
-                // SAFETY: The pointer came from a box, and nobody has taken it over.
+                // SAFETY: The pointer came from a box, and the core has not taken it over.
                 drop(unsafe { KBox::from_raw(exported) });
-                // The core says ENOENT when the module is going.
+                // The core returns `ENOENT` if the module is being unloaded.
                 Err(if error == ENOENT { ENODEV } else { error })
             }
         }
     }
 
-    /// The dma-buf behind a descriptor of the current process. `EBADF` if it is not open, `EINVAL`
-    /// if it is something else.
+    /// The dma-buf that a descriptor of the current process refers to. Fails with `EBADF` if the
+    /// descriptor is not open, and with `EINVAL` if it refers to something else.
     pub(crate) fn from_fd(fd: i32) -> Result<Self> {
         // SAFETY: Always allowed in process context.
         let buf = from_err_ptr(unsafe { bindings::dma_buf_get(fd) })?;
-        // SAFETY: Not an error, hence a valid dma-buf. INVARIANT: Its reference is ours.
+        // SAFETY: Not an error, hence a valid dma-buf. INVARIANT: The new value owns the reference.
         Ok(Self(unsafe { NonNull::new_unchecked(buf) }))
     }
 
-    /// Turns the reference into a descriptor of the current process. Nothing may fail after this:
-    /// other threads can use the descriptor already.
+    /// Turns the reference into a descriptor of the current process. The caller must not fail after
+    /// this: other threads can use the descriptor already.
     pub(crate) fn into_fd(self, cloexec: bool) -> Result<i32> {
         let flags = if cloexec { bindings::O_CLOEXEC } else { 0 };
-        // SAFETY: A valid dma-buf, whose reference is given away if this succeeds.
+        // SAFETY: A valid dma-buf, whose reference the descriptor takes over if this succeeds.
         let fd = unsafe { bindings::dma_buf_fd(self.0.as_ptr(), flags as c_int) };
         if fd < 0 {
             return Err(Error::from_errno(fd));
@@ -207,12 +213,13 @@ impl DmaBuf {
         Ok(fd)
     }
 
-    /// The exporter's value, if it is one of `E`'s.
+    /// The exporter's value, if the dma-buf is one of `E`'s.
     pub(crate) fn exporter<E: Exporter>(&self) -> Option<&E> {
         Some(&self.exported::<E>()?.exporter)
     }
 
-    /// The number of devices' mappings, if it is one of `E`'s. Waits while one is made or synchronised.
+    /// The number of mappings of devices, if the dma-buf is one of `E`'s. Waits while one is
+    /// created, removed or synchronised.
     pub(crate) fn mappings<E: Exporter>(&self) -> Option<usize> {
         Some(self.exported::<E>()?.mappings.lock().iter().count())
     }
@@ -223,14 +230,15 @@ impl DmaBuf {
         if !core::ptr::eq(ops, &E::operations().0) {
             return None;
         }
-        // SAFETY: One of `E`'s, as its operations show; it lives as long as our reference.
+        // SAFETY: One of `E`'s, as its operations show. It lives as long as the reference that
+        // `self` owns.
         Some(unsafe { exported::<E>(self.0.as_ptr()) })
     }
 }
 
 impl Drop for DmaBuf {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant the reference is ours to drop.
+        // SAFETY: By the type invariant, this value owns the reference.
         unsafe { bindings::dma_buf_put(self.0.as_ptr()) };
     }
 }
@@ -239,11 +247,12 @@ impl Drop for DmaBuf {
 ///
 /// `buf` is a valid dma-buf of `E`'s, and stays so for `'a`.
 unsafe fn exported<'a, E: Exporter>(buf: *const bindings::dma_buf) -> &'a Exported<E> {
-    // SAFETY: `DmaBuf::export` put it there; `release` alone takes it away.
+    // SAFETY: `DmaBuf::export` stored the pointer, and only `release` frees the value.
     unsafe { &*(*buf).priv_.cast::<Exported<E>>() }
 }
 
-/// The direction as Rust has it. (How C's is represented in Rust differs between 7.2 and 7.3.)
+/// Converts a direction from C. (The type that bindgen generates for it differs between 7.2 and
+/// 7.3.)
 fn direction(raw: bindings::dma_data_direction) -> Result<DataDirection> {
     use DataDirection::{
         Bidirectional,
@@ -297,15 +306,16 @@ unsafe extern "C" fn unmap<E: Exporter>(
     // SAFETY: By the function's requirements.
     let exported = unsafe { exported::<E>((*attachment).dmabuf) };
     let mut mappings = exported.mappings.lock();
-    // Unmapped with the lock held.
+    // Dropped, and so unmapped, with the lock held.
     drop(mappings.remove_node(&(table as usize)));
 }
 
 /// # Safety
 ///
-/// Called by the core once, when nobody uses this dma-buf of `E`'s any more.
+/// Called by the core once, when this dma-buf of `E`'s is not used any more.
 unsafe extern "C" fn release<E: Exporter>(buf: *mut bindings::dma_buf) {
-    // SAFETY: `DmaBuf::export` made it from a box; nobody else has it now. It is dropped in place.
+    // SAFETY: `DmaBuf::export` got the pointer from a box, and nothing else uses the value now. It
+    // is dropped in place.
     drop(unsafe { KBox::from_raw((*buf).priv_.cast::<Exported<E>>()) });
 }
 
@@ -320,15 +330,16 @@ unsafe extern "C" fn begin_cpu_access<E: Exporter>(
     let exported = unsafe { exported::<E>(buf) };
     from_result(|| {
         let direction = direction(raw)?;
-        // The core waits for the devices too, but only afterwards; until they are done there may
-        // be nothing to sync yet. A reader waits for writers, a writer for all.
+        // The core waits for the devices' fences too, but only after this callback. What a device
+        // writes after the sync below would not be synchronised, so the wait has to be before it. A
+        // read waits for writers, and a write waits for readers too.
         let usage = if direction == DataDirection::FromDevice {
             bindings::dma_resv_usage_DMA_RESV_USAGE_WRITE
         } else {
             bindings::dma_resv_usage_DMA_RESV_USAGE_READ
         };
-        // SAFETY: The buffer's `dma_resv` lives as long as it, and is not locked by the caller, by
-        // the rules for this callback.
+        // SAFETY: The `dma_resv` lives as long as the buffer. By the rules for this callback, its
+        // caller does not hold the lock.
         let left = unsafe {
             bindings::dma_resv_wait_timeout((*buf).resv, usage, true, c_long::MAX as c_ulong)
         };
@@ -394,7 +405,7 @@ unsafe extern "C" fn vmap<E: Exporter>(
             },
             is_iomem: false,
         };
-        // SAFETY: The core passes a pointer to write to.
+        // SAFETY: The core passes a pointer that is valid for writing.
         unsafe { map.write(mapped) };
         Ok(0)
     })

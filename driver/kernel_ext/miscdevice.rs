@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A misc device whose calls are `ioctl` alone, and whose open files have no state.
+//! A misc device that supports only `ioctl`, and whose open files have no state.
 //!
-//! `kernel::miscdevice` of Linux 7.2 sets no `file_operations.owner` (7.3 does), so that a module
-//! could be unloaded under an open file. This one sets it on every version.
+//! `kernel::miscdevice` of Linux 7.2 does not set `file_operations.owner` (7.3 does), so that a
+//! module could be unloaded while a file is open. This abstraction sets it on every version.
 //!
 //! C header: [`include/linux/miscdevice.h`](srctree/include/linux/miscdevice.h).
 
@@ -24,14 +24,14 @@ use kernel::{
     uaccess::UserPtr, //
 };
 
-/// The calls of a device.
+/// The ioctls of a device.
 pub(crate) trait Calls: Sync + 'static {
-    /// Handles the `ioctl` number `command` of the current task. `argument` comes from a 32-bit
-    /// caller as from a 64-bit one. Returns what the caller shall see.
+    /// Handles the ioctl `command` of the current task. `argument` may come from a 32-bit or a
+    /// 64-bit caller. Returns the result of the system call.
     fn ioctl(command: u32, argument: UserPtr) -> Result<c_long>;
 }
 
-/// A registered misc device, `/dev/` and its name.
+/// A registered misc device, `/dev/NAME`.
 ///
 /// # Invariants
 ///
@@ -46,12 +46,11 @@ pub(crate) struct Registration<C: Calls> {
 
 // SAFETY: A device may be deregistered by any task.
 unsafe impl<C: Calls> Send for Registration<C> {}
-// SAFETY: A shared reference gives access to nothing.
+// SAFETY: A shared reference gives no access to any field.
 unsafe impl<C: Calls> Sync for Registration<C> {}
 
 impl<C: Calls> Registration<C> {
-    /// Registers the device. Its permissions are those of every new device, 0600, until udev says
-    /// otherwise.
+    /// Registers the device. Its mode is 0600, the default of new devices, until udev changes it.
     pub(crate) fn new(
         module: &'static ThisModule,
         name: &'static CStr,
@@ -76,8 +75,8 @@ impl<C: Calls> Registration<C> {
                     };
                     // SAFETY: `slot` is valid for writing.
                     unsafe { slot.write(device) };
-                    // SAFETY: `slot` is pinned, and it, `name` and `operations` live until it is
-                    // deregistered.
+                    // SAFETY: `slot` is pinned, and `slot`, `name` and `operations` live until the
+                    // device is deregistered.
                     to_result(unsafe { bindings::misc_register(slot) })
                 })
             },
@@ -89,7 +88,8 @@ impl<C: Calls> Registration<C> {
 #[pinned_drop]
 impl<C: Calls> PinnedDrop for Registration<C> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: Registered, by the type invariant. No file is open: each one holds the module.
+        // SAFETY: Registered, by the type invariant. No file is open: each open file holds a
+        // reference to the module.
         unsafe { bindings::misc_deregister(self.device.get()) };
     }
 }
@@ -114,7 +114,7 @@ unsafe extern "C" fn compat_ioctl<C: Calls>(
     command: c_uint,
     argument: c_ulong,
 ) -> c_long {
-    // What `compat_ptr()` does where pointers are not tagged by the architecture.
+    // Does what the generic `compat_ptr()` does.
     let argument = argument & u32::MAX as c_ulong;
     from_result(|| C::ioctl(command, UserPtr::from_addr(argument)))
 }

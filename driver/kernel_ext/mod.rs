@@ -2,10 +2,10 @@
 
 //! Safe wrappers of kernel interfaces that the `kernel` crate does not have yet.
 //!
-//! Each module stands for itself and knows nothing of pinbuf, so that it could become a part of
-//! the `kernel` crate as it is. All differences between kernel versions are in here:
-//! [`miscdevice`] registers its device itself, since `kernel::miscdevice` of 7.2 leaves
-//! `file_operations.owner` empty and a module could be unloaded under an open descriptor.
+//! None of these modules depends on the rest of the driver, except for [`crate::ffi`], so that they
+//! could become part of the `kernel` crate. All differences between kernel versions are here: for
+//! example, [`miscdevice`] registers its device itself, because `kernel::miscdevice` of 7.2 does
+//! not set `file_operations.owner`, so that a module could be unloaded while a descriptor is open.
 
 pub(crate) mod dma_buf;
 pub(crate) mod miscdevice;

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Pinned pages of user memory, and the folios that they lie in.
+//! Pinned pages of user memory, and the folios that contain them.
 //!
-//! A [`PagePin`] owns one pin of one page, a [`FolioPin`] one pin that is known to stand for a whole
-//! hugetlb folio. Both unpin when they are dropped; whoever keeps many gives the pins up as page
-//! frame numbers ([`PagePin::give_up`]) and drops them in bulk ([`unpin_pages`]).
+//! A [`PagePin`] owns one pin of one page, a [`FolioPin`] one pin that is known to hold a whole
+//! hugetlb folio. Both unpin when they are dropped. A caller that keeps many pins records page
+//! frame numbers, gives the pins up ([`PagePin::give_up`]), and unpins in bulk later
+//! ([`unpin_pages`]).
 //!
 //! While a folio is pinned it is neither split nor freed, so its size and kind do not change, with
-//! one exception: truncation takes a folio out of its file, after which `mapping` is null.
+//! one exception: truncation removes a folio from its file, after which `mapping` is null.
 //!
 //! C headers: [`include/linux/mm.h`](srctree/include/linux/mm.h),
 //! [`include/linux/page-flags.h`](srctree/include/linux/page-flags.h).
@@ -36,7 +37,7 @@ use kernel::{
 /// The number of a page frame.
 pub(crate) type Pfn = usize;
 
-/// The array that all `struct page`s are in, by their frames (`CONFIG_SPARSEMEM_VMEMMAP`).
+/// The array of all `struct page`s, indexed by their frames (`CONFIG_SPARSEMEM_VMEMMAP`).
 #[derive(Clone, Copy)]
 pub(crate) struct PageArray(*mut bindings::page);
 
@@ -61,8 +62,8 @@ impl PageArray {
     }
 }
 
-/// The address space of the current task. A value shows that the task has one, which a kernel
-/// thread has not, and stays with the task.
+/// The address space of the current task. A value proves that the task has one, unlike a kernel
+/// thread, and cannot be passed to another task.
 pub(crate) struct CurrentMm<'t>(&'t MmWithUser, NotThreadSafe);
 
 impl<'t> CurrentMm<'t> {
@@ -80,23 +81,24 @@ impl<'t> CurrentMm<'t> {
 /// How pages are pinned.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum How {
-    /// For as long as user space wants: pages are first migrated to where they may stay. Pages that
-    /// are not there are faulted in.
+    /// For the long term: pages are first migrated to where they may stay. Pages that are not
+    /// present are faulted in.
     Long,
-    /// The same, as far as pages are there: `EFAULT` if the first is not.
+    /// For the long term, as far as pages are present: `EFAULT` if the first is not.
     LongIfPresent,
-    /// For a moment: pages are pinned where they are.
+    /// For a short time: pages are pinned where they are.
     Short,
 }
 
-/// Pins up to `max` pages of the current process from the address `addr` on, for writing, and puts
-/// the pins into `out`, which must be empty and have room for them. At least one page, or an error.
+/// Pins at least one and up to `max` pages of the current process for writing, from the address
+/// `addr` on, and replaces the content of `out` with the pins. No more pages are pinned than `out`
+/// has capacity for.
 ///
-/// May sleep, and where pages are faulted in for as long as its owner wants: until memory was written
-/// back, until a userfault was resolved, or until the task is killed. So no lock may be held that others
-/// wait for.
+/// May sleep. Where pages are faulted in, their owner can make it sleep for any length of time:
+/// until memory is written back, until a userfault is resolved, or until the task is killed. So the
+/// caller must not hold a lock that other tasks wait for.
 ///
-/// Errors are GUP's own; `EAGAIN` stands for its result 0.
+/// The errors are those of GUP; `EAGAIN` stands for its result 0.
 pub(crate) fn pin_user_pages(
     _: &CurrentMm<'_>,
     addr: usize,
@@ -115,14 +117,15 @@ pub(crate) fn pin_user_pages(
     let max = max.min(room.len()).min(c_int::MAX as usize);
     // `PagePin` is transparent over a pointer to a page.
     let slots = room.as_mut_ptr().cast();
-    // SAFETY: There is room for `max` pointers, and the current task has an address space.
+    // SAFETY: `slots` has room for `max` pointers, and the current task has an address space.
     let pinned =
         unsafe { bindings::pin_user_pages_fast(addr, max as c_int, flags as c_uint, slots) };
     to_result(pinned)?;
     if pinned == 0 {
         return Err(EAGAIN);
     }
-    // SAFETY: GUP wrote `pinned` pointers to pages, each of which it pinned once for us.
+    // SAFETY: GUP wrote `pinned` pointers to pages, each of which it pinned once. The pins now
+    // belong to the elements of `out`.
     unsafe { out.inc_len(pinned as usize) };
     Ok(())
 }
@@ -131,7 +134,7 @@ pub(crate) fn pin_user_pages(
 ///
 /// # Invariants
 ///
-/// The pointer is to a valid page, of which this value owns one pin.
+/// The pointer refers to a valid page, of which this value owns one pin.
 #[repr(transparent)]
 pub(crate) struct PagePin(NonNull<bindings::page>);
 
@@ -155,14 +158,14 @@ impl PagePin {
         unsafe { folio_and_flags(self.0) }
     }
 
-    /// Makes the pin of a page that was pinned at the address `addr` the pin of its whole folio, if
-    /// that is sound; gives the pin back otherwise.
+    /// Converts the pin of a page that was pinned at the address `addr` to a pin of its whole
+    /// folio, if that is sound; returns the pin unchanged otherwise.
     ///
-    /// It is sound for hugetlb alone. A hugetlb folio is mapped whole and aligned, or not at all,
-    /// and belongs to one owner as a whole. So if this page is hugetlb's, and its place in the folio
-    /// is its address's place in the huge page, then the folio's other pages were mapped at the
-    /// neighbouring addresses when this one was pinned. Transparent huge pages are mapped, and
-    /// owned, page by page.
+    /// It is sound for hugetlb only. A hugetlb folio is mapped whole and aligned, or not at all,
+    /// and belongs to one owner as a whole. So if this page belongs to hugetlb, and its index in
+    /// the folio equals the index of its address in the huge page, then the folio's other pages
+    /// were mapped at the neighbouring addresses when this one was pinned. Transparent huge pages
+    /// are mapped and owned page by page.
     pub(crate) fn into_folio_pin(self, addr: usize) -> Result<FolioPin, Self> {
         let folio = self.folio();
         if !folio.is_hugetlb() {
@@ -173,7 +176,7 @@ impl PagePin {
         if (addr >> PAGE_SHIFT) & (pages - 1) != index {
             return Err(self);
         }
-        // INVARIANT: As just checked.
+        // INVARIANT: Checked above.
         Ok(FolioPin {
             first: self,
             index,
@@ -181,7 +184,8 @@ impl PagePin {
         })
     }
 
-    /// Gives the pin up: the caller owes an [`unpin_pages`] of the frame.
+    /// Gives the pin up without unpinning: the caller has to pass the frame to [`unpin_pages`]
+    /// later.
     #[inline]
     pub(crate) fn give_up(self) {
         core::mem::forget(self);
@@ -190,12 +194,12 @@ impl PagePin {
 
 impl Drop for PagePin {
     fn drop(&mut self) {
-        // SAFETY: The pin is ours, by the type invariant. Nothing was written through it.
+        // SAFETY: This value owns the pin, by the type invariant. Nothing was written through it.
         unsafe { bindings::unpin_user_page(self.0.as_ptr()) };
     }
 }
 
-/// One pin that stands for all pages of a hugetlb folio.
+/// One pin that holds all pages of a hugetlb folio.
 ///
 /// # Invariants
 ///
@@ -208,7 +212,7 @@ pub(crate) struct FolioPin {
 }
 
 impl FolioPin {
-    /// The pages of the folio from the pinned one on, at least one.
+    /// The number of pages of the folio from the pinned one on, at least one.
     pub(crate) fn pages_left(&self) -> usize {
         self.pages - self.index
     }
@@ -223,7 +227,8 @@ impl FolioPin {
         self.index == 0
     }
 
-    /// Gives the pin up: the caller owes an [`unpin_hugetlb`] of the frame.
+    /// Gives the pin up without unpinning: the caller has to pass the frame to [`unpin_hugetlb`]
+    /// later.
     pub(crate) fn give_up(self) {
         self.first.give_up();
     }
@@ -231,8 +236,8 @@ impl FolioPin {
 
 /// The folio that a page is in, and its flags.
 ///
-/// A page that is a folio of its own, which most are, is recognised here: a call for each page costs
-/// as much as all else that the driver does with the page.
+/// A page that is a folio of its own, as most pages are, is recognised without a function call: one
+/// call per page would cost as much as everything else that the driver does with the page.
 ///
 /// # Safety
 ///
@@ -241,9 +246,10 @@ impl FolioPin {
 unsafe fn folio_and_flags<'a>(page: NonNull<bindings::page>) -> (Folio<'a>, FolioFlags) {
     let raw = page.as_ptr();
     // SAFETY: By the function's requirements. Bit 0 of the first word after the flags marks a tail
-    // page, whatever else the word is used for. (On older kernels a tail page of hugetlb may look
-    // like a head; that is not taken for a folio of its own either.) While the page is pinned neither
-    // that bit nor `PG_head` changes; what else is in the words does, which volatile reads cope with.
+    // page, whatever else the word is used for. (On older kernels, a tail page of hugetlb may look
+    // like a head page, which is not taken for a folio of its own either.) While the page is
+    // pinned, neither that bit nor `PG_head` changes. Other bits of the words may change, so the
+    // reads are volatile.
     let (flags, word) = unsafe {
         (
             (&raw const (*raw).flags.f).read_volatile(),
@@ -254,12 +260,13 @@ unsafe fn folio_and_flags<'a>(page: NonNull<bindings::page>) -> (Folio<'a>, Foli
     };
     let flags = FolioFlags(flags);
     if !flags.is_large() && word & 1 == 0 {
-        // INVARIANT: The page is its folio, which stays pinned.
+        // INVARIANT: The page is a folio of its own, which stays pinned.
         return (Folio(page.cast(), PhantomData), flags);
     }
     // SAFETY: By the function's requirements.
     let folio = unsafe { ffi::pinbuf_page_folio(raw) };
-    // SAFETY: Every page is in a folio. INVARIANT: It stays pinned.
+    // SAFETY: Every page is in a folio, so the pointer is not null. INVARIANT: The folio stays
+    // pinned.
     let folio = Folio(unsafe { NonNull::new_unchecked(folio) }, PhantomData);
     (folio, folio.flags())
 }
@@ -268,20 +275,20 @@ unsafe fn folio_and_flags<'a>(page: NonNull<bindings::page>) -> (Folio<'a>, Foli
 ///
 /// # Invariants
 ///
-/// The pointer is to a valid folio, one of whose pages is pinned for `'a`.
+/// The pointer refers to a valid folio, of which a page is pinned for `'a`.
 #[derive(Clone, Copy)]
 pub(crate) struct Folio<'a>(NonNull<bindings::folio>, PhantomData<&'a PagePin>);
 
 impl Folio<'_> {
-    /// A number that distinguishes it from all other folios that are pinned at the same time.
+    /// A number that distinguishes the folio from all others that are pinned at the same time.
     pub(crate) fn id(self) -> usize {
         self.0.as_ptr() as usize
     }
 
     /// Its flags.
     fn flags(self) -> FolioFlags {
-        // SAFETY: A valid folio, by the type invariant; the flags are at the same place in its first
-        // page. Other flags change meanwhile, which a volatile read copes with.
+        // SAFETY: A valid folio, by the type invariant; the flags are at the same offset in its
+        // first page. Flags may change meanwhile, so the read is volatile.
         FolioFlags(unsafe {
             (&raw const (*self.0.as_ptr().cast::<bindings::page>()).flags.f).read_volatile()
         })
@@ -293,7 +300,7 @@ impl Folio<'_> {
         unsafe { ffi::pinbuf_folio_nr_pages(self.0.as_ptr()) }
     }
 
-    /// Whether it is hugetlb's.
+    /// Whether it belongs to hugetlb.
     pub(crate) fn is_hugetlb(self) -> bool {
         // SAFETY: A valid folio, by the type invariant.
         unsafe { ffi::pinbuf_folio_test_hugetlb(self.0.as_ptr()) }
@@ -305,11 +312,11 @@ impl Folio<'_> {
         self.mapping() as usize & bindings::FOLIO_MAPPING_ANON as usize != 0
     }
 
-    /// Its reference count, of which each pin of a small folio takes 1,024.
+    /// Its reference count, to which each pin of a small folio adds 1,024.
     #[inline]
     pub(crate) fn references(self) -> i32 {
-        // SAFETY: A valid folio, by the type invariant; the counter is at the same place in its first
-        // page. It changes meanwhile, which a volatile read copes with.
+        // SAFETY: A valid folio, by the type invariant; the counter is at the same offset in its
+        // first page. It may change meanwhile, so the read is volatile.
         unsafe {
             (&raw const (*self.0.as_ptr().cast::<bindings::page>())
                 ._refcount
@@ -318,18 +325,18 @@ impl Folio<'_> {
         }
     }
 
-    /// The place of a page in the folio that it is in.
+    /// The index of a page in this folio, which contains it.
     pub(crate) fn place_of(self, pin: &PagePin) -> usize {
         // SAFETY: Both are valid, by their type invariants; only an address is computed.
         unsafe { ffi::pinbuf_folio_page_idx(self.0.as_ptr(), pin.0.as_ptr()) }
     }
 
-    /// Whether the folio's page `place` is the page `index` of a file. As of now; a truncation may
-    /// follow.
+    /// Whether the folio's page `place` is the page `index` of a file. The result may be outdated
+    /// when it is returned: truncation is not excluded.
     #[inline]
     pub(crate) fn is_of(self, file: FileMapping<'_>, index: usize, place: usize) -> bool {
-        // SAFETY: A valid folio, by the type invariant. The field changes when the folio is truncated,
-        // which a volatile read copes with.
+        // SAFETY: A valid folio, by the type invariant. The field changes when the folio is
+        // truncated, so the read is volatile.
         let first = unsafe {
             let fields = &raw const (*self.0.as_ptr()).__bindgen_anon_1.__bindgen_anon_1;
             (&raw const (*fields).__bindgen_anon_2.index).read_volatile()
@@ -337,18 +344,19 @@ impl Folio<'_> {
         self.mapping() == file.0 && first.wrapping_add(place) == index
     }
 
-    /// The file that it is a part of, or what stands for anonymous memory. Null once it was truncated.
+    /// The file that the folio belongs to, or the value that marks anonymous memory. Null after
+    /// truncation.
     #[inline]
     fn mapping(self) -> *mut bindings::address_space {
-        // SAFETY: A valid folio, by the type invariant. The field changes when the folio is truncated,
-        // which a volatile read copes with.
+        // SAFETY: A valid folio, by the type invariant. The field changes when the folio is
+        // truncated, so the read is volatile.
         unsafe {
             let fields = &raw const (*self.0.as_ptr()).__bindgen_anon_1.__bindgen_anon_1;
             (&raw const (*fields).mapping).read_volatile()
         }
     }
 
-    /// Whether a process has the folio mapped, or a part of it.
+    /// Whether a process maps the folio or a part of it.
     fn is_mapped(self) -> bool {
         // SAFETY: A valid folio, by the type invariant.
         unsafe { ffi::pinbuf_folio_mapped(self.0.as_ptr()) }
@@ -366,7 +374,8 @@ impl<'f> FileMapping<'f> {
     }
 }
 
-/// Flags of a folio that do not change while it is pinned.
+/// The flags of a folio at the time when they were read. While the folio is pinned, `PG_head` does
+/// not change, and `PG_swapbacked` changes only for anonymous memory (`MADV_FREE`).
 #[derive(Clone, Copy)]
 pub(crate) struct FolioFlags(usize);
 
@@ -377,9 +386,9 @@ impl FolioFlags {
         self.0 & (1 << bindings::pageflags_PG_head) != 0
     }
 
-    /// Whether swap backs the folio, as it does shmem, also after it was truncated, and all anonymous
-    /// memory but what its owner gave up (`MADV_FREE`, `MAP_DROPPABLE`):
-    /// `folio_test_swapbacked()`.
+    /// Whether swap backs the folio: `folio_test_swapbacked()`. It backs shmem, also after
+    /// truncation, and all anonymous memory except for memory that its owner gave up (`MADV_FREE`,
+    /// `MAP_DROPPABLE`).
     #[inline]
     pub(crate) fn is_swapbacked(self) -> bool {
         self.0 & (1 << bindings::pageflags_PG_swapbacked) != 0
@@ -389,11 +398,11 @@ impl FolioFlags {
 /// Whether the owner of pinned memory still sees it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sight {
-    /// The page is still the file's, or still mapped by a process.
+    /// The page still belongs to the file, or a process still maps it.
     Seen,
-    /// Neither, and it will never be again.
+    /// Neither, and that will not change any more.
     Discarded,
-    /// It is not known.
+    /// Unknown.
     Unsure,
 }
 
@@ -407,23 +416,26 @@ impl Sight {
     }
 }
 
-/// What has become of a pinned page, and of how many pages from it on, at most `pages`, the same is known.
-/// As of now; a discard may follow, and none is undone.
+/// The state of a pinned page, and the number of pages from it on, at most `pages`, that are known
+/// to have the same state. The result may be outdated when it is returned: a discard may happen at
+/// any time. No discard is undone.
 ///
-/// * A page of a file is seen as long as it is the file's. What takes it away (a hole, truncation, the end
-///   of the file itself) clears its folio's `mapping` for good; pieces smaller than a folio are cleared
-///   in place while the folio is pinned, and stay seen.
-/// * A page of private memory is seen as long as a page table maps it. GUP pins pages that belong to one
-///   process alone, and while they are pinned a fork copies them, and neither KSM, migration nor
-///   `UFFDIO_MOVE` takes them: so it is that process, or one that shares its address space, which has
-///   it mapped, wherever it has moved it to. Reclaim does not unmap it, in the swap cache or not.
+/// * A page of a file is seen as long as it belongs to the file. Removing it (by a hole, by
+///   truncation, or with the file itself) clears its folio's `mapping` for good. Pieces smaller
+///   than a folio are zeroed in place while the folio is pinned, and stay seen.
+/// * A page of private memory is seen as long as a page table maps it. GUP pins only pages that are
+///   exclusive to one process. While they are pinned, fork copies them, and KSM, migration and
+///   `UFFDIO_MOVE` skip them. So only that process, or one that shares its address space, can map
+///   the page, at whatever address it has moved it to. Reclaim does not unmap it, whether it is in
+///   the swap cache or not.
 ///
-/// Of memory that the kernel has found broken, whose owner gets a signal, some is reported and some is not.
+/// Memory that the kernel has found broken, whose owner gets a signal, may be reported as seen or
+/// as discarded.
 ///
 /// # Safety
 ///
 /// The frame is of a page whose folio is pinned, and `pages` is at least one.
-#[inline(always)] // Once a page, and for most without a call.
+#[inline(always)] // Called once per page, and most pages need no further call.
 pub(crate) unsafe fn sight(array: PageArray, pfn: Pfn, pages: usize) -> (Sight, usize) {
     let Some(page) = NonNull::new(array.page(pfn)) else {
         return (Sight::Unsure, pages);
@@ -447,7 +459,8 @@ pub(crate) unsafe fn sight(array: PageArray, pfn: Pfn, pages: usize) -> (Sight, 
     (Sight::seen_if(is_seen), left)
 }
 
-/// [`sight`] for private memory in a transparent huge page, which is mapped as a whole or by the page.
+/// [`sight`] for private memory in a transparent huge page, which is mapped as a whole or page by
+/// page.
 ///
 /// # Safety
 ///
@@ -462,7 +475,7 @@ unsafe fn sight_of_part(
         return (Sight::Seen, left);
     }
     if !cfg!(CONFIG_PAGE_MAPCOUNT) {
-        // Nothing counts by the page.
+        // The kernel keeps no counter per page.
         let sight = if folio.is_mapped() {
             Sight::Unsure
         } else {
@@ -470,21 +483,22 @@ unsafe fn sight_of_part(
         };
         return (sight, left);
     }
-    // What was mapped as a whole is mapped page by page before it is no longer mapped as a whole.
+    // When the kernel splits the mapping of a whole huge page, it maps the pages one by one before
+    // it unmaps the whole. So the counter of the page has to be read after that of the whole.
     // SAFETY: Always allowed.
     unsafe { ffi::pinbuf_smp_rmb() };
-    // SAFETY: A valid page, by the function's requirements. The counter changes meanwhile, which a
-    // volatile read copes with. It is one less than the number of page table entries.
+    // SAFETY: A valid page, by the function's requirements. The counter may change meanwhile, so
+    // the read is volatile. It is one less than the number of page table entries.
     let count =
         unsafe { (&raw const (*page.as_ptr()).__bindgen_anon_2._mapcount.counter).read_volatile() };
     (Sight::seen_if(count >= 0), 1)
 }
 
-/// Pages whose pins are dropped between two chances for other tasks to run.
+/// The number of pages that are unpinned between two calls of [`cond_resched`].
 const STRIDE: usize = 512;
 
-/// Drops one pin of each of the `pages` pages from the frame `pfn` on, and marks their folios dirty:
-/// a device may have written to them, which shows in no page table. Sleeps.
+/// Drops one pin of each of the `pages` pages from the frame `pfn` on, and marks their folios
+/// dirty: a device may have written to them, which no page table records. May sleep.
 ///
 /// # Safety
 ///
@@ -502,8 +516,8 @@ pub(crate) unsafe fn unpin_pages(array: PageArray, pfn: Pfn, pages: usize) {
     }
 }
 
-/// Drops one pin of each hugetlb folio that the `pages` adjacent pages from the frame `pfn` on lie
-/// in, and marks them dirty. Sleeps.
+/// Drops one pin of each hugetlb folio that contains any of the `pages` adjacent pages from the
+/// frame `pfn` on, and marks these folios dirty. May sleep.
 ///
 /// # Safety
 ///
@@ -521,7 +535,7 @@ pub(crate) unsafe fn unpin_hugetlb(array: PageArray, pfn: Pfn, pages: usize) {
     }
 }
 
-/// The pages of a folio from `page` on.
+/// The number of pages of a folio from `page` on.
 ///
 /// # Safety
 ///
@@ -535,11 +549,11 @@ unsafe fn left_in_folio(page: *mut bindings::page) -> usize {
 }
 
 /// Whether one of the `pages` adjacent pages from the frame `pfn` on, at least one, has been found
-/// broken. Of `hugetlb`, which is broken as a whole, each folio is asked once.
+/// broken. With `hugetlb`, whose folios are broken as a whole, each folio is checked once.
 ///
 /// # Safety
 ///
-/// The frames are of pages that are pinned, and all are hugetlb's if `hugetlb` says so.
+/// The frames are those of pinned pages, and all of these belong to hugetlb if `hugetlb` is set.
 #[inline]
 pub(crate) unsafe fn any_poisoned(array: PageArray, pfn: Pfn, pages: usize, hugetlb: bool) -> bool {
     let mut done = 0;

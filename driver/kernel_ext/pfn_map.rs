@@ -1,30 +1,30 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! User mappings of physical pages that somebody else keeps in place, filled in as they are
-//! touched: with a huge entry where the address, the mapping and the memory allow it, and otherwise
-//! with all entries of one page table at once.
+//! User mappings of physical pages that their owner keeps in place. Faults fill them in: with a
+//! huge entry where the address, the mapping and the memory allow it, and otherwise with all
+//! entries of one page table at once.
 //!
-//! Such a mapping is a `VM_PFNMAP`: its pages are not reference-counted through it, GUP refuses it,
-//! and it does not grow. It must be shared; a private one would need copies.
+//! Such a mapping is a `VM_PFNMAP`: it holds no references to its pages, GUP refuses it, and it
+//! does not grow. It must be shared, because a private mapping would need copies of the pages.
 //!
-//! The largest entry is a PMD's. The mm core can split, move and protect a PMD of page frames, and
-//! cannot do that to a PUD: `move_page_tables()` takes it for a bad page table and drops it without
-//! a TLB flush, so that the old address goes on reaching pages that were freed since, and splitting
-//! one for a partial `munmap()` or `mprotect()` takes user data for a page table.
+//! The largest entry is a PMD. The mm core can split, move and protect a PMD that maps page frames,
+//! but not a PUD: `move_page_tables()` takes it for a bad page table and clears it without a TLB
+//! flush, so that the old address still reaches pages after they were freed; and splitting it, for
+//! a partial `munmap()` or `mprotect()`, takes user data for a page table.
 //!
 //! # Broken memory
 //!
-//! A page that was found broken (`PG_hwpoison`) is not entered: touching it is `SIGBUS`. What was
-//! entered before stays.
+//! A page that was found broken (`PG_hwpoison`) is not entered: an access to it raises `SIGBUS`.
+//! Entries that were made before stay.
 //!
 //! # Locks
 //!
-//! Faults run under the mmap lock or the VMA's, held for reading, and so concurrently. What a block
-//! of the address space gets, a huge entry or a page table, depends on things that may change
-//! meanwhile, and the core cannot cope with two faults that disagree: neither with a huge entry where
-//! a page table is, nor the other way round. So a fault takes [`Pages::faults`], and looks at
-//! what the block has before it enters anything. Only faults enter something into an empty block;
-//! what takes entries away or apart holds one of the core's locks for writing.
+//! Faults run under the mmap lock or the VMA lock, held for reading, and therefore concurrently.
+//! Whether a block of the address space gets a huge entry or a page table depends on conditions
+//! that may change meanwhile, and the core cannot handle two faults that disagree: neither a huge
+//! entry where a page table exists, nor the other way round. So a fault takes [`Pages::faults`],
+//! and checks the block's current entry before it enters anything. Only faults fill an empty block;
+//! operations that remove or split entries hold one of the core's locks for writing.
 //!
 //! C headers: [`include/linux/mm.h`](srctree/include/linux/mm.h),
 //! [`include/linux/huge_mm.h`](srctree/include/linux/huge_mm.h).
@@ -54,10 +54,11 @@ use kernel::{
     sync::Mutex, //
 };
 
-/// Entries of a page table: it is a page of 8-byte entries (`helpers.c` checks that).
+/// The number of entries of a page table, which is one page of 8-byte entries (`helpers.c` checks
+/// that).
 const TABLE_PAGES: usize = PAGE_SIZE / 8;
 
-/// Bytes that a page table maps, and so a huge entry of the lowest level.
+/// The number of bytes that a page table maps, as does a huge entry of the lowest level.
 const TABLE_SIZE: usize = TABLE_PAGES * PAGE_SIZE;
 
 /// The order of a huge entry of the lowest level.
@@ -67,28 +68,29 @@ const PMD_ORDER: c_uint = TABLE_PAGES.trailing_zeros();
 ///
 /// # Safety
 ///
-/// The frames that [`Pages::runs`] gives have `struct page`s that are pinned, are ordinary write-back
-/// memory, and stay the same while the value lives.
+/// The frames that [`Pages::runs`] returns have `struct page`s, are those of pinned pages in
+/// ordinary write-back memory, and stay the same while the value lives.
 pub(crate) unsafe trait Pages: Send + Sync + 'static {
-    /// The frames from the page `first` on, in order: the first of adjacent frames, and how many
-    /// they are. Nothing behind the end. Called under a spinlock: must not sleep.
+    /// The frames from the page `first` on, in order, as runs of adjacent frames: the first frame,
+    /// and the number of frames. Empty beyond the end. Called under a spinlock: must not sleep.
     fn runs(&self, first: usize) -> impl Iterator<Item = (Pfn, usize)> + '_;
 
-    /// Whether one of `pages` pages from `first` on, all of which are there, has been found broken. Must not sleep.
+    /// Whether one of the `pages` pages from `first` on, all of which must exist, has been found
+    /// broken. Must not sleep.
     fn any_poisoned(&self, first: usize, pages: usize) -> bool;
 
-    /// A lock for this file alone.
+    /// A lock that only this file takes.
     fn faults(&self) -> &Mutex<()>;
 }
 
-/// Makes `vma` a mapping of `pages`, of which the VMA's page offset is the first page that it
-/// shows. Fails with `EINVAL` unless it is shared, and with `EPERM` if it is executable.
+/// Makes `vma` a mapping of `pages`, from the page on that the VMA's page offset names. Fails with
+/// `EINVAL` unless the VMA is shared, and with `EPERM` if it is executable.
 ///
 /// # Safety
 ///
 /// `vma` is being set up, in an `mmap` callback, and nothing has been mapped in it. `pages` lives
-/// as long as the VMA and all that are split, copied or moved from it, as it does when the VMA's
-/// file owns it.
+/// as long as the VMA and all VMAs that are split, copied or moved from it, which is the case if
+/// the VMA's file owns it.
 pub(crate) unsafe fn set_up<P: Pages>(vma: *mut bindings::vm_area_struct, pages: &P) -> Result {
     // SAFETY: `vma` is valid, by the function's requirements.
     let flags = unsafe { (*vma).__bindgen_anon_2.vm_flags };
@@ -111,8 +113,8 @@ pub(crate) unsafe fn set_up<P: Pages>(vma: *mut bindings::vm_area_struct, pages:
 
 /// Whether mappings may get huge entries on this kernel.
 ///
-/// The page-table checker overlooks special PTEs, but counts special PMDs as mappings of their
-/// pages, and takes a second writable one of an anonymous page for a bug (up to 7.3 at least).
+/// The page-table checker ignores special PTEs, but counts special PMDs as mappings of their pages,
+/// and reports a second writable one of an anonymous page as a bug (up to 7.3 at least).
 pub(crate) fn huge_entries_allowed() -> bool {
     // SAFETY: Reads a static key.
     cfg!(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP) && !unsafe { ffi::pinbuf_page_table_check_enabled() }
@@ -129,17 +131,17 @@ impl<P: Pages> Operations<P> {
     };
 }
 
-/// What a fault is about.
+/// The details of a fault.
 struct Fault<'a, P> {
     vmf: *mut bindings::vm_fault,
     vma: *mut bindings::vm_area_struct,
     pages: &'a P,
-    /// The VMA's bounds, bytes.
+    /// The addresses of the VMA's first byte and of the byte after its last one.
     start: usize,
     end: usize,
     /// The address of the page that was touched.
     address: usize,
-    /// The same as a page of the memory.
+    /// The index of that page in the memory.
     page: usize,
 }
 
@@ -152,7 +154,7 @@ impl<'a, P: Pages> Fault<'a, P> {
         let info = unsafe { &(*vmf).__bindgen_anon_1 };
         // SAFETY: The VMA of a fault is valid, and stable: one of its locks is held.
         let bounds = unsafe { &(*info.vma).__bindgen_anon_1.__bindgen_anon_1 };
-        // SAFETY: `set_up` put a pointer to a `P` there that lives as long as the VMA.
+        // SAFETY: `set_up` stored a pointer to a `P` there, which lives as long as the VMA.
         let pages = unsafe { &*(*info.vma).vm_private_data.cast::<P>() };
         Self {
             vmf,
@@ -165,27 +167,27 @@ impl<'a, P: Pages> Fault<'a, P> {
         }
     }
 
-    /// Whether the block that the address is in has nothing yet.
+    /// Whether the block that contains the address has no entry yet.
     fn block_is_empty(&self) -> bool {
-        // SAFETY: The fault's own entry, which is valid while it is handled.
+        // SAFETY: The fault's own PMD, which is valid while the fault is handled.
         unsafe { ffi::pinbuf_pmd_none((*self.vmf).pmd) }
     }
 
-    /// Whether the block that the address is in has a huge entry.
+    /// Whether the block that contains the address has a huge entry.
     fn block_is_huge(&self) -> bool {
         // SAFETY: As above.
         unsafe { ffi::pinbuf_pmd_leaf((*self.vmf).pmd) }
     }
 
-    /// The first page of the block that the address is in, and its frame, if a huge entry may be
-    /// used: the whole aligned block lies in the VMA, in the memory and in one run of frames, and the
-    /// first frame is aligned.
+    /// The first page of the block that contains the address, and its frame, if a huge entry may be
+    /// used: the whole aligned block lies in the VMA, in the memory and in one run of frames, and
+    /// the first frame is aligned.
     fn huge_block(&self) -> Option<(usize, Pfn)> {
         let block = self.address & !(TABLE_SIZE - 1);
         if block < self.start || block > self.end || self.end - block < TABLE_SIZE {
             return None;
         }
-        // Pages of the memory are counted as the VMA's addresses are.
+        // Pages of the memory follow each other as addresses of the VMA do.
         let first = self
             .page
             .checked_sub((self.address - block) >> PAGE_SHIFT)?;
@@ -193,7 +195,7 @@ impl<'a, P: Pages> Fault<'a, P> {
         (pages >= TABLE_PAGES && pfn % TABLE_PAGES == 0).then_some((first, pfn))
     }
 
-    /// Enters a huge page, if the block has nothing or that already.
+    /// Enters a huge page, if the block has no entry, or a huge entry already.
     #[cfg(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP)]
     fn enter_huge(&self) -> bindings::vm_fault_t {
         let Some((first, pfn)) = self.huge_block().filter(|_| huge_entries_allowed()) else {
@@ -230,7 +232,7 @@ impl<'a, P: Pages> Fault<'a, P> {
         }
         let _lock = self.pages.faults().lock();
         if self.block_is_huge() {
-            // Another fault was here in between. The access is made again.
+            // Another fault has entered a huge page meanwhile. The access is retried.
             return bindings::vm_fault_reason_VM_FAULT_NOPAGE;
         }
         match enter_pages(self.vma, low, high, self.pages.runs(first)) {
@@ -241,18 +243,18 @@ impl<'a, P: Pages> Fault<'a, P> {
     }
 }
 
-/// How far [`enter_page`] has come.
+/// The progress of [`enter_page`].
 struct Cursor<R> {
     vma: *mut bindings::vm_area_struct,
     array: PageArray,
     runs: R,
-    /// Frames of the last run that are left.
+    /// The first frame of the current run that is left, and the number of frames that are left.
     pfn: Pfn,
     left: usize,
 }
 
-/// Enters pages at the addresses from `low` to `high`, which lie in one page table of `vma`, in the
-/// order of `runs`, where there is nothing yet.
+/// Enters the pages of `runs`, in order, at the addresses from `low` to `high`, which lie in one
+/// page table of `vma`, where there is no entry yet.
 fn enter_pages<R: Iterator<Item = (Pfn, usize)>>(
     vma: *mut bindings::vm_area_struct,
     low: usize,
@@ -267,7 +269,8 @@ fn enter_pages<R: Iterator<Item = (Pfn, usize)>>(
         left: 0,
     };
     // SAFETY: The range lies in the VMA, one of whose locks is held, and in one page table.
-    // `enter_page::<R>` gets the pointer to `cursor`, and is called before the function returns.
+    // `enter_page::<R>` gets the pointer to `cursor`, and is called only before the function
+    // returns.
     kernel::error::to_result(unsafe {
         bindings::apply_to_page_range(
             (*vma).vm_mm,
@@ -287,7 +290,7 @@ unsafe extern "C" fn enter_page<R: Iterator<Item = (Pfn, usize)>>(
     address: c_ulong,
     data: *mut c_void,
 ) -> c_int {
-    // SAFETY: By the function's requirements; the cursor is in use nowhere else meanwhile.
+    // SAFETY: By the function's requirements; nothing else uses the cursor meanwhile.
     let cursor = unsafe { &mut *data.cast::<Cursor<R>>() };
     if cursor.left == 0 {
         let Some((pfn, pages)) = cursor.runs.next() else {
@@ -299,7 +302,7 @@ unsafe extern "C" fn enter_page<R: Iterator<Item = (Pfn, usize)>>(
     cursor.pfn += 1;
     cursor.left -= 1;
     // SAFETY: `pte` belongs to `address` in this VMA, and its lock is held. `Pages` guarantees that
-    // the frame is of a pinned page.
+    // the frame is that of a pinned page.
     unsafe {
         if ffi::pinbuf_pte_none(pte) && !any_poisoned(cursor.array, pfn, 1, false) {
             ffi::pinbuf_set_pte_pfn(cursor.vma, address, pte, pfn);

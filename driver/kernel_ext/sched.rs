@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Giving way, and giving up.
+//! Rescheduling, fatal signals and pauses.
 
 use crate::ffi;
 use kernel::{
@@ -9,23 +9,24 @@ use kernel::{
     time::msecs_to_jiffies, //
 };
 
-/// Lets other tasks run, where the kernel does not preempt by itself. Sleeps: called where that is
-/// allowed, which the kernel's debugging options check.
+/// Lets other tasks run, on kernels that do not preempt by themselves. May sleep, so it must be
+/// called where that is allowed, which the kernel's debugging options check.
 #[inline]
 pub(crate) fn cond_resched() {
-    // SAFETY: All callers of this function may sleep, as its documentation demands; it touches no
-    // memory of ours.
+    // SAFETY: All callers may sleep, as this function's documentation demands. It accesses no
+    // memory of the driver.
     unsafe { ffi::pinbuf_cond_resched() }
 }
 
-/// Whether the current task is about to be killed.
+/// Whether a fatal signal is pending for the current task.
 #[inline]
 pub(crate) fn fatal_signal_pending() -> bool {
     // SAFETY: Reads the current task's signals.
     unsafe { ffi::pinbuf_fatal_signal_pending(kernel::current!().as_ptr()) }
 }
 
-/// Fails with `EINTR` if the current task is about to be killed, and lets others run if not.
+/// Fails with `EINTR` if a fatal signal is pending for the current task, and lets other tasks run
+/// otherwise.
 #[inline]
 pub(crate) fn breathe() -> Result {
     if fatal_signal_pending() {
@@ -35,9 +36,9 @@ pub(crate) fn breathe() -> Result {
     Ok(())
 }
 
-/// Sleeps for `ms` milliseconds, or until the current task is killed: then `EINTR`.
+/// Sleeps for `ms` milliseconds. Fails with `EINTR` if a fatal signal arrives for the current task.
 pub(crate) fn sleep_killable(ms: u32) -> Result {
-    // SAFETY: In process context; sets the task's state itself.
+    // SAFETY: Called in process context. The function sets the task's state itself.
     unsafe { bindings::schedule_timeout_killable(msecs_to_jiffies(ms) as isize) };
     if fatal_signal_pending() {
         return Err(EINTR);
@@ -45,7 +46,7 @@ pub(crate) fn sleep_killable(ms: u32) -> Result {
     Ok(())
 }
 
-/// A number that cannot be foreseen.
+/// A random number.
 pub(crate) fn random() -> u32 {
     // SAFETY: Always allowed.
     unsafe { bindings::get_random_u32() }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Scatterlists over physical pages that somebody else keeps in place, mapped for a device.
+//! Scatterlists of physical pages that their owner keeps in place, mapped for a device.
 //!
-//! `kernel::scatterlist::SGTable` owns the pages it maps, from a `vmalloc` area; this one does not.
+//! `kernel::scatterlist::SGTable` owns the pages that it maps, which are those of a `vmalloc` area.
+//! The type of this file does not own its pages.
 //!
 //! C header: [`include/linux/scatterlist.h`](srctree/include/linux/scatterlist.h).
 
@@ -26,18 +27,20 @@ use kernel::{
     types::Opaque, //
 };
 
-/// What a device can take in one scatterlist entry.
+/// What a device accepts in one scatterlist entry.
 #[derive(Clone, Copy)]
 pub(crate) struct SegmentLimits {
-    /// The most pages, one at least.
+    /// The maximum number of pages, at least one.
     pages: usize,
-    /// No entry may cross an address that is a multiple of this many pages, a power of two.
+    /// No entry may cross an address that is a multiple of this number of pages, which is a power
+    /// of two.
     boundary: usize,
 }
 
 impl SegmentLimits {
-    /// The limits of `dev`: what its driver declared, and what a bounce buffer holds if there is
-    /// one. `EINVAL` if it takes no whole page: entries consist of whole pages.
+    /// The limits of `dev`: those that its driver declared, and the size of a bounce buffer if the
+    /// device may need one. Fails with `EINVAL` if the device does not accept a whole page in one
+    /// entry, because entries consist of whole pages.
     pub(crate) fn of(dev: &Device) -> Result<Self> {
         // SAFETY: `dev` is a valid device.
         let segment = unsafe { ffi::pinbuf_dma_get_max_seg_size(raw(dev)) } as usize;
@@ -56,7 +59,7 @@ impl SegmentLimits {
         })
     }
 
-    /// How many of `pages` pages from the frame `pfn` on fit into one entry.
+    /// The number of pages, of the `pages` pages from the frame `pfn` on, that fit into one entry.
     fn fit(self, pfn: usize, pages: usize) -> usize {
         let to_boundary = self.boundary - (pfn & (self.boundary - 1));
         pages.min(self.pages).min(to_boundary)
@@ -73,24 +76,25 @@ pub(crate) struct MappedTable {
     dev: ARef<Device>,
     direction: DataDirection,
     bounces: bool,
-    /// Attributes for the unmapping.
+    /// DMA attributes for unmapping.
     unmap: c_ulong,
 }
 
 // SAFETY: A scatterlist is plain memory, and any task may unmap it.
 unsafe impl Send for MappedTable {}
-// SAFETY: A shared reference only allows syncing, which the DMA API lets any number of tasks do.
+// SAFETY: A shared reference only allows syncing, which any number of tasks may do by the rules of
+// the DMA API.
 unsafe impl Sync for MappedTable {}
 
 impl MappedTable {
     /// Maps `runs`, pairs of a first page frame and a number of pages, for `dev`, with as few
-    /// entries as its limits allow. May sleep.
+    /// entries as the device's limits allow. May sleep.
     ///
     /// The memory of the list is charged to the caller's memory cgroup.
     ///
     /// # Safety
     ///
-    /// The frames have `struct page`s, and these stay where they are while the value lives.
+    /// The frames have `struct page`s, and their pages stay in place while the value lives.
     pub(crate) unsafe fn new(
         dev: &Device,
         direction: DataDirection,
@@ -104,8 +108,8 @@ impl MappedTable {
         let mut table = Table::new(count)?;
         table.fill(segments(runs, limits));
 
-        // What the CPU writes has to reach bounce buffers also where only the device is said to write:
-        // all of them is copied back afterwards.
+        // What the CPU writes has to reach the bounce buffers even if only the device is declared
+        // to write, because they are copied back as a whole afterwards.
         let direction = match direction {
             DataDirection::FromDevice if may_bounce(dev) => DataDirection::Bidirectional,
             direction => direction,
@@ -116,7 +120,7 @@ impl MappedTable {
         to_result(unsafe {
             bindings::dma_map_sgtable(raw(dev), &mut table.0, direction.into(), 0)
         })?;
-        // INVARIANT: Allocated and mapped just now.
+        // INVARIANT: Allocated and mapped above.
         let mut mapped = KBox::write(
             mapped,
             Self {
@@ -131,7 +135,7 @@ impl MappedTable {
         Ok(mapped)
     }
 
-    /// Whether some of the memory is bounced.
+    /// Whether some of the memory is mapped through bounce buffers.
     fn find_bounces(&self) -> bool {
         if !may_bounce(&self.dev) {
             return false;
@@ -158,44 +162,46 @@ impl MappedTable {
         self.direction != DataDirection::ToDevice
     }
 
-    /// Whether the device may have a copy of some of the memory. (Also where a device that could
-    /// bounce is not coherent.)
+    /// Whether the device may access a copy of some of the memory. (Also true for a device that
+    /// could bounce and is not coherent, whether it bounces or not.)
     pub(crate) fn bounces(&self) -> bool {
         self.bounces
     }
 
-    /// Undoes a mapping that no device has been given. Bounce buffers are not copied back: that would
-    /// undo what others have written to the memory since.
+    /// Removes a mapping that was not passed to any device. Bounce buffers are not copied back:
+    /// that would overwrite what others have written to the memory since.
     pub(crate) fn discard(mut self: KBox<Self>) {
         self.unmap = bindings::DMA_ATTR_SKIP_CPU_SYNC as c_ulong;
     }
 
-    /// The scatterlist, for C. Stays valid, and at the same address, while the box lives.
+    /// The scatterlist for C code. The pointer stays valid while the box lives.
     pub(crate) fn as_raw(self: &KBox<Self>) -> *mut bindings::sg_table {
         self.table.get()
     }
 
-    /// Makes what the device wrote visible to the CPU, if the CPU's access in the direction `access`
-    /// meets what this mapping is for.
+    /// Makes what the device wrote visible to the CPU, if an access by the CPU in the direction
+    /// `access` concerns this mapping.
     pub(crate) fn sync_for_cpu(&self, access: DataDirection) {
-        // The CPU may write to parts only, and the rest goes back to the device with them: so a write
-        // begins as a read.
+        // The CPU may write to parts of the memory only, and the rest is copied back to the device
+        // with them. So a write access begins as a read access.
         let access = match access {
             DataDirection::ToDevice => DataDirection::Bidirectional,
             access => access,
         };
         if let Some(direction) = sync_direction(self.direction, access) {
             let (dev, table) = (raw(&self.dev), self.table.get());
-            // SAFETY: Mapped for this device, by the type invariant, in a direction that allows this.
+            // SAFETY: Mapped for this device, by the type invariant, in a direction that allows
+            // this.
             unsafe { ffi::pinbuf_dma_sync_sgtable_for_cpu(dev, table, direction.into()) }
         }
     }
 
-    /// Makes what the CPU wrote visible to the device, likewise.
+    /// Makes what the CPU wrote visible to the device, under the same condition.
     pub(crate) fn sync_for_device(&self, access: DataDirection) {
         if let Some(direction) = sync_direction(self.direction, access) {
             let (dev, table) = (raw(&self.dev), self.table.get());
-            // SAFETY: Mapped for this device, by the type invariant, in a direction that allows this.
+            // SAFETY: Mapped for this device, by the type invariant, in a direction that allows
+            // this.
             unsafe { ffi::pinbuf_dma_sync_sgtable_for_device(dev, table, direction.into()) }
         }
     }
@@ -203,7 +209,7 @@ impl MappedTable {
 
 impl Drop for MappedTable {
     fn drop(&mut self) {
-        // SAFETY: Mapped for this device in this direction, by the type invariant, and used no
+        // SAFETY: Mapped for this device in this direction, by the type invariant, and not used any
         // more.
         unsafe {
             bindings::dma_unmap_sgtable(
@@ -213,15 +219,16 @@ impl Drop for MappedTable {
                 self.unmap,
             )
         };
-        // SAFETY: Allocated, by the type invariant, and used no more.
+        // SAFETY: Allocated, by the type invariant, and not used any more.
         unsafe { bindings::sg_free_table(self.table.get()) };
     }
 }
 
 /// Whether memory may be bounced for `dev`.
 ///
-/// A device that may bounce declares how much a bounce buffer holds. So does an untrusted one behind an
-/// IOMMU, but that bounces only what does not fill the IOMMU's pages, and entries consist of whole pages.
+/// If a device may need bounce buffers, its `dma_max_mapping_size()` is limited to the size of one.
+/// So is that of an untrusted device behind an IOMMU, but there only memory that does not fill
+/// whole pages of the IOMMU is bounced, and entries consist of whole pages.
 fn may_bounce(dev: &Device) -> bool {
     // SAFETY: A valid device.
     let (most, mask) = unsafe {
@@ -241,12 +248,13 @@ fn raw(dev: &Device) -> *mut bindings::device {
     core::ptr::from_ref(dev).cast_mut().cast()
 }
 
-/// The direction in which a mapping is synced for an access by the CPU; `None` if it need not be.
+/// The direction in which a mapping has to be synced for an access by the CPU; `None` if it does
+/// not have to be synced.
 ///
-/// The DMA API lets a bidirectional mapping be synced in either direction, and it has to be that of
-/// the access: after a read, syncing both ways would copy old content over what the device has
-/// written to its bounce buffer meanwhile. Any other mapping is synced in its own direction, and an
-/// access that goes the other way does not concern its device.
+/// The DMA API allows a bidirectional mapping to be synced in any direction, and this has to be the
+/// direction of the access: after a read, a bidirectional sync would copy old content over what the
+/// device has written to its bounce buffer meanwhile. Any other mapping is synced in its own
+/// direction, and an access in the opposite direction does not concern its device.
 fn sync_direction(mapping: DataDirection, access: DataDirection) -> Option<DataDirection> {
     if mapping == DataDirection::Bidirectional {
         Some(access)
@@ -287,7 +295,8 @@ struct Table(bindings::sg_table);
 impl Table {
     fn new(entries: u32) -> Result<Self> {
         let mut table = bindings::sg_table::default();
-        // SAFETY: `table` is ours; the function initialises it. The list is a chain of pages.
+        // SAFETY: `table` is a local variable, which the function initialises. The list is a chain
+        // of pages.
         to_result(unsafe {
             bindings::sg_alloc_table(&mut table, entries, bindings::GFP_KERNEL_ACCOUNT)
         })?;
@@ -306,7 +315,8 @@ impl Table {
                 }
             }
             let page = array.page(pfn);
-            // SAFETY: The frame has a `struct page`, as `MappedTable::new` demands. `sg` is an entry of the list; the length fits, by `SegmentLimits`.
+            // SAFETY: The frame has a `struct page`, as `MappedTable::new` demands. `sg` is an
+            // entry of the list; the length fits, by `SegmentLimits`.
             unsafe { ffi::pinbuf_sg_set_page(sg, page, (pages * PAGE_SIZE) as u32, 0) };
         }
     }
@@ -320,7 +330,7 @@ impl Table {
 
 impl Drop for Table {
     fn drop(&mut self) {
-        // SAFETY: Allocated, by the type invariant, and used no more.
+        // SAFETY: Allocated, by the type invariant, and not used any more.
         unsafe { bindings::sg_free_table(&mut self.0) };
     }
 }

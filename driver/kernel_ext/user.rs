@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Users, and the counters of memory that they and their processes hold locked.
+//! Users, and the counters of memory that they and their processes have locked.
 //!
 //! C headers: [`include/linux/sched/user.h`](srctree/include/linux/sched/user.h),
 //! [`include/linux/mm_types.h`](srctree/include/linux/mm_types.h).
@@ -26,20 +26,20 @@ pub(crate) struct User(NonNull<bindings::user_struct>);
 
 // SAFETY: `user_struct` is reference-counted and may be used and released by any task.
 unsafe impl Send for User {}
-// SAFETY: All that a shared reference gives access to is atomic.
+// SAFETY: A shared reference gives access to atomic fields only.
 unsafe impl Sync for User {}
 
 impl User {
-    /// The current task's real user, who answers for what the task locks.
+    /// The current task's real user, to which the task's locked memory is charged.
     pub(crate) fn current() -> Self {
         // SAFETY: Always allowed in process context; returns a new reference.
         let user = unsafe { ffi::pinbuf_get_current_user() };
-        // SAFETY: Every task has a user. INVARIANT: The reference becomes ours.
+        // SAFETY: Every task has a user. INVARIANT: The new value owns the reference.
         Self(unsafe { NonNull::new_unchecked(user) })
     }
 
-    /// The pages that count against the user's `RLIMIT_MEMLOCK`, whoever charged them: this
-    /// counter is shared with io_uring, iommufd, perf and AF_XDP.
+    /// The number of pages that count against the user's `RLIMIT_MEMLOCK`. io_uring, iommufd, perf
+    /// and AF_XDP charge the same counter.
     pub(crate) fn locked_vm(&self) -> LockedPages<'_> {
         // SAFETY: The user is valid for as long as `self`, and the counter is only accessed
         // atomically.
@@ -49,12 +49,12 @@ impl User {
 
 impl Drop for User {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant the reference is ours to drop.
+        // SAFETY: By the type invariant, this value owns the reference.
         unsafe { bindings::free_uid(self.0.as_ptr()) }
     }
 }
 
-/// The pages that the process has pinned, `VmPin` in `/proc/PID/status`.
+/// The number of pages that the process has pinned, `VmPin` in `/proc/PID/status`.
 pub(crate) fn pinned_vm(mm: &Mm) -> LockedPages<'_> {
     // SAFETY: `mm` is valid, and the counter is only accessed atomically.
     LockedPages(unsafe {
@@ -66,7 +66,7 @@ pub(crate) fn pinned_vm(mm: &Mm) -> LockedPages<'_> {
 pub(crate) struct LockedPages<'a>(&'a Atomic<i64>);
 
 impl LockedPages<'_> {
-    /// Adds `pages`, unless the sum would exceed `limit`; whether it was added.
+    /// Adds `pages`, unless the sum would exceed `limit`. Returns whether they were added.
     pub(crate) fn try_add(&self, pages: usize, limit: usize) -> bool {
         let Ok(pages) = i64::try_from(pages) else {
             return false;
@@ -89,22 +89,22 @@ impl LockedPages<'_> {
         self.0.add(pages as i64, Relaxed);
     }
 
-    /// Takes off `pages` that were added before.
+    /// Subtracts `pages`, which were added before.
     pub(crate) fn sub(&self, pages: usize) {
         self.0.add(-(pages as i64), Relaxed);
     }
 }
 
-/// The current process's soft `RLIMIT_MEMLOCK` in bytes; `usize::MAX` for none.
+/// The current process's soft `RLIMIT_MEMLOCK` in bytes; `usize::MAX` if it is unlimited.
 pub(crate) fn rlimit_memlock() -> usize {
     // SAFETY: Reads a limit of the current process.
     unsafe { ffi::pinbuf_rlimit(bindings::RLIMIT_MEMLOCK) }
 }
 
 /// Whether the current task has `CAP_IPC_LOCK` in the initial user namespace, which lifts the
-/// limit. Leaves no trace in an audit log.
+/// limit. The check is not audited.
 pub(crate) fn may_lock_without_limit() -> bool {
-    // SAFETY: Always allowed in process context; that namespace is always there.
+    // SAFETY: Always allowed in process context; that namespace always exists.
     unsafe {
         bindings::ns_capable_noaudit(
             &raw mut bindings::init_user_ns,
@@ -113,19 +113,20 @@ pub(crate) fn may_lock_without_limit() -> bool {
     }
 }
 
-/// The number, in the initial user namespace, of the user that the current task belongs to there.
+/// The UID, in the initial user namespace, of the user that the current task belongs to there.
 ///
-/// Its own, or, in a user namespace, that of the user who made the outermost one. Where that is root, who
-/// made it for others (a container), it is the container's root, as the initial namespace knows it, or
-/// the task's own where the two are the same.
+/// In the initial namespace, this is the task's own UID. In any other, it is the UID of the owner
+/// of the outermost namespace below the initial one. If that owner is root, which creates
+/// namespaces for other users (containers), it is the UID that the namespace's root has in the
+/// initial one, or the task's own UID if the namespace's root is the host's root or is not mapped.
 pub(crate) fn current_host_uid() -> u32 {
     const ROOT: u32 = 0;
     const NOBODY: u32 = u32::MAX;
     let own = kernel::current!().uid().into_raw().val;
     let init = &raw mut bindings::init_user_ns;
     // SAFETY: Always allowed in process context. The task's credentials hold the namespace, a
-    // namespace holds its parent, and the initial one ends the chain. None of the fields that are read
-    // changes while a namespace lives.
+    // namespace holds its parent, and the initial one ends the chain. None of the fields that are
+    // read changes while a namespace lives.
     unsafe {
         let mut ns = ffi::pinbuf_current_user_ns();
         if ns == init {
@@ -150,7 +151,7 @@ pub(crate) fn total_pages() -> usize {
     unsafe { ffi::pinbuf_totalram_pages() }
 }
 
-/// Bytes to whole pages.
+/// The number of whole pages in `bytes`.
 pub(crate) const fn pages_in(bytes: usize) -> usize {
     bytes >> PAGE_SHIFT
 }

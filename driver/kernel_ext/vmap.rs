@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Kernel mappings of pages that somebody else keeps in place.
+//! Kernel mappings of pages that their owner keeps in place.
 //!
 //! C header: [`include/linux/vmalloc.h`](srctree/include/linux/vmalloc.h).
 
@@ -22,25 +22,26 @@ use kernel::{
     prelude::*, //
 };
 
-/// Maps the pages of `runs`, pairs of a first page frame and a number of pages, one behind the
-/// other. May sleep.
+/// Maps the pages of `runs`, pairs of a first page frame and a number of pages, at consecutive
+/// addresses. May sleep.
 ///
-/// Costs eight bytes a page while it runs. Fails with
-/// `ENOMEM`, also where the pages are more than one such mapping can have (2^28, a tebibyte).
+/// Allocates eight bytes per page while it runs. Fails with `ENOMEM` if memory is short, or if
+/// there are more pages than one such mapping can have (2^28, a tebibyte).
 ///
 /// # Safety
 ///
-/// The frames have `struct page`s, and these stay where they are until [`unmap`].
+/// The frames have `struct page`s, and their pages stay in place until [`unmap`].
 pub(crate) unsafe fn map(
     runs: impl Iterator<Item = (usize, usize)>,
     pages: usize,
 ) -> Result<NonNull<c_void>> {
-    // The kernel warns of requests beyond this, rather than refusing them.
+    // `kvmalloc()` refuses larger arrays.
     const MOST: usize = i32::MAX as usize / size_of::<*mut bindings::page>();
     if pages > MOST {
         return Err(ENOMEM);
     }
-    // Not charged: it is gone before this returns, and the core warns when a memory cgroup is full.
+    // Not charged: it is freed before this function returns, and the core would warn if a charge
+    // failed because a memory cgroup is full.
     let mut array = KVVec::with_capacity(pages, GFP_KERNEL | __GFP_NOWARN)?;
     let pages_array = PageArray::get();
     for (pfn, pages) in runs {
@@ -60,14 +61,14 @@ pub(crate) unsafe fn map(
 ///
 /// # Safety
 ///
-/// `address` came from [`map`], is used no more, and is unmapped once.
+/// `address` came from [`map`], is not used any more, and is unmapped once.
 pub(crate) unsafe fn unmap(address: NonNull<c_void>) {
     // SAFETY: By the function's requirements.
     unsafe { ffi::pinbuf_vunmap(address.as_ptr()) };
 }
 
-/// The address of the frame `pfn` in the kernel's direct map, if it is in there: then physically
-/// adjacent frames follow it there too.
+/// The address of the frame `pfn` in the kernel's direct map, if it is mapped there. Frames that
+/// are physically adjacent are adjacent there too.
 ///
 /// # Safety
 ///

@@ -2,16 +2,18 @@
 
 //! Pinning the ranges of a call.
 //!
-//! Every page comes from GUP at an address of the caller's: what the mm core decides about a mapping
-//! (faults, userfaultfd, guard pages, poison, protection keys, seals, security modules) it decides
-//! here too. GUP runs without any lock of ours, and other threads of the caller may map and unmap as
-//! they like meanwhile. The buffer consists of what was pinned: each page was mapped, writable, at
-//! its address at the moment of its pin. Nothing is concluded from a VMA.
+//! Every page comes from GUP at an address of the caller, so everything that the mm core enforces
+//! for a mapping (page faults, userfaultfd, guard pages, poison, protection keys, seals, security
+//! modules) applies here too. GUP runs without any lock of the driver, and other threads of the
+//! caller may map and unmap memory meanwhile. The buffer consists of the pages that were pinned:
+//! each was mapped, writable, at its address at the moment of its pin. Nothing is concluded from a
+//! VMA.
 //!
-//! Of what GUP pins, the driver takes anonymous memory, shmem and hugetlb.
+//! Of the pages that GUP pins, the driver accepts anonymous memory, shmem and hugetlb.
 //!
-//! * [`retry`]: when GUP is asked again, and what its errors become; [`turn`]: by whom first;
-//! * [`held`]: the pins that a buffer holds, and dropping them;
+//! * [`retry`]: when GUP is called again, and how its errors are translated; [`turn`]: which caller
+//!   retries first;
+//! * [`held`]: the pins that a buffer holds, and their release;
 //! * [`rest`]: the memory that is kept in place besides the buffer's pages.
 
 pub(crate) mod held;
@@ -42,19 +44,20 @@ use kernel::{
 use rest::Rest;
 use retry::Patience;
 
-/// The most pages of one call of GUP: pointers for one page of memory, and 2 MiB of address space,
-/// which GUP's fast path walks with interrupts disabled.
+/// The maximum number of pages per call of GUP: their pointers fill one page of memory, and they
+/// span 2 MiB of address space, which GUP's fast path walks with interrupts disabled.
 const BATCH: usize = 512;
 
-/// What a call of GUP costs besides the pages, in pages.
+/// The fixed cost of a call of GUP, as a number of pages.
 const A_CALL: usize = 32;
 
-/// A pin of a small folio takes 1,024 of its references, of which there are 2^31: GUP warns in the
-/// log when they run out. Half of them are left to others.
+/// The maximum reference count of a folio that is accepted. A pin of a small folio adds 1,024 to
+/// the reference count, and GUP warns in the log when it reaches 2^31. Half of that is left to
+/// others.
 const MOST_REFERENCES: i32 = 1 << 30;
 
-/// Pins `pages` pages, which are those of `parts`, and holds the memory that this keeps in place
-/// against `charge`. Returns the pins, and how many pages are kept in place besides.
+/// Pins the `pages` pages of `parts`, and adds the memory that they keep in place besides to
+/// `charge`. Returns the pins, and the number of pages that are kept in place besides.
 pub(crate) fn pin(
     mm: &CurrentMm<'_>,
     pages: usize,
@@ -85,24 +88,25 @@ pub(crate) fn pin(
     Ok((pinner.held, rest))
 }
 
-/// Pins part after part.
+/// The state of a call that pins part after part.
 struct Pinner<'a> {
     mm: &'a CurrentMm<'a>,
     held: Held,
     rest: Rest,
     charge: &'a mut Charge,
     patience: Patience,
-    /// What the last call of GUP pinned.
+    /// The pages that the last call of GUP pinned.
     batch: KVec<PagePin>,
-    /// Whether hugetlb is expected next, which is pinned with one page a folio: the last page was
-    /// hugetlb's, or there was none yet.
+    /// Whether hugetlb, which needs one pin per folio, is expected next: the last page belonged to
+    /// hugetlb, or no page was pinned yet.
     hugetlb: bool,
-    /// Pages pinned since the last [`sched::breathe`], where each call of GUP counts as [`A_CALL`].
+    /// The number of pages pinned since the last [`sched::breathe`], plus [`A_CALL`] for each call
+    /// of GUP.
     work: usize,
     array: PageArray,
 }
 
-/// The file that is expected to be mapped, and the page of it.
+/// The file that is expected to be mapped, and the index of the expected page.
 type Backing<'a> = Option<(FileMapping<'a>, usize)>;
 
 impl Pinner<'_> {
@@ -124,9 +128,9 @@ impl Pinner<'_> {
         Ok(())
     }
 
-    /// Takes over the pages of the batch, which begins at `addr`, up to the first that has to be
-    /// pinned in another way; drops the others. Returns how many of the part's `left` pages they
-    /// are, at least one.
+    /// Moves the pages of the batch, which begins at `addr`, to the buffer, up to the first page
+    /// that has to be pinned in another way, and unpins the others. Returns the number of pages
+    /// moved, of the `left` pages of the part; at least one.
     fn take_batch(&mut self, addr: usize, left: usize, backing: Backing<'_>) -> Result<usize> {
         let array = self.array;
         let mut done = 0;
@@ -139,7 +143,7 @@ impl Pinner<'_> {
             }
             if let Some((file, page)) = backing {
                 let place = if large { folio.place_of(&pin) } else { 0 };
-                // No file has that many pages: this does not wrap.
+                // `check_backings` bounds this sum, so it does not wrap.
                 if !folio.is_of(file, page.wrapping_add(done), place) {
                     return Err(EAGAIN);
                 }
@@ -156,7 +160,7 @@ impl Pinner<'_> {
                         Err(pin) => pin,
                     };
                 } else if folio.is_hugetlb() {
-                    // A pin for each page of it is too many: it begins the next batch.
+                    // A hugetlb folio needs one pin, not one per page: it begins the next batch.
                     self.hugetlb = true;
                     break;
                 }
@@ -170,13 +174,14 @@ impl Pinner<'_> {
             self.held.push_page(pin, array)?;
             done += 1;
         }
-        // Before the next call of GUP, which may wait for as long as the caller wants.
+        // Charged before the next call of GUP, in which the caller can wait for any length of time.
         self.rest.catch_up(self.charge)?;
         Ok(done)
     }
 }
 
-/// The file of the last descriptor that was asked for: callers mostly name one for all ranges.
+/// The file of the last descriptor that was looked up: most callers name the same one for all
+/// ranges.
 struct Files(Option<(i32, ARef<LocalFile>)>);
 
 impl Files {

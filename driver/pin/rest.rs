@@ -2,13 +2,13 @@
 
 //! Memory that a buffer keeps in place besides its own pages.
 //!
-//! A pinned page keeps its whole folio: one page of 4 KiB in a transparent huge page keeps 2 MiB, also
-//! after the process has unmapped it. So each large folio counts as a whole, once, however
-//! its pages lie in the buffer. hugetlb does not count here: its pool bounds it, and what it gives to
-//! a process is whole huge pages anyway.
+//! A pinned page keeps its whole folio in place: one 4 KiB page of a transparent huge page keeps
+//! 2 MiB, also after the process has unmapped it. So each large folio counts once and as a whole,
+//! in whatever order its pages are in the buffer. hugetlb does not count here: its pool bounds it,
+//! and processes get it only in whole huge pages anyway.
 //!
-//! What is counted is held against the charge as it comes, and not in the end: a call can be made to
-//! wait in GUP for as long as its caller wants, with all that it has pinned before.
+//! This memory is charged during the call, and not at its end: a caller can make a call wait in GUP
+//! for any length of time, with everything that the call has pinned before.
 
 use crate::{
     charge::Charge,
@@ -19,22 +19,22 @@ use kernel::{
     rbtree::RBTree, //
 };
 
-/// Pages in a row that are in one large folio.
+/// Consecutive pages of the buffer that are in one large folio.
 #[derive(Clone, Copy)]
 struct Row {
     /// The folio's [`Folio::id`].
     folio: usize,
-    /// The pages that the folio has.
+    /// The number of pages of the folio.
     of: usize,
-    /// The pages in a row.
+    /// The number of consecutive pages.
     pages: usize,
 }
 
-/// Counts the pages that large folios have besides those that are in the buffer.
+/// Counts the pages of large folios that are not in the buffer.
 pub(super) struct Rest {
-    /// Pages of the buffer, by the folio that they are in, without `row`.
+    /// The number of pages in the buffer, for each large folio, without those of `row`.
     folios: RBTree<usize, usize>,
-    /// The last pages that were counted.
+    /// The last pages that were counted, which are not in `folios` yet.
     row: Option<Row>,
     pages: usize,
 }
@@ -86,7 +86,7 @@ impl Rest {
         charge.hold_besides(self.pages)
     }
 
-    /// Sees to it that all that was counted is charged.
+    /// Charges everything that was counted.
     #[inline]
     pub(super) fn catch_up(&mut self, charge: &mut Charge) -> Result {
         match self.row.take() {
@@ -95,7 +95,7 @@ impl Rest {
         }
     }
 
-    /// The pages in the end, for which the charge has been settled.
+    /// Charges the exact number of pages, and returns it.
     pub(super) fn finish(mut self, charge: &mut Charge) -> Result<usize> {
         self.catch_up(charge)?;
         charge.settle(self.pages);

@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! When to ask GUP again, and what its errors become.
+//! When to call GUP again, and how its errors are translated.
 //!
 //! GUP migrates pages out of `ZONE_MOVABLE` and CMA before it pins them for the long term. That
-//! fails while somebody else holds a reference to one: for a moment (direct I/O, a pipe, another
-//! create of the same pages) or for longer. GUP gives up at the first such failure, with the same
-//! `ENOMEM` that it gives when there is no memory.
+//! fails while another user holds a reference to one of them: for a moment (direct I/O, a pipe,
+//! another create of the same pages) or for longer. GUP gives up at the first such failure, with
+//! the same `ENOMEM` that it returns when it is out of memory.
 //!
-//! So the driver tries again, up to `pin_retries` times for the same pages and [`IN_ALL`] times that
-//! in one call, with pauses that double from a millisecond on. A call thus pauses for at most
-//! `IN_ALL * (2^pin_retries - 1)` ms: 4.1 s by default.
+//! So the driver retries, up to `pin_retries` times for the same pages and up to [`IN_ALL`] times
+//! that number in one call, with pauses that start at one millisecond and double. A call thus
+//! pauses for at most `IN_ALL * (2^pin_retries - 1)` ms: 4.1 s by default.
 //!
-//! Several callers that want the same pages are each other's passing references: each pins all pages of
-//! its batch before it migrates some. So a pause is shortened at random, to as little as half, a retry
-//! asks for an eighth of the pages (after a success, a call asks for twice as many again), and retries
-//! but the last are left to one caller at a time ([`super::turn`]).
+//! Several callers that pin the same pages hold such references for each other: each pins all pages
+//! of its batch before it migrates some. So each pause is shortened at random, to as little as
+//! half; each retry asks for an eighth of the pages, and after a success the number doubles again;
+//! and all retries but the last are made by one caller at a time ([`super::turn`]).
 //!
-//! When the retries are used up, pages that can be pinned where they are were not to be moved
-//! (`EBUSY`), and otherwise there is no memory (`ENOMEM`).
+//! After the last retry, the driver tries to pin the pages where they are, for a moment. If that
+//! succeeds, they could not be migrated (`EBUSY`); otherwise the kernel is out of memory
+//! (`ENOMEM`).
 
 use super::turn::Turn;
 use crate::{
@@ -37,24 +38,25 @@ use kernel::{
     prelude::*, //
 };
 
-/// In one call, this many times `pin_retries` retries.
+/// The maximum number of retries in one call, as a multiple of `pin_retries`.
 const IN_ALL: u32 = 4;
 
 /// The retries of a call.
 pub(super) struct Patience {
-    /// For the same pages.
+    /// The maximum number for the same pages.
     each: u32,
-    /// That the call still has.
+    /// The number that the call has left.
     left: u32,
-    /// The most pages to ask for.
+    /// The maximum number of pages to ask for.
     most: usize,
     turn: Option<Turn>,
-    /// Pages to pin alone before many are asked for again, and how many these were last.
+    /// The number of pages to pin one by one before a batch is tried again, and the initial value
+    /// of this number the last time.
     alone: usize,
     row: usize,
 }
 
-/// The most pages that are pinned alone in a row.
+/// The maximum number of pages that are pinned one by one before a batch is tried again.
 const ROW: usize = 16;
 
 impl Patience {
@@ -71,8 +73,8 @@ impl Patience {
         }
     }
 
-    /// Pins up to `max` pages from the address `addr` on for the long term, at least one, and tries
-    /// again where that may help. Errors are those of `PINBUF_CREATE`.
+    /// Pins at least one and up to `max` pages from the address `addr` on for the long term, and
+    /// retries where that may help. The errors are those of `PINBUF_CREATE`.
     pub(super) fn pin(
         &mut self,
         mm: &CurrentMm<'_>,
@@ -114,14 +116,15 @@ impl Patience {
         }
     }
 
-    /// Pins what is there, or else one page that is not.
+    /// Pins the pages that are present; if the first is not, faults it in and pins it alone.
     ///
-    /// GUP can be made to wait in a fault for ever, with all that it has pinned before in the same
-    /// call. So it faults in one page at a time: what a call holds while it waits has been counted. And
-    /// where something else is mapped than the caller believes, no more than that is faulted in before the
-    /// page is compared with the file that was expected.
-    /// Where pages are not there, more and more of them, up to [`ROW`], are pinned alone before it is
-    /// tried again whether many are.
+    /// A caller can make GUP wait in a page fault forever, with all pages that the same call of GUP
+    /// has pinned before. So pages are faulted in one at a time: everything that the ioctl holds
+    /// while it waits has been charged. And if something else is mapped than the caller expects,
+    /// only one page of it is faulted in before that page is compared with the expected file.
+    ///
+    /// Where pages are not present, an increasing number of them, up to [`ROW`], is pinned one by
+    /// one before a batch is tried again.
     fn pin_once(
         &mut self,
         mm: &CurrentMm<'_>,
@@ -146,13 +149,13 @@ impl Patience {
     }
 }
 
-/// What an error of GUP's becomes; `None` if it may pass.
+/// Translates an error of GUP; `None` if the failure may be transient.
 fn final_error(error: Error) -> Option<Error> {
     match error {
         code::ENOMEM | code::EAGAIN | code::EBUSY => None,
         code::EINTR => Some(EINTR),
-        // Not mapped, not writable, of a kind that is not pinned for long (a file on disk, a
-        // device's memory, DAX), poisoned, or its backing store is exhausted.
+        // The memory is not mapped, not writable, of a kind that is not pinned for the long term (a
+        // file on disk, memory of a device, DAX) or poisoned, or its backing store is exhausted.
         _ => Some(EFAULT),
     }
 }

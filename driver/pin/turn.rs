@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Callers that want the same movable pages go one after the other.
+//! Lets callers that pin the same movable pages retry one after the other.
 //!
-//! GUP pins all pages that it is asked for before it migrates some of them, so two callers that want the
-//! same pages are in each other's way, and several may be so for minutes. Hence a caller that has failed
-//! takes the turn, if nobody has it, and those without it leave out retries while it is taken.
+//! GUP pins all pages of a call before it migrates some of them. So two callers that pin the same
+//! pages make each other's migration fail, and several callers may do so for minutes. Therefore a
+//! caller that has failed takes the turn, if it is free, and callers without the turn skip retries
+//! while it is taken.
 //!
-//! This is no lock: nobody waits for it longer than for its own retries, as the caller that has it may
-//! be kept waiting in a page fault by its user for ever. A turn ends after [`MOST`] in any case.
+//! This is not a lock: no caller waits for the turn longer than its own retries take, because the
+//! user of the caller that has the turn can make it wait in a page fault forever. A turn ends after
+//! [`MOST`] in any case.
 
 use kernel::{
     bindings,
@@ -17,17 +19,17 @@ use kernel::{
     }, //
 };
 
-/// Nanoseconds after which a turn is over.
+/// The maximum duration of a turn, in nanoseconds.
 const MOST: i64 = 1_000_000_000;
 
-/// When the turn was taken, or 0.
+/// The time when the turn was taken, or 0 if it is free.
 static TAKEN: Atomic<i64> = Atomic::new(0);
 
-/// The turn, until the value is dropped.
+/// The turn, which ends when the value is dropped.
 pub(super) struct Turn(i64);
 
 impl Turn {
-    /// Takes the turn, if nobody has it.
+    /// Takes the turn, if it is free or the last one is over.
     pub(super) fn take() -> Option<Self> {
         let last = TAKEN.load(Relaxed);
         let now = now();
@@ -41,12 +43,12 @@ impl Turn {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        // Another caller has it by now if it was over.
+        // Fails if this turn was over and another caller has taken the next one.
         let _ = TAKEN.cmpxchg(self.0, 0, Relaxed);
     }
 }
 
-/// The time since the boot, nanoseconds, not zero.
+/// The time since boot in nanoseconds, never zero.
 fn now() -> i64 {
     // SAFETY: Always allowed.
     unsafe { bindings::ktime_get() }.max(1)
