@@ -2,8 +2,8 @@
 /*
  * pinbuf: dma-bufs of a process's own memory.
  *
- * Install as <linux/pinbuf.h>.  The Rust twin of this file is uapi/src/lib.rs;
- * a test compares the two, field by field.
+ * Install as <linux/pinbuf.h>.  uapi/src/contract.rs declares the same for
+ * Rust; a test compares the two, field by field.
  */
 #ifndef _UAPI_LINUX_PINBUF_H
 #define _UAPI_LINUX_PINBUF_H
@@ -12,22 +12,23 @@
 #include <linux/types.h>
 
 /*
- * The device is /dev/pinbuf.  Opening it, for reading or for writing, gives no
- * state: every call acts on its caller, whoever opened the descriptor.
+ * The device is /dev/pinbuf.  Opening it, for reading or for writing, creates
+ * no state: every call acts on its caller, whichever process opened the
+ * descriptor.
  *
- * Every struct begins with its own size in bytes, as its caller knows it, and
- * grows only at its end.  The kernel accepts shorter structs than its own
- * (missing fields read as zero) down to the size of version 1, and longer ones
- * when the tail that it does not know is zero.  All have the same layout for
- * 32-bit and 64-bit callers.
+ * The struct of each call begins with its own size in bytes, as the caller
+ * knows it, and grows only at its end.  The kernel accepts shorter structs than
+ * its own (missing fields read as zero) down to the size of version 1, and
+ * longer ones if the tail that it does not know is zero.  All structs have the
+ * same layout for 32-bit and 64-bit callers.
  *
- * Errors that every call shares:
+ * Errors that all calls share:
  *   EFAULT  the struct, or memory that it points to, cannot be read or written
- *   EINVAL  size is smaller than version 1's; a reserved field is not zero;
- *           a flag is not known
- *   E2BIG   the struct is longer than the kernel's and the tail is not zero, or
+ *   EINVAL  the size is smaller than that of version 1; a reserved field is not
+ *           zero; a flag is unknown
+ *   E2BIG   the struct is longer than the kernel's and its tail is not zero, or
  *           it is longer than a page
- *   ENOTTY  the command is not known
+ *   ENOTTY  the command is unknown
  */
 
 /* The version of this interface; PINBUF_QUERY returns the kernel's. */
@@ -41,7 +42,8 @@
  * @addr: first byte; a multiple of the page size
  * @len:  length in bytes; a multiple of the page size, not zero
  *
- * The layout of a 64-bit struct iovec: one can be passed as it is.
+ * This is the layout of a 64-bit struct iovec: an array of these can be passed
+ * unchanged.
  */
 struct pinbuf_range {
 	__u64 addr;
@@ -52,7 +54,7 @@ struct pinbuf_range {
  * struct pinbuf_backing - the part of a file that a range is expected to map
  * @fd:       a descriptor of the file (memfd, tmpfs or hugetlbfs)
  * @reserved: zero
- * @offset:   the byte of the file that is the range's first; a multiple of the
+ * @offset:   the offset in the file that the range begins at; a multiple of the
  *            page size
  */
 struct pinbuf_backing {
@@ -61,88 +63,94 @@ struct pinbuf_backing {
 	__u64 offset;
 };
 
-/* The dma-buf's descriptor is closed on execve(). */
+/* The descriptor of the dma-buf is closed on execve(). */
 #define PINBUF_CREATE_CLOEXEC		(1U << 0)
 /*
- * @backing says, range by range, which file and offset the caller believes to
- * be mapped.  The kernel compares that with the pages that it pinned and
- * answers EAGAIN when one of them is another's: the mapping changed meanwhile.
+ * @backing names, for each range, the file and the offset that the caller
+ * expects to be mapped.  The kernel compares each page that it pinned with
+ * these, and returns EAGAIN if a page is a different one: the mapping has
+ * changed.
  */
 #define PINBUF_CREATE_CHECK_BACKING	(1U << 1)
 /*
- * Bit 2 is reserved for notices of discards under a live buffer.  Bit 3 was used
- * by a development version and stays unused.
+ * Bit 2 is reserved for notifications of discards under a live buffer.  Bit 3
+ * was used by a development version and stays unused.
  */
 #define PINBUF_CREATE_FLAGS \
 	(PINBUF_CREATE_CLOEXEC | PINBUF_CREATE_CHECK_BACKING)
 
 /**
- * struct pinbuf_create - pin ranges and make them one dma-buf
+ * struct pinbuf_create - pin ranges and export them as one dma-buf
  * @size:     sizeof(struct pinbuf_create)
  * @flags:    PINBUF_CREATE_*
- * @ranges:   address of @count struct pinbuf_range, in the buffer's order
- * @count:    ranges, 1 to PINBUF_MAX_RANGES
+ * @ranges:   address of an array of @count struct pinbuf_range, in the order of
+ *            the buffer
+ * @count:    number of ranges, 1 to PINBUF_MAX_RANGES
  * @reserved: zero
- * @backing:  address of @count struct pinbuf_backing with
- *            PINBUF_CREATE_CHECK_BACKING, else zero
+ * @backing:  with PINBUF_CREATE_CHECK_BACKING, address of an array of @count
+ *            struct pinbuf_backing; otherwise zero
  *
- * Returns a dma-buf's descriptor, opened O_RDWR.  The buffer holds the pages
- * that the ranges mapped during the call; ranges may repeat and overlap.  It
- * stays with these pages until its last user is gone: after munmap(), a hole
- * punched into the file or MADV_DONTNEED the process sees other pages there,
- * the buffer does not.  A process that forks should give private memory
- * MADV_DONTFORK while a buffer of it lives.
+ * Returns the descriptor of a dma-buf, opened O_RDWR.  The buffer holds the
+ * pages that the ranges mapped during the call; ranges may repeat and overlap.
+ * It keeps these pages until its last user is gone: after munmap(),
+ * MADV_DONTNEED or a hole punched into the file, the process sees other pages
+ * there, and the buffer does not.  A process that forks should apply
+ * MADV_DONTFORK to private memory while a buffer of it exists.
  *
- * A buffer consists of anonymous memory, shmem (memfd, tmpfs, System V) and
- * hugetlb.  Each page is faulted in as if the process wrote to it, so a page
- * that a userfaultfd has to provide is waited for.  SIGKILL ends the wait, and
- * so does any signal without a handler that would end the process, unless one
- * with a handler is pending: that does not end the wait.  A thread must not
- * create a buffer of memory whose userfaults it alone resolves: it would wait
- * for itself until it is killed.
+ * A buffer can consist of anonymous memory, shmem (memfd, tmpfs, System V) and
+ * hugetlb.  Each page is faulted in as if the process wrote to it, so the call
+ * waits for pages that a userfaultfd has yet to provide.  SIGKILL ends the
+ * wait, and so does any signal without a handler that would terminate the
+ * process, unless a signal with a handler is pending, which does not end the
+ * wait.  A thread must not create a buffer of memory whose userfaults it alone
+ * resolves: it would wait for itself until it is killed.
  *
  * The pages are charged to the caller's user under RLIMIT_MEMLOCK, whichever
- * process they are released in, and shown as VmPin in /proc/PID/status.  In a
- * user namespace, all buffers that belong to one user of the host count
- * together; of a container that root made, all that belong to its root user.  A
- * process with CAP_IPC_LOCK has no limit.
+ * process releases them, and are included in VmPin of /proc/PID/status.  In a
+ * user namespace, all buffers count together: as those of the host user that
+ * created the namespace, or, if root created it, as those of the namespace's
+ * root user.  A process with CAP_IPC_LOCK has no limit.
  *
- * All or nothing: after an error no page is pinned or charged and no
+ * All or nothing: after an error, no page is pinned or charged and no
  * descriptor is open.
  *
- *   EINVAL     no range or too many; a range that is empty, or whose address or
- *              length is no multiple of the page size; a backing whose offset is
- *              no multiple of it, or that ends beyond 2^63
- *   EOVERFLOW  the end of a range does not fit into 64 bits, or the sum of the
- *              lengths not into 63
- *   EFAULT     (of a range) not mapped, or beyond what can be mapped, not
- *              writable, of another kind than those above (a file on disk mapped
- *              shared, memory of a device or of a driver, memfd_secret), broken,
- *              or its backing store is exhausted (a hugetlb pool, a full tmpfs).
- *              Map it, or free some.
- *   ENOMEM     over the memlock limit and over the allowance (PINBUF_QUERY), out
- *              of memory, larger than the machine's memory, or a page that is
- *              pinned a million times already.  Raise `ulimit -l`.
- *   EBUSY      pages lie where nothing may stay pinned (ZONE_MOVABLE, CMA) and
- *              could not be migrated, also after retries.  Try again later.
+ *   EINVAL     there is no range, or there are too many; a range is empty, or
+ *              its address or length is not a multiple of the page size; the
+ *              offset of a backing is not a multiple of the page size, or its
+ *              end does not fit into 63 bits
+ *   EOVERFLOW  the end of a range or of a backing does not fit into 64 bits, or
+ *              the sum of the lengths does not fit into 63
+ *   EFAULT     a range is not mapped, beyond what can be mapped, not writable,
+ *              broken, or of a kind other than those above (a file on disk
+ *              mapped shared, memory of a device or of a driver, memfd_secret);
+ *              or its backing store is exhausted (a hugetlb pool, a full
+ *              tmpfs).  Map the range, or free memory of that kind.
+ *   ENOMEM     the buffer exceeds both RLIMIT_MEMLOCK and the allowance
+ *              (PINBUF_QUERY), or is larger than the machine's memory; memory
+ *              is exhausted; or a page is pinned a million times already.
+ *              Raise `ulimit -l`.
+ *   EBUSY      pages are in memory where nothing may stay pinned (ZONE_MOVABLE,
+ *              CMA) and could not be migrated, also after retries.  Try again
+ *              later.
  *   EINTR      a fatal signal arrived
- *   EAGAIN     PINBUF_CREATE_CHECK_BACKING: a page is not the one named
+ *   EAGAIN     PINBUF_CREATE_CHECK_BACKING: a page is not that of its backing
  *   EBADF      PINBUF_CREATE_CHECK_BACKING: a descriptor is not open
  *   EMFILE, ENFILE  no descriptor is free
  *   ENODEV     the module is being unloaded
  *
- * Importers of the dma-buf see, besides their own errors:
+ * Importers of the dma-buf get, besides their own errors:
  *
- *   EBUSY      a mapping that its device may write to, and that needs bounce
- *              buffers, cannot be beside another one that a device may write to
+ *   EBUSY      the device may write to the mapping, and bounce buffers are
+ *              needed for it or for another mapping that a device may write to
  *   EHWPOISON  memory of the buffer was found broken
- *   EINVAL     the device takes no whole page in one piece
+ *   EINVAL     the device does not accept a whole page in one segment
  *
  * A mapping that needs bounce buffers and that its device only reads shows what
  * the CPU writes (between DMA_BUF_IOCTL_SYNC calls), and not what other devices
- * write after it was made.  Beside a mapping that needs bounce buffers and that
- * its device writes to, what the CPU writes is safe after the call that ends the
- * access; other accesses, or the end of that mapping, may undo it before.
+ * write after the mapping was made.  While a mapping exists that needs bounce
+ * buffers and that its device writes to, what the CPU writes is safe after the
+ * call that ends the access; before that call, other accesses, or the end of
+ * that mapping, may overwrite it.
  */
 struct pinbuf_create {
 	__u32 size;
@@ -153,12 +161,12 @@ struct pinbuf_create {
 	__u64 backing;
 };
 
-/* Buffers map for the CPU with huge page-table entries where they fit. */
+/* Mappings for the CPU use huge page-table entries where they fit. */
 #define PINBUF_FEATURE_HUGE_MMAP	(1ULL << 0)
-/* PINBUF_CREATE_CHECK_BACKING is known. */
+/* PINBUF_CREATE_CHECK_BACKING is supported. */
 #define PINBUF_FEATURE_CHECK_BACKING	(1ULL << 1)
 /* Bit 2 was used by a development version and stays unused. */
-/* PINBUF_DISCARDS is known, and PINBUF_INFO fills in what it says of discards. */
+/* PINBUF_DISCARDS and the fields of PINBUF_INFO for discards are supported. */
 #define PINBUF_FEATURE_DISCARDS		(1ULL << 3)
 
 /*
@@ -170,19 +178,21 @@ struct pinbuf_create {
 #define PINBUF_CHARGE_NONE	3	/* nothing: CAP_IPC_LOCK */
 
 /**
- * struct pinbuf_query - what this kernel's pinbuf can do
+ * struct pinbuf_query - version, features and limits of this kernel's pinbuf
  * @size:            in: sizeof(struct pinbuf_query); out: the kernel's own size
  * @version:         PINBUF_VERSION
  * @features:        PINBUF_FEATURE_*
- * @create_flags:    the PINBUF_CREATE_* that are known
+ * @create_flags:    the PINBUF_CREATE_* that are supported
  * @max_ranges:      the maximum number of ranges per call
- * @page_size:       bytes; what addresses and lengths must be multiples of
+ * @page_size:       in bytes; addresses and lengths must be multiples of it
  * @charge_mode:     PINBUF_CHARGE_USER: how the limit is applied
- * @memlock_bytes:   the caller's RLIMIT_MEMLOCK; all ones: no limit, or the
- *                   caller has CAP_IPC_LOCK
- * @allowance_bytes: what a user may pin beyond it
- * @allowance_used:  of that, the caller's user's share in live buffers, bytes
- * @allowance_system: the same for all users together, at most, bytes
+ * @reserved:        zero
+ * @memlock_bytes:   the caller's RLIMIT_MEMLOCK; all ones: it is unlimited, or
+ *                   the caller has CAP_IPC_LOCK
+ * @allowance_bytes: the amount that a user may keep in place beyond it
+ * @allowance_used:  the part of it that live buffers of the caller's user use,
+ *                   in bytes
+ * @allowance_system: the maximum amount for all users together, in bytes
  */
 struct pinbuf_query {
 	__u32 size;
@@ -203,30 +213,32 @@ struct pinbuf_query {
  * struct pinbuf_info - one of pinbuf's dma-bufs
  * @size:         in: sizeof(struct pinbuf_info); out: the kernel's own size
  * @fd:           in: the dma-buf's descriptor
- * @bytes:        the buffer's size
+ * @bytes:        the size of the buffer
  * @pages:        the same in pages
- * @extents:      runs of physically adjacent pages that it consists of
- * @pins:         page or folio references that it holds
- * @kernel_bytes: kernel memory kept for its extents
- * @charged_pages: pages charged; more than @pages where an allowance is charged
- *                for the whole of large folios, or for a buffer of few pages
- * @charge:       PINBUF_CHARGE_*: to what
- * @mappings:     devices' mappings that live now
- * @state:        PINBUF_STATE_*: which kinds of parts there are
- * @held_bytes:   memory that the buffer keeps in place: its pages (each as often
- *                as it is there), and the rest of the large folios that they are
- *                in.  One page of a transparent huge page keeps all of it.  Of
- *                hugetlb, the pages alone: its pool is bounded already
- * @discarded_bytes: of @bytes, those that the memory's owner does not see any
- *                more
- * @unsure_bytes: of @bytes, those whose state is unknown
+ * @extents:      number of runs of physically adjacent pages in the buffer
+ * @pins:         number of pins of pages or folios that the buffer holds
+ * @kernel_bytes: kernel memory that the list of extents takes
+ * @charged_pages: number of pages charged; more than @pages if an allowance is
+ *                charged for whole large folios, or for a buffer of few pages
+ * @charge:       PINBUF_CHARGE_*: what the pages are charged to
+ * @mappings:     number of mappings of devices that exist
+ * @state:        PINBUF_STATE_*: the states of its parts
+ * @held_bytes:   memory that the buffer keeps in place: its pages (each as
+ *                often as the buffer contains it), and the rest of the large
+ *                folios that contain them.  One page of a transparent huge page
+ *                keeps all of it.  Of hugetlb, only the pages count, because
+ *                its pool is bounded already
+ * @discarded_bytes: the number of bytes that the memory's owner does not see
+ *                any more
+ * @unsure_bytes: the number of bytes whose state is unknown
  *
- * PINBUF_DISCARDS says where they are.  Without PINBUF_FEATURE_DISCARDS, @state
- * and these two say nothing, and must be zero in the call.  The time that the call
- * takes grows with the number of pages, or of huge pages.
+ * PINBUF_DISCARDS lists these parts.  Without PINBUF_FEATURE_DISCARDS, @state,
+ * @discarded_bytes and @unsure_bytes have no meaning, and must be zero in the
+ * call.  The time that the call takes grows with the number of pages, or of
+ * huge pages.
  *
  *   EBADF   @fd is not open
- *   EINVAL  @fd is no dma-buf of pinbuf's
+ *   EINVAL  @fd is not a dma-buf of pinbuf
  *   EINTR   a fatal signal arrived
  */
 struct pinbuf_info {
@@ -269,42 +281,46 @@ struct pinbuf_discard {
 };
 
 /**
- * struct pinbuf_discards - parts of a buffer that its memory's owner may not see
+ * struct pinbuf_discards - parts of a buffer that the owner may not see any
+ * more
  * @size:     in: sizeof(struct pinbuf_discards); out: the kernel's own size
  * @fd:       in: the dma-buf's descriptor
  * @offset:   in: the first byte to check, a multiple of the page size; out: the
- *            byte behind the last that was checked
+ *            byte after the last one that was checked
  * @list:     address of an array of struct pinbuf_discard
- * @count:    in: elements for which @list has room; out: those filled in
+ * @count:    in: capacity of @list, in elements; out: number of elements that
+ *            were filled in
  * @reserved: zero
  *
- * Lists the parts of the buffer, from @offset on and in its order, that the
- * memory's owner does not see any more or may not see.  When @list is full the
- * call returns, and @offset is where the next call goes on; it is the buffer's
- * size when nothing is left.  With a @count of zero, @offset becomes the first
- * byte of the first such part.
+ * Lists the parts of the buffer, from @offset on and in the order of the
+ * buffer, that the memory's owner does not see any more or may not see.  When
+ * @list is full, the call returns, and @offset is where the next call
+ * continues; it is the size of the buffer when nothing is left.  With a @count
+ * of zero, @offset becomes the first byte of the first such part.
  *
  * Memory of files (memfd, tmpfs, System V, hugetlbfs, shared anonymous memory)
- * is seen while it is the file's, whether a process maps it or not.  A hole, a
- * truncation and the end of the file take pages away.  Private memory is seen
- * while a process maps it, at whatever address: munmap(), MADV_DONTNEED,
- * MADV_GUARD_INSTALL, a shrinking mremap(), another mapping in its place, execve()
- * and the end of the last process or device that has the address space take it
- * away, and the truncation of the file for copies of its pages.  A part of a
- * huge page that a hole or a truncation cuts is cleared and stays seen.
+ * is seen as long as it belongs to the file, whether a process maps it or not.
+ * A hole, truncation and the release of the file remove pages from it.  Private
+ * memory is seen as long as a process maps it, at whatever address.  munmap(),
+ * MADV_DONTNEED, MADV_GUARD_INSTALL, a shrinking mremap(), another mapping in
+ * its place, execve(), and the end of the last process or device that uses the
+ * address space remove it, and so does truncation of the file for private
+ * copies of its pages.  If a hole or a truncation cuts a huge page, the part
+ * that is cut off is cleared and stays seen.
  *
- * What the call reports as discarded stays so.  What it does not report may be
- * discarded by the time it returns.  PINBUF_STATE_UNSURE is reported of parts of
- * transparent huge pages on a kernel without CONFIG_PAGE_MAPCOUNT.  Memory that
- * the kernel found broken, whose owner gets SIGBUS, may be reported or not.
+ * Parts that the call reports as discarded stay discarded.  Other parts may be
+ * discarded by the time it returns.  PINBUF_STATE_UNSURE is reported for parts
+ * of transparent huge pages on a kernel without CONFIG_PAGE_MAPCOUNT.  Memory
+ * that the kernel found broken, whose owner gets SIGBUS, may be reported or
+ * not.
  *
- * The time that the call takes grows with the number of pages, or of huge pages;
- * a call whose @list is full checks up to the end of the next such part.  After
- * EFAULT and EINTR, @list may have been written to, @offset and @count are as
- * before.
+ * The time that the call takes grows with the number of pages, or of huge
+ * pages; a call whose @list is full checks up to the end of the next such part.
+ * After EFAULT and EINTR, @list may have been written to; @offset and @count
+ * are unchanged.
  *
  *   EBADF   @fd is not open
- *   EINVAL  @fd is no dma-buf of pinbuf's; @offset is beyond its end, or no
+ *   EINVAL  @fd is not a dma-buf of pinbuf; @offset is beyond its end, or not a
  *           multiple of the page size
  *   EFAULT  @list cannot be written
  *   EINTR   a fatal signal arrived
@@ -318,7 +334,7 @@ struct pinbuf_discards {
 	__u32 reserved;
 };
 
-/* 'u' 50-5F: behind udmabuf's 'u' 40-4F, free in ioctl-number.rst. */
+/* 'u' 50-5F follows udmabuf's 'u' 40-4F, and is free in ioctl-number.rst. */
 #define PINBUF_IOC_TYPE	'u'
 #define PINBUF_CREATE	_IOW(PINBUF_IOC_TYPE, 0x50, struct pinbuf_create)
 #define PINBUF_QUERY	_IOWR(PINBUF_IOC_TYPE, 0x51, struct pinbuf_query)

@@ -2,11 +2,13 @@
 
 //! The contract between pinbuf's kernel module and user space.
 //!
-//! The Rust twin of `uapi/pinbuf.h`, where each call, field and error is described; the test
-//! `tests/host/tests/uapi_layout.rs` compares the two. The kernel module is compiled from this very file.
+//! Declares for Rust what `uapi/pinbuf.h` declares for C; the header describes each call, field and
+//! error. The test `tests/host/tests/uapi_layout.rs` compares the two. The kernel module is
+//! compiled from this file too.
 //!
-//! Every struct begins with its own size in bytes and has the same layout for 32-bit and 64-bit
-//! callers: only fixed-width fields, 64-bit ones at multiples of eight.
+//! The struct of each call begins with its own size in bytes. All structs have the same layout for
+//! 32-bit and 64-bit callers: they have only fixed-width fields, with 64-bit ones at multiples of
+//! eight.
 
 use core::mem::size_of;
 
@@ -34,22 +36,22 @@ pub struct Backing {
     pub fd: i32,
     /// Zero.
     pub reserved: u32,
-    /// The byte of the file that is the range's first; a multiple of the page size.
+    /// The offset in the file that the range begins at; a multiple of the page size.
     pub offset: u64,
 }
 
-/// The dma-buf's descriptor is closed on `execve`.
+/// The descriptor of the dma-buf is closed on `execve`.
 pub const CREATE_CLOEXEC: u32 = 1 << 0;
-/// Answer `EAGAIN` unless the pinned pages are those that [`Create::backing`] names.
+/// The call fails with `EAGAIN` unless the pinned pages are those that [`Create::backing`] names.
 pub const CREATE_CHECK_BACKING: u32 = 1 << 1;
-/// All flags of [`CREATE`] that this version knows. (Bit 2 is reserved for notices of discards. Bit 3
-/// was used by a development version and stays unused.)
+/// All flags of [`CREATE`] that this version supports. (Bit 2 is reserved for notifications of
+/// discards. Bit 3 was used by a development version and stays unused.)
 pub const CREATE_FLAGS: u32 = CREATE_CLOEXEC | CREATE_CHECK_BACKING;
 
-/// The argument of [`CREATE`]: pin ranges and make them one dma-buf.
+/// The argument of [`CREATE`]: the ranges to pin and to export as one dma-buf.
 ///
-/// The call waits for pages that a userfaultfd has to provide, until they come or it is killed. A thread that alone
-/// resolves these faults would wait for itself.
+/// The call waits for pages that a userfaultfd has yet to provide, until they arrive or the caller
+/// is killed. A thread that alone resolves these userfaults would wait for itself.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Create {
@@ -57,22 +59,22 @@ pub struct Create {
     pub size: u32,
     /// `CREATE_*`.
     pub flags: u32,
-    /// Address of `count` [`Range`]s, in the buffer's order.
+    /// Address of an array of `count` [`Range`]s, in the order of the buffer.
     pub ranges: u64,
-    /// Ranges, 1 to [`MAX_RANGES`].
+    /// Number of ranges, 1 to [`MAX_RANGES`].
     pub count: u32,
     /// Zero.
     pub reserved: u32,
-    /// Address of `count` [`Backing`]s with [`CREATE_CHECK_BACKING`], else zero.
+    /// With [`CREATE_CHECK_BACKING`], address of an array of `count` [`Backing`]s; otherwise zero.
     pub backing: u64,
 }
 
-/// Buffers map for the CPU with huge page-table entries where they fit.
+/// Mappings for the CPU use huge page-table entries where they fit.
 pub const FEATURE_HUGE_MMAP: u64 = 1 << 0;
-/// [`CREATE_CHECK_BACKING`] is known.
+/// [`CREATE_CHECK_BACKING`] is supported.
 pub const FEATURE_CHECK_BACKING: u64 = 1 << 1;
 // Feature bit 2 was used by a development version and stays unused.
-/// [`DISCARDS`] is known, and [`INFO`] fills in what it says of discards.
+/// [`DISCARDS`] and the fields of [`INFO`] about discards are supported.
 pub const FEATURE_DISCARDS: u64 = 1 << 3;
 
 /// Charged to the user's locked pages, under `RLIMIT_MEMLOCK`.
@@ -83,7 +85,7 @@ pub const CHARGE_ALLOWANCE: u32 = 2;
 /// Charged to nothing: beyond the limit, by `CAP_IPC_LOCK`.
 pub const CHARGE_NONE: u32 = 3;
 
-/// The argument of [`QUERY`]: what this kernel's pinbuf can do.
+/// The argument of [`QUERY`]: version, features and limits of this kernel's pinbuf.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Query {
@@ -93,23 +95,24 @@ pub struct Query {
     pub version: u32,
     /// `FEATURE_*`.
     pub features: u64,
-    /// The `CREATE_*` flags that are known.
+    /// The `CREATE_*` flags that are supported.
     pub create_flags: u64,
     /// The maximum number of ranges per call.
     pub max_ranges: u32,
-    /// Bytes; what addresses and lengths must be multiples of.
+    /// In bytes; addresses and lengths must be multiples of it.
     pub page_size: u32,
     /// [`CHARGE_USER`]: how the limit is applied.
     pub charge_mode: u32,
     /// Zero.
     pub reserved: u32,
-    /// The caller's `RLIMIT_MEMLOCK` in bytes; all ones: no limit, or `CAP_IPC_LOCK`.
+    /// The caller's `RLIMIT_MEMLOCK` in bytes; all ones: it is unlimited, or the caller has
+    /// `CAP_IPC_LOCK`.
     pub memlock_bytes: u64,
-    /// What a user may pin beyond it, bytes.
+    /// The amount that a user may keep in place beyond it, in bytes.
     pub allowance_bytes: u64,
-    /// Of that, the share of the caller's user in live buffers, bytes.
+    /// The part of it that live buffers of the caller's user use, in bytes.
     pub allowance_used: u64,
-    /// The same for all users together, at most, bytes.
+    /// The maximum amount for all users together, in bytes.
     pub allowance_system: u64,
 }
 
@@ -121,26 +124,26 @@ pub struct Info {
     pub size: u32,
     /// In: the dma-buf's descriptor.
     pub fd: i32,
-    /// The buffer's size in bytes.
+    /// The size of the buffer in bytes.
     pub bytes: u64,
     /// The same in pages.
     pub pages: u64,
-    /// Runs of physically adjacent pages that it consists of.
+    /// Number of runs of physically adjacent pages in the buffer.
     pub extents: u64,
-    /// Page or folio references that it holds.
+    /// Number of pins of pages or folios that the buffer holds.
     pub pins: u64,
-    /// Kernel memory kept for its extents, bytes.
+    /// Kernel memory that the list of extents takes, in bytes.
     pub kernel_bytes: u64,
-    /// Pages charged. Of an allowance, large folios are charged as a whole.
+    /// Number of pages charged. An allowance is charged for whole large folios.
     pub charged_pages: u64,
-    /// `CHARGE_*`: to what they are charged.
+    /// `CHARGE_*`: what they are charged to.
     pub charge: u32,
-    /// Devices' mappings that live now.
+    /// Number of mappings of devices that exist.
     pub mappings: u32,
-    /// `STATE_*`: which kinds of parts there are.
+    /// `STATE_*`: the states of the buffer's parts.
     pub state: u64,
-    /// Memory that the buffer keeps in place, bytes: its own, and the rest of the large folios that
-    /// its pages are in. Of hugetlb, the pages alone.
+    /// Memory that the buffer keeps in place, in bytes: its pages, and the rest of the large folios
+    /// that contain them. Of hugetlb, only the pages count.
     pub held_bytes: u64,
     /// Bytes that the memory's owner does not see any more: [`STATE_DISCARDED`].
     pub discarded_bytes: u64,
@@ -175,18 +178,18 @@ pub struct Discards {
     pub size: u32,
     /// In: the dma-buf's descriptor.
     pub fd: i32,
-    /// In: the first byte to check, a multiple of the page size. Out: the byte behind the last that
-    /// was checked; the buffer's size if nothing is left.
+    /// In: the first byte to check, a multiple of the page size. Out: the byte after the last one
+    /// that was checked; the size of the buffer if nothing is left.
     pub offset: u64,
-    /// Address of an array for [`Discard`]s.
+    /// Address of an array of [`Discard`]s.
     pub list: u64,
-    /// In: elements for which the array has room. Out: those that were filled in.
+    /// In: capacity of the array, in elements. Out: number of elements that were filled in.
     pub count: u32,
     /// Zero.
     pub reserved: u32,
 }
 
-/// The type byte of the ioctl numbers, behind udmabuf's `'u' 40-4F`.
+/// The type byte of the ioctl numbers, which follow udmabuf's `'u' 40-4F`.
 pub const IOC_TYPE: u32 = b'u' as u32;
 /// The number of [`CREATE`] within [`IOC_TYPE`].
 pub const NR_CREATE: u32 = 0x50;
@@ -207,11 +210,12 @@ const fn ioc(direction: u32, nr: u32, size: usize) -> u32 {
 
 /// Pins ranges and returns a dma-buf's descriptor; takes a [`Create`].
 pub const CREATE: u32 = ioc(WRITE, NR_CREATE, size_of::<Create>());
-/// Tells what the kernel can do; takes a [`Query`].
+/// Returns version, features and limits; takes a [`Query`].
 pub const QUERY: u32 = ioc(READ_WRITE, NR_QUERY, size_of::<Query>());
 /// Describes a dma-buf; takes an [`Info`].
 pub const INFO: u32 = ioc(READ_WRITE, NR_INFO, size_of::<Info>());
-/// Lists the parts of a dma-buf that the memory's owner does not see any more; takes a [`Discards`].
+/// Lists the parts of a dma-buf that the memory's owner does not see any more; takes a
+/// [`Discards`].
 pub const DISCARDS: u32 = ioc(READ_WRITE, NR_DISCARDS, size_of::<Discards>());
 
 // The layout is part of the contract.

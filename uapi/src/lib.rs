@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note
 
-//! The contract between pinbuf's kernel module and user space: [`contract`], which the kernel
-//! module is compiled from too.
+//! The contract between pinbuf's kernel module and user space: [`contract`], from which the kernel
+//! module is compiled too.
 
 #![no_std]
 
