@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Pins that fail: the kernel's fault injection does not reach GUP, but for what
- * it allocates.  Probes at the entry of the functions that pin make them return
- * at once, for one task.
+ * Makes pins fail.  The kernel's fault injection reaches only the allocations
+ * of GUP.  Probes at the entry of the functions that pin make these return at
+ * once, for one task.
  */
 #include <linux/container_of.h>
 #include <linux/errno.h>
@@ -22,10 +22,10 @@
 #if defined(CONFIG_X86_64) && defined(CONFIG_KPROBES)
 
 /*
- * Where a call goes that is to return at once: its caller's address is on top
- * of the stack, as at the function's own entry.  As the kernel's own
- * override_function_with_return(), which modules cannot call: with ftrace
- * underneath, a probe can change where the function goes, but not its stack.
+ * The code that a probed call continues at if it has to return at once: the
+ * return address is on top of the stack, as at the entry of the function.  This
+ * is what override_function_with_return() does, which modules cannot call.  A
+ * probe that uses ftrace can change the instruction pointer, but not the stack.
  */
 asmlinkage void pti_return_at_once(void);
 
@@ -39,9 +39,9 @@ asm(".text\n"
 );
 
 /*
- * Counts a call of the armed task, and makes it return if it is one of those
- * that fail.  No lock: all but @task is written, and read, by that task alone,
- * in its own ioctl and here, and @task is cleared by it, too.
+ * Counts a call of the armed task, and makes it return if it has to fail.  No
+ * lock is needed: only that task reads and writes the fields other than @task,
+ * in its own ioctl and here, and only that task clears @task.
  */
 static int pti_pin_called(struct pti_failing_pins *pins, struct pt_regs *regs)
 {
@@ -56,8 +56,8 @@ static int pti_pin_called(struct pti_failing_pins *pins, struct pt_regs *regs)
 		return 0;
 	pins->failed++;
 	/*
-	 * The kernel says so only with a signal pending, and callers may count
-	 * on a return to user space that looks after it.
+	 * The kernel returns EINTR only with a signal pending, and callers may
+	 * rely on the return to user space handling that signal.
 	 */
 	if (pins->error == EINTR)
 		set_thread_flag(TIF_SIGPENDING);
@@ -96,8 +96,8 @@ static int pti_folios_probe(struct kprobe *probe, struct pt_regs *regs)
 NOKPROBE_SYMBOL(pti_folios_probe);
 
 /*
- * Does nothing, but a probe with such a handler is not optimised into a jump,
- * which does not let it change where the function goes.
+ * Does nothing, but a probe with such a handler is not optimised into a jump.
+ * An optimised probe cannot change the instruction pointer.
  */
 static void pti_after_probe(struct kprobe *probe, struct pt_regs *regs,
 			    unsigned long flags)
@@ -113,7 +113,7 @@ static int pti_probe(struct pti_failing_pins *pins)
 
 	if (pins->probed)
 		return 0;
-	/* What an attempt that failed left there is refused the next time. */
+	/* Registration refuses fields that a failed attempt has left set. */
 	memset(&pins->pages, 0, sizeof(pins->pages));
 	memset(&pins->folios, 0, sizeof(pins->folios));
 	pins->pages.symbol_name = "pin_user_pages_fast";
@@ -124,7 +124,7 @@ static int pti_probe(struct pti_failing_pins *pins)
 	pins->folios.post_handler = pti_after_probe;
 	ret = register_kprobes(probes, ARRAY_SIZE(probes));
 	if (ret) {
-		pr_err("pinbuf_test_importer: no probe on the functions that pin: %d\n",
+		pr_err("pinbuf_test_importer: cannot probe the functions that pin: %d\n",
 		       ret);
 		return ret;
 	}
@@ -155,7 +155,7 @@ int pti_fail_pins(struct pti_failing_pins *pins,
 	pins->error = arg.error;
 	pins->seen = 0;
 	pins->failed = 0;
-	/* With a reference, no other task can get its address. */
+	/* While the reference is held, no other task can get this address. */
 	WRITE_ONCE(pins->task, get_task_struct(current));
 	return 0;
 }
@@ -178,7 +178,7 @@ void pti_end_failing_pins(struct pti_failing_pins *pins)
 {
 	struct kprobe *probes[] = { &pins->pages, &pins->folios };
 
-	/* Waits for the handlers that run. */
+	/* Waits for running handlers. */
 	if (pins->probed)
 		unregister_kprobes(probes, ARRAY_SIZE(probes));
 	pins->probed = false;

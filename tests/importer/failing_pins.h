@@ -10,16 +10,16 @@ struct pti_pins_failed;
 struct task_struct;
 
 /**
- * struct pti_failing_pins - whose pins fail, and which
+ * struct pti_failing_pins - the task whose pins fail, and which of them
  * @pages:  the probe of pin_user_pages_fast()
  * @folios: the probe of memfd_pin_folios()
  * @probed: whether they are registered
  * @task:   the armed task, with a reference; NULL if there is none
  * @nth:    the first call that fails
  * @flags:  PTI_PINS_*
- * @error:  what it fails with; 0: it pins nothing
- * @seen:   calls that @task made
- * @failed: of these, how many failed
+ * @error:  the error that it returns; 0: it returns that it pinned nothing
+ * @seen:   number of calls that @task made
+ * @failed: number of these that failed
  */
 struct pti_failing_pins {
 	struct kprobe pages;
@@ -33,7 +33,7 @@ struct pti_failing_pins {
 	u64 failed;
 };
 
-/* One at a time: their callers hold the descriptor's lock. */
+/* Not concurrent: the callers hold the descriptor's lock. */
 int pti_fail_pins(struct pti_failing_pins *pins,
 		  struct pti_fail_pins __user *user);
 int pti_pins_failed(struct pti_failing_pins *pins,

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * A dma-buf importer for tests: every open descriptor is a device of its own,
- * which reads and writes the buffer at the addresses that it was given.
+ * A dma-buf importer for tests.  Every open descriptor is a device of its own,
+ * which reads and writes the buffer at the DMA addresses of its mapping.
  *
- * No IOMMU translates for such a device: a DMA address is a physical address,
- * or a bounce buffer's, and either is in the direct map.  In the name of a PCI
- * device (struct pti_attach, @pci) a buffer can be mapped through an IOMMU, but
- * not be read or written.
+ * Such a device is not behind an IOMMU: a DMA address is the physical address
+ * of the page or of a bounce buffer, and both are in the direct map.  On behalf
+ * of a PCI device (struct pti_attach, @pci), a buffer can be mapped through an
+ * IOMMU, but it cannot be read or written.
  */
 #include <linux/align.h>
 #include <linux/bits.h>
@@ -32,17 +32,17 @@
 #include "failing_pins.h"
 #include "importer.h"
 
-/* Pages that one pin_user_pages_fast() call is asked for, and no more bytes. */
+/* The maximum number of pages or folios per call of a function that pins. */
 #define PIN_BATCH 512
-/* The most pages that PTI_PIN holds at once: 16 GiB in small pages. */
+/* The maximum number of pins that PTI_PIN holds: 16 GiB in small pages. */
 #define PIN_MAX (1UL << 22)
-/* The most entries of PTI_SEGMENTS: 64 GiB in segments of 64 KiB. */
+/* The maximum number of entries of PTI_SEGMENTS: 64 GiB in 64 KiB segments. */
 #define SEGMENTS_MAX (1U << 20)
 
 /**
- * struct pti_mapping - one map call's result
+ * struct pti_mapping - the result of a map call
  * @table:     the scatterlist, NULL if the slot is free
- * @direction: for which it was mapped
+ * @direction: the direction that it was mapped for
  */
 struct pti_mapping {
 	struct sg_table *table;
@@ -51,19 +51,20 @@ struct pti_mapping {
 
 /**
  * struct pti - an open descriptor
- * @lock:     taken by every call; outside of the buffer's reservation lock
+ * @lock:     taken by every call that uses the fields below, before the buffer's
+ *            reservation lock
  * @dev:      the device, NULL while detached
- * @faux:     the same if it is our own
- * @id:       of its name
- * @parms:    its limits
- * @max_seg:  the PCI device's own limit, put back when it is let go
+ * @faux:     the same, if it is not a PCI device
+ * @id:       the number in the name of @faux
+ * @parms:    the DMA limits of @faux
+ * @max_seg:  the limit of the PCI device, which is restored on detach
  * @buf:      the buffer
  * @attach:   the attachment
- * @mappings: what is mapped
+ * @mappings: the mappings
  * @vmap:     the kernel mapping
- * @vmapped:  whether there is one
- * @page:     what mmap() gives
- * @pins:     which calls that pin fail
+ * @vmapped:  whether @vmap is valid
+ * @page:     the page that mmap() maps
+ * @pins:     the calls that have to fail
  */
 struct pti {
 	struct mutex lock; /* see above */
@@ -334,8 +335,8 @@ static int pti_report(struct pti *pti, struct pti_report __user *user)
 }
 
 /*
- * Copies between @data and @memory, page by page: hardened usercopy takes
- * nothing that reaches from one folio into the next.
+ * Copies between @data and @memory, page by page, because hardened usercopy
+ * refuses ranges that cross from one folio into the next.
  */
 static int pti_copy(char *memory, char __user *data, u64 len, u32 flags)
 {
@@ -357,7 +358,7 @@ static int pti_copy(char *memory, char __user *data, u64 len, u32 flags)
 	return 0;
 }
 
-/* Copies between @data and the memory that the device would reach. */
+/* Copies between @data and the memory that the device would access. */
 static int pti_rw_device(struct pti *pti, const struct pti_rw *arg)
 {
 	struct pti_mapping *slot = pti_slot(pti, arg->mapping);
@@ -472,7 +473,7 @@ static int pti_cpu(struct pti *pti, struct pti_cpu __user *user)
 	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
 }
 
-/* The floor that any driver that pins stands on. */
+/* The minimum cost of any driver that pins. */
 static int pti_pin_addresses(struct pti_pin *arg, struct page **pages,
 			     unsigned long want)
 {
@@ -578,7 +579,7 @@ static int pti_pin(struct pti_pin __user *user)
 	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
 }
 
-/* The floor that any exporter stands on: a dma-buf with nothing in it. */
+/* The minimum cost of any exporter: a dma-buf without memory. */
 
 static struct sg_table *pti_empty_map(struct dma_buf_attachment *attach,
 				      enum dma_data_direction dir)
@@ -620,7 +621,7 @@ static int pti_export(void)
 	return fd;
 }
 
-/* The floor that any exporter's map_dma_buf stands on. */
+/* The minimum cost of the map_dma_buf callback of any exporter. */
 static int pti_segments(struct pti *pti, struct pti_segments __user *user)
 {
 	const struct pti_attach limits = {

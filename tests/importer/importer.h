@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */
 /*
- * The test importer's calls.  The Rust twin is src/lib.rs next to this file;
+ * The ioctls of the test importer.  src/uapi.rs declares the same for Rust;
  * tests/host compares the two.
  *
- * Every descriptor of /dev/pinbuf_test_importer is one device, which may be
+ * Every descriptor of /dev/pinbuf_test_importer is one device, which can be
  * attached to one dma-buf and hold several mappings of it, and one vmap.
- * Closing it undoes all of that.  mmap() of it gives one page of kernel memory
- * as VM_PFNMAP, which nothing can pin.
+ * Closing the descriptor removes all of these.  mmap() of the descriptor maps
+ * one page of kernel memory as VM_PFNMAP, which nothing can pin.
  */
 #ifndef _PINBUF_TEST_IMPORTER_H
 #define _PINBUF_TEST_IMPORTER_H
@@ -14,10 +14,10 @@
 #include <linux/ioctl.h>
 #include <linux/types.h>
 
-/* Mappings that one device holds at once. */
+/* The maximum number of mappings that one device holds at the same time. */
 #define PTI_MAPPINGS 8
 
-/* As enum dma_data_direction. */
+/* The same values as in enum dma_data_direction. */
 #define PTI_BIDIRECTIONAL	0
 #define PTI_TO_DEVICE		1
 #define PTI_FROM_DEVICE		2
@@ -26,14 +26,16 @@
  * struct pti_attach - make the device and attach it to a dma-buf
  * @fd:       the dma-buf
  * @mask_bits: width of the device's addresses, 24 to 64
- * @max_seg:  the longest segment it takes, bytes; 0: it does not say (64 KiB)
- * @pci:      0: a device of its own, which no IOMMU translates for; else the
- *            address of a PCI device of domain 0, bus << 8 | devfn, in whose
- *            name the buffer is mapped; @mask_bits is then that device's, and
- *            PTI_RW as the device does not work
+ * @max_seg:  the maximum length of a segment, in bytes; 0: not declared, which
+ *            means 64 KiB
+ * @pci:      0: a device of its own, which is not behind an IOMMU; otherwise
+ *            the address of a PCI device of domain 0, bus << 8 | devfn, on
+ *            whose behalf the buffer is mapped: that device's own mask applies
+ *            instead of @mask_bits, and PTI_RW needs PTI_RW_VMAP
  * @boundary: no segment may cross an address that is a multiple of @boundary
- *            plus one; 0: it does not say (4 GiB).  Only for a device of its own
- * @max_mapping: out: the longest segment that the DMA layer can map, bytes
+ *            plus one; 0: not declared, which means 4 GiB.  Only for a device
+ *            of its own
+ * @max_mapping: out: the longest segment that the DMA layer can map, in bytes
  */
 struct pti_attach {
 	__s32 fd;
@@ -48,7 +50,7 @@ struct pti_attach {
  * struct pti_map - map the buffer for the device
  * @direction: PTI_*
  * @mapping:   out: the mapping's number
- * @ns:        out: how long dma_buf_map_attachment() took
+ * @ns:        out: the duration of dma_buf_map_attachment()
  */
 struct pti_map {
 	__u32 direction;
@@ -57,10 +59,10 @@ struct pti_map {
 };
 
 /**
- * struct pti_unmap - undo a mapping
+ * struct pti_unmap - remove a mapping
  * @mapping: its number
  * @reserved: zero
- * @ns:      out: how long dma_buf_unmap_attachment() took
+ * @ns:      out: the duration of dma_buf_unmap_attachment()
  */
 struct pti_unmap {
 	__u32 mapping;
@@ -69,9 +71,9 @@ struct pti_unmap {
 };
 
 /**
- * struct pti_entry - what a device sees of one scatterlist entry
+ * struct pti_entry - one scatterlist entry, as the device sees it
  * @addr: DMA address
- * @len:  bytes
+ * @len:  length in bytes
  */
 struct pti_entry {
 	__u64 addr;
@@ -81,14 +83,14 @@ struct pti_entry {
 /**
  * struct pti_report - the scatterlist of a mapping
  * @mapping:  its number
- * @capacity: how many struct pti_entry @entries has room for
- * @entries:  where to put them
- * @count:    out: DMA entries
+ * @capacity: capacity of @entries, in elements
+ * @entries:  address of an array of struct pti_entry
+ * @count:    out: number of DMA entries
  * @total:    out: sum of their lengths
- * @min_len:  out: the shortest
- * @max_len:  out: the longest
- * @align:    out: all addresses and lengths, or'ed together
- * @adjacent: out: entries that begin where the one before them ends
+ * @min_len:  out: length of the shortest
+ * @max_len:  out: length of the longest
+ * @align:    out: bitwise OR of all addresses and lengths
+ * @adjacent: out: number of entries that begin where the previous one ends
  */
 struct pti_report {
 	__u32 mapping;
@@ -110,8 +112,8 @@ struct pti_report {
  * @mapping: the mapping's number (not with PTI_RW_VMAP)
  * @flags:   PTI_RW_*
  * @offset:  first byte in the buffer
- * @len:     bytes
- * @data:    where they go to or come from
+ * @len:     length in bytes
+ * @data:    address of the caller's memory to copy to or from
  */
 struct pti_rw {
 	__u32 mapping;
@@ -123,7 +125,7 @@ struct pti_rw {
 
 /**
  * struct pti_time - a call without arguments
- * @ns: out: how long it took
+ * @ns: out: the duration of the call
  */
 struct pti_time {
 	__u64 ns;
@@ -135,7 +137,7 @@ struct pti_time {
  * struct pti_cpu - begin or end the kernel's own access
  * @direction: PTI_*
  * @flags:     PTI_CPU_*
- * @ns:        out: how long it took
+ * @ns:        out: the duration of the call
  */
 struct pti_cpu {
 	__u32 direction;
@@ -144,16 +146,17 @@ struct pti_cpu {
 };
 
 /**
- * struct pti_pin - pin a range of the caller's memory and let it go again
- * @addr:   first byte; with @fd, of the file
- * @len:    bytes
- * @stride: pin one page in so many bytes; a multiple of the page size.  The
- *          page size itself pins in batches, anything else page by page.
- * @pages:  out: pages pinned
- * @pin_ns: out: how long pinning took
- * @unpin_ns: out: how long unpinning took
+ * struct pti_pin - pin a range of the caller's memory and unpin it
+ * @addr:   first byte; with @fd, the offset in the file
+ * @len:    length in bytes
+ * @stride: pin one page per @stride bytes; a multiple of the page size.  If it
+ *          equals the page size, pages are pinned in batches, otherwise one by
+ *          one.
+ * @pages:  out: number of pages pinned
+ * @pin_ns: out: the duration of pinning
+ * @unpin_ns: out: the duration of unpinning
  * @fd:     a memfd, whose folios are pinned by memfd_pin_folios(), in batches;
- *          -1: pin_user_pages_fast()
+ *          -1: pin by pin_user_pages_fast()
  * @reserved: zero
  */
 struct pti_pin {
@@ -168,11 +171,11 @@ struct pti_pin {
 };
 
 /**
- * struct pti_segments - map a scatterlist, and unmap it: what its entries alone cost
- * @count:    entries, 1 to 2^20; each is one page, the same
+ * struct pti_segments - measure the cost of mapping and unmapping a scatterlist
+ * @count:    number of entries, 1 to 2^20; all refer to the same page
  * @reserved: zero
- * @map_ns:   out: how long allocating, filling and mapping it took
- * @unmap_ns: out: how long unmapping and freeing it took
+ * @map_ns:   out: the duration of allocating, filling and mapping it
+ * @unmap_ns: out: the duration of unmapping and freeing it
  */
 struct pti_segments {
 	__u32 count;
@@ -181,7 +184,7 @@ struct pti_segments {
 	__u64 unmap_ns;
 };
 
-#define PTI_PINS_LASTING	(1U << 0)	/* every later call, too */
+#define PTI_PINS_LASTING	(1U << 0)	/* all later calls, too */
 #define PTI_PINS_LONGTERM	(1U << 1)	/* only calls with FOLL_LONGTERM count */
 #define PTI_PINS_OTHER		(1U << 2)	/* every other later call, too */
 
@@ -189,18 +192,18 @@ struct pti_segments {
  * struct pti_fail_pins - make calls that pin fail
  * @nth:      the first call that fails, from 1 on
  * @flags:    PTI_PINS_*
- * @error:    the errno that it gives; 0: it pins nothing and says so
+ * @error:    the errno that it returns; 0: it returns that it pinned nothing
  * @reserved: zero
  *
- * What counts are the calling task's own calls of pin_user_pages_fast() and
- * memfd_pin_folios(), from this call on to PTI_PINS_FAILED or until the
- * descriptor is closed.  Those that fail do nothing else.  With EINTR the task
- * is told to look for a signal, though it will find none.
+ * Counts the calling task's own calls of pin_user_pages_fast() and
+ * memfd_pin_folios(), from this call until PTI_PINS_FAILED or until the
+ * descriptor is closed.  Calls that fail do nothing else.  With EINTR, the task
+ * is marked as having a signal pending, but no signal is pending.
  *
  *   EBUSY       the descriptor's last PTI_FAIL_PINS has not ended
  *   EOPNOTSUPP  needs x86-64 and a kernel with CONFIG_KPROBES
  *
- * and what registering a kprobe gives.
+ * and the errors of register_kprobes().
  */
 struct pti_fail_pins {
 	__u32 nth;
@@ -211,10 +214,10 @@ struct pti_fail_pins {
 
 /**
  * struct pti_pins_failed - end PTI_FAIL_PINS, by the task that made that call
- * @seen:   out: calls that counted
- * @failed: out: of these, calls that were made to fail
+ * @seen:   out: number of calls that were counted
+ * @failed: out: number of these that were made to fail
  *
- *   EINVAL  there is nothing to end, or it is another task's
+ *   EINVAL  no PTI_FAIL_PINS is active, or another task made it
  */
 struct pti_pins_failed {
 	__u64 seen;
@@ -235,7 +238,7 @@ struct pti_pins_failed {
 #define PTI_SEGMENTS	_IOWR(PTI_IOC_TYPE, 0xea, struct pti_segments)
 #define PTI_FAIL_PINS	_IOW(PTI_IOC_TYPE, 0xeb, struct pti_fail_pins)
 #define PTI_PINS_FAILED	_IOR(PTI_IOC_TYPE, 0xec, struct pti_pins_failed)
-/* Returns a dma-buf of one page that nothing can be done with. */
+/* Returns a dma-buf of one page that supports no operation. */
 #define PTI_EXPORT	_IO(PTI_IOC_TYPE, 0xed)
 
 #endif /* _PINBUF_TEST_IMPORTER_H */

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A device in software that imports dma-bufs: `pinbuf_test_importer.ko`, seen from user space.
+//! A software device that imports dma-bufs: the user-space side of `pinbuf_test_importer.ko`.
 //!
 //! An [`Importer`] is one device. It is attached to one dma-buf, maps it up to [`uapi::MAPPINGS`]
-//! times and reads and writes it at the addresses that the mapping gave, or through a kernel
-//! mapping.
+//! times, and reads and writes it at the DMA addresses of a mapping, or through a kernel mapping.
 
 pub mod uapi;
 
@@ -13,10 +12,10 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
-/// Where the module's device is.
+/// The path of the module's device.
 pub const PATH: &str = "/dev/pinbuf_test_importer";
 
-/// Which way a device moves data.
+/// The direction in which a device transfers data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Direction {
@@ -28,12 +27,12 @@ pub enum Direction {
     FromDevice = uapi::FROM_DEVICE,
 }
 
-/// What a device can do.
+/// The limits of a device.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Width of its addresses.
     pub mask_bits: u32,
-    /// The longest segment in bytes; zero: it does not say, which means 64 KiB.
+    /// The maximum length of a segment in bytes; zero: not declared, which means 64 KiB.
     pub max_segment: u32,
 }
 
@@ -59,7 +58,7 @@ pub struct Importer {
 /// Calls `ioctl` with a struct that the kernel reads and writes.
 fn call<T>(fd: RawFd, command: u32, argument: &mut T) -> io::Result<()> {
     // SAFETY: every command that this crate passes takes a pointer to the `T` passed with it, whose
-    // pointers and lengths its caller took from live slices.
+    // pointers and lengths the caller took from live slices.
     let result = unsafe { libc::ioctl(fd, command.into(), std::ptr::from_mut(argument)) };
     if result < 0 {
         Err(io::Error::last_os_error())
@@ -71,7 +70,7 @@ fn call<T>(fd: RawFd, command: u32, argument: &mut T) -> io::Result<()> {
 /// Opens the module's device, unattached.
 ///
 /// # Errors
-/// If it is not there.
+/// If the device does not exist.
 pub fn open() -> io::Result<OwnedFd> {
     File::options()
         .read(true)
@@ -80,10 +79,10 @@ pub fn open() -> io::Result<OwnedFd> {
         .map(OwnedFd::from)
 }
 
-/// What pinning a range cost.
+/// The cost of pinning a range.
 #[derive(Clone, Copy, Debug)]
 pub struct PinCost {
-    /// How many pages were pinned.
+    /// The number of pages that were pinned.
     pub pages: u64,
     /// The time that pinning took.
     pub pin: Duration,
@@ -91,10 +90,10 @@ pub struct PinCost {
     pub unpin: Duration,
 }
 
-/// Pins `len` bytes at `addr` of this process, one page in `stride` bytes, and lets them go.
+/// Pins `len` bytes at `addr` of this process, one page per `stride` bytes, and unpins them.
 ///
 /// # Errors
-/// As `pin_user_pages_fast` gives them.
+/// Those of `pin_user_pages_fast`.
 pub fn pin_cost(addr: u64, len: u64, stride: u64) -> io::Result<PinCost> {
     cost(uapi::Pin {
         addr,
@@ -105,10 +104,10 @@ pub fn pin_cost(addr: u64, len: u64, stride: u64) -> io::Result<PinCost> {
     })
 }
 
-/// Pins the folios of a part of a memfd, which has pages of `page` bytes, and lets them go again.
+/// Pins the folios of a part of a memfd, which has pages of `page` bytes, and unpins them.
 ///
 /// # Errors
-/// As `memfd_pin_folios` gives them.
+/// Those of `memfd_pin_folios`.
 pub fn file_pin_cost(fd: BorrowedFd<'_>, offset: u64, len: u64, page: u64) -> io::Result<PinCost> {
     cost(uapi::Pin {
         addr: offset,
@@ -128,7 +127,7 @@ fn cost(mut argument: uapi::Pin) -> io::Result<PinCost> {
     })
 }
 
-/// Makes dma-bufs with nothing in them: what any exporter's cost at least.
+/// Makes dma-bufs without memory: the minimum cost of any exporter.
 #[derive(Debug)]
 pub struct EmptyExporter(OwnedFd);
 
@@ -136,27 +135,27 @@ impl EmptyExporter {
     /// Opens the module's device.
     ///
     /// # Errors
-    /// As `open` gives them.
+    /// Those of `open`.
     pub fn new() -> io::Result<Self> {
         open().map(Self)
     }
 
-    /// A dma-buf of one page that nothing can be done with.
+    /// A dma-buf of one page that supports no operation.
     ///
     /// # Errors
-    /// As `dma_buf_export` and `dma_buf_fd` give them.
+    /// Those of `dma_buf_export` and `dma_buf_fd`.
     pub fn export(&self) -> io::Result<OwnedFd> {
         // SAFETY: the call takes no argument.
         let fd = unsafe { libc::ioctl(self.0.as_raw_fd(), uapi::EXPORT.into()) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel has just returned it, so nobody else owns it.
+        // SAFETY: the kernel has just returned it, so nothing else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 }
 
-/// What a scatterlist of so many entries cost.
+/// The cost of a scatterlist.
 #[derive(Clone, Copy, Debug)]
 pub struct SegmentCost {
     /// The time that allocating, filling and mapping it took.
@@ -168,7 +167,7 @@ pub struct SegmentCost {
 /// Maps a scatterlist of `count` entries for a device without limits, and unmaps it.
 ///
 /// # Errors
-/// As `sg_alloc_table` and `dma_map_sgtable` give them.
+/// Those of `sg_alloc_table` and `dma_map_sgtable`.
 pub fn segment_cost(count: u32) -> io::Result<SegmentCost> {
     let device = open()?;
     let mut argument = uapi::Segments {
@@ -185,13 +184,13 @@ pub fn segment_cost(count: u32) -> io::Result<SegmentCost> {
 /// Which of a thread's calls of `pin_user_pages_fast` and `memfd_pin_folios` fail, and how.
 #[derive(Clone, Copy, Debug)]
 pub struct PinFailure {
-    /// The first one, from 1 on.
+    /// The first call that fails, from 1 on.
     pub nth: u32,
-    /// Every later one, too.
+    /// All later calls fail, too.
     pub lasting: bool,
     /// Only calls with `FOLL_LONGTERM` count: a page can still be pinned briefly.
     pub longterm_only: bool,
-    /// The errno; zero: it pins nothing and says so.
+    /// The errno; zero: the call returns that it pinned nothing.
     pub error: i32,
 }
 
@@ -200,7 +199,7 @@ pub struct PinFailure {
 pub struct FailingPins(OwnedFd);
 
 impl FailingPins {
-    /// Gets ready; nothing fails yet.
+    /// Opens the module's device; nothing fails yet.
     ///
     /// # Errors
     /// If the module is not loaded.
@@ -208,10 +207,10 @@ impl FailingPins {
         open().map(Self)
     }
 
-    /// Makes a call with pins failing, and tells how many there were and how many failed.
+    /// Makes a call while pins fail, and returns the number of pins and how many of them failed.
     ///
     /// # Errors
-    /// If the kernel has no kprobes, or does not let these functions be probed.
+    /// If the kernel has no kprobes, or does not allow probes of these functions.
     pub fn during<T>(
         &self,
         failure: PinFailure,
@@ -264,13 +263,13 @@ impl Importer {
     /// A new device, attached to a dma-buf.
     ///
     /// # Errors
-    /// If the module is not loaded, or as `dma_buf_attach` gives them.
+    /// If the module is not loaded, and those of `dma_buf_attach`.
     pub fn attach(buffer: BorrowedFd<'_>, limits: Limits) -> io::Result<Self> {
         Self::attach_bounded(buffer, limits, 0)
     }
 
     /// The same for a device whose segments may not cross an address that is a multiple of
-    /// `boundary` plus one; zero: it does not say, which means 4 GiB.
+    /// `boundary` plus one; zero: not declared, which means 4 GiB.
     ///
     /// # Errors
     /// As for [`attach`](Self::attach).
@@ -294,7 +293,7 @@ impl Importer {
         })
     }
 
-    /// Attaches in the name of a PCI device of domain 0 (bus << 8 | device << 3 | function), behind
+    /// Attaches on behalf of a PCI device of domain 0 (bus << 8 | device << 3 | function), through
     /// whose IOMMU the buffer is then mapped. Such an importer cannot read or write as the device.
     ///
     /// # Errors
@@ -315,7 +314,7 @@ impl Importer {
         })
     }
 
-    /// An attached device whose descriptor came from elsewhere, another process say.
+    /// An attached device whose descriptor came from elsewhere, for example from another process.
     #[must_use]
     pub fn from_attached(file: OwnedFd) -> Self {
         Self {
@@ -330,7 +329,7 @@ impl Importer {
         self.max_mapping
     }
 
-    /// Detaches, which unmaps everything.
+    /// Detaches, which removes all mappings.
     ///
     /// # Errors
     /// If the device is not attached.
@@ -338,10 +337,10 @@ impl Importer {
         self.call(uapi::DETACH, &mut ())
     }
 
-    /// Maps the buffer and tells how long that took.
+    /// Maps the buffer and returns the duration of that.
     ///
     /// # Errors
-    /// As `dma_buf_map_attachment` gives them.
+    /// Those of `dma_buf_map_attachment`.
     pub fn map(&self, direction: Direction) -> io::Result<(Mapping, Duration)> {
         let mut argument = uapi::Map {
             direction: direction as u32,
@@ -351,7 +350,7 @@ impl Importer {
         Ok((Mapping(argument.mapping), Duration::from_nanos(argument.ns)))
     }
 
-    /// Undoes a mapping and tells how long that took.
+    /// Removes a mapping and returns the duration of that.
     ///
     /// # Errors
     /// If there is no such mapping.
@@ -397,7 +396,7 @@ impl Importer {
     /// Reads as the device does.
     ///
     /// # Errors
-    /// If there is no such mapping, or the buffer ends before.
+    /// If there is no such mapping, or if the range exceeds the buffer.
     pub fn read(&self, mapping: Mapping, offset: u64, data: &mut [u8]) -> io::Result<()> {
         self.transfer(mapping.0, 0, offset, data.as_mut_ptr(), data.len())
     }
@@ -405,7 +404,7 @@ impl Importer {
     /// Writes as the device does.
     ///
     /// # Errors
-    /// If there is no such mapping, or the buffer ends before.
+    /// If there is no such mapping, or if the range exceeds the buffer.
     pub fn write(&self, mapping: Mapping, offset: u64, data: &[u8]) -> io::Result<()> {
         self.transfer(
             mapping.0,
@@ -416,17 +415,17 @@ impl Importer {
         )
     }
 
-    /// Maps the buffer into the kernel and tells how long that took.
+    /// Maps the buffer into the kernel and returns the duration of that.
     ///
     /// # Errors
-    /// As `dma_buf_vmap` gives them.
+    /// Those of `dma_buf_vmap`.
     pub fn vmap(&self) -> io::Result<Duration> {
         let mut argument = uapi::Time::default();
         self.call(uapi::VMAP, &mut argument)?;
         Ok(Duration::from_nanos(argument.ns))
     }
 
-    /// Undoes [`vmap`](Self::vmap) and tells how long that took.
+    /// Undoes [`vmap`](Self::vmap) and returns the duration of that.
     ///
     /// # Errors
     /// If there is no such mapping.
@@ -439,7 +438,7 @@ impl Importer {
     /// Reads through the kernel's mapping.
     ///
     /// # Errors
-    /// If there is none, or the buffer ends before.
+    /// If there is none, or if the range exceeds the buffer.
     pub fn vmap_read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
         self.transfer(0, uapi::RW_VMAP, offset, data.as_mut_ptr(), data.len())
     }
@@ -447,24 +446,24 @@ impl Importer {
     /// Writes through the kernel's mapping.
     ///
     /// # Errors
-    /// If there is none, or the buffer ends before.
+    /// If there is none, or if the range exceeds the buffer.
     pub fn vmap_write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let flags = uapi::RW_VMAP | uapi::RW_WRITE;
         self.transfer(0, flags, offset, data.as_ptr().cast_mut(), data.len())
     }
 
-    /// Begins the kernel's own access and tells how long that took.
+    /// Begins an access by the kernel and returns the duration of that.
     ///
     /// # Errors
-    /// As `dma_buf_begin_cpu_access` gives them.
+    /// Those of `dma_buf_begin_cpu_access`.
     pub fn begin_cpu_access(&self, direction: Direction) -> io::Result<Duration> {
         self.cpu(direction, 0)
     }
 
-    /// Ends the kernel's own access and tells how long that took.
+    /// Ends an access by the kernel and returns the duration of that.
     ///
     /// # Errors
-    /// As `dma_buf_end_cpu_access` gives them.
+    /// Those of `dma_buf_end_cpu_access`.
     pub fn end_cpu_access(&self, direction: Direction) -> io::Result<Duration> {
         self.cpu(direction, uapi::CPU_END)
     }
@@ -479,7 +478,7 @@ impl Importer {
         Ok(Duration::from_nanos(argument.ns))
     }
 
-    /// Moves `len` bytes at `data`, which its callers take from a slice.
+    /// Copies `len` bytes to or from `data`, which the callers take from a slice.
     fn transfer(
         &self,
         mapping: u32,

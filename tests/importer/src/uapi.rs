@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The Rust twin of `importer.h`, where everything is described; `tests/host` compares the two.
+//! Declares for Rust what `importer.h` declares for C; the header describes it. `tests/host`
+//! compares the two.
 
 use std::mem::size_of;
 
-/// Mappings that one device holds at once.
+/// The maximum number of mappings that one device holds at the same time.
 pub const MAPPINGS: u32 = 8;
 
 /// The device reads and writes.
@@ -22,13 +23,13 @@ pub struct Attach {
     pub fd: i32,
     /// Width of the device's addresses, 24 to 64.
     pub mask_bits: u32,
-    /// The longest segment, bytes; zero: not said.
+    /// The maximum length of a segment in bytes; zero: not declared.
     pub max_seg: u32,
     /// Zero, or the address of a PCI device.
     pub pci: u32,
-    /// No segment may cross a multiple of this plus one; zero: not said.
+    /// No segment may cross a multiple of this plus one; zero: not declared.
     pub boundary: u64,
-    /// Out: the longest segment that the DMA layer can map, bytes.
+    /// Out: the longest segment that the DMA layer can map, in bytes.
     pub max_mapping: u64,
 }
 
@@ -72,21 +73,21 @@ pub struct Entry {
 pub struct Report {
     /// The mapping's number.
     pub mapping: u32,
-    /// How many [`Entry`]s there is room for.
+    /// Capacity of the array, in elements.
     pub capacity: u32,
-    /// Where to put them.
+    /// Address of an array of [`Entry`]s.
     pub entries: u64,
-    /// Out: entries.
+    /// Out: number of entries.
     pub count: u64,
     /// Out: sum of their lengths.
     pub total: u64,
-    /// Out: the shortest.
+    /// Out: length of the shortest.
     pub min_len: u64,
-    /// Out: the longest.
+    /// Out: length of the longest.
     pub max_len: u64,
-    /// Out: all addresses and lengths, or'ed together.
+    /// Out: bitwise OR of all addresses and lengths.
     pub align: u64,
-    /// Out: entries that begin where the one before them ends.
+    /// Out: number of entries that begin where the previous one ends.
     pub adjacent: u64,
 }
 
@@ -107,7 +108,7 @@ pub struct Rw {
     pub offset: u64,
     /// Bytes.
     pub len: u64,
-    /// The caller's memory.
+    /// Address of the caller's memory.
     pub data: u64,
 }
 
@@ -142,9 +143,9 @@ pub struct Pin {
     pub addr: u64,
     /// Bytes.
     pub len: u64,
-    /// One page in so many bytes is pinned.
+    /// One page per this number of bytes is pinned.
     pub stride: u64,
-    /// Out: pages pinned.
+    /// Out: number of pages pinned.
     pub pages: u64,
     /// Out: nanoseconds.
     pub pin_ns: u64,
@@ -160,7 +161,7 @@ pub struct Pin {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Segments {
-    /// Entries.
+    /// Number of entries.
     pub count: u32,
     /// Zero.
     pub reserved: u32,
@@ -170,7 +171,7 @@ pub struct Segments {
     pub unmap_ns: u64,
 }
 
-/// [`FAIL_PINS`]: every later call, too.
+/// [`FAIL_PINS`]: all later calls, too.
 pub const PINS_LASTING: u32 = 1 << 0;
 /// [`FAIL_PINS`]: only calls with `FOLL_LONGTERM` count.
 pub const PINS_LONGTERM: u32 = 1 << 1;
@@ -185,7 +186,7 @@ pub struct FailPins {
     pub nth: u32,
     /// `PINS_*`.
     pub flags: u32,
-    /// The errno that it gives; zero: it pins nothing and says so.
+    /// The errno that it returns; zero: it returns that it pinned nothing.
     pub error: u32,
     /// Zero.
     pub reserved: u32,
@@ -195,9 +196,9 @@ pub struct FailPins {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PinsFailed {
-    /// Out: calls that counted.
+    /// Out: number of calls that were counted.
     pub seen: u64,
-    /// Out: of these, calls that were made to fail.
+    /// Out: number of these that were made to fail.
     pub failed: u64,
 }
 
@@ -233,7 +234,7 @@ pub const PIN: u32 = ioc(READ | WRITE, 0xe9, size_of::<Pin>());
 pub const SEGMENTS: u32 = ioc(READ | WRITE, 0xea, size_of::<Segments>());
 /// Makes calls that pin fail; takes [`FailPins`].
 pub const FAIL_PINS: u32 = ioc(WRITE, 0xeb, size_of::<FailPins>());
-/// Ends that; takes [`PinsFailed`].
+/// Ends [`FAIL_PINS`]; takes [`PinsFailed`].
 pub const PINS_FAILED: u32 = ioc(READ, 0xec, size_of::<PinsFailed>());
-/// Returns a dma-buf of one page that nothing can be done with.
+/// Returns a dma-buf of one page that supports no operation.
 pub const EXPORT: u32 = ioc(NONE, 0xed, 0);
