@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Output. Names of buffers, processes, files and profiles are chosen by others, who may put anything into
-//! them: bytes that are no UTF-8, and characters that a terminal acts on. All output passes through here.
+//! Output. Other users choose the names of buffers, processes, files and profiles, which may contain bytes that are no
+//! UTF-8, and characters that a terminal acts on. All output passes through here.
 
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;

@@ -377,7 +377,7 @@ fn status_and_run_state(machine: &mut Machine) -> Result<String> {
     Ok(format!("{}, {}", status(machine)?, state["status"]))
 }
 
-/// An ordinary user with Debian's limit, who may use userfaultfd in one of two ways.
+/// An ordinary user with Debian's limit. It gets userfaultfd in one of two ways.
 pub fn postcopy_user() -> Result<()> {
     const UID: u32 = 1002;
     const DEVICE: &str = "/dev/userfaultfd";
