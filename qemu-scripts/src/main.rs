@@ -1,42 +1,28 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Everything that builds pinbuf for a kernel, boots it in QEMU guests, and tests it there.
+//!
+//! - `debian`: the archive, the kernels in it, and trees of its packages
+//! - `kernel`: a kernel that can be booted, and the module for it
+//! - `image`: what a guest's disks and initramfs hold
+//! - `guest`: one guest, from its start to its end
+//! - `test`: the rows that run in guests, and those that run on the host
+//! - `command`: the other commands
 
-mod apt;
-mod archive;
-mod bench;
 mod cache;
 mod cleanup;
-mod debug;
-mod demo;
-mod documents;
+mod command;
+mod debian;
 mod guest;
 mod image;
-mod initramfs;
 mod kernel;
-mod ktap;
-mod lint;
-mod module;
 mod paths;
-mod payload;
-mod planted;
-mod qemu;
-mod qmp;
-mod runs;
-mod sanitize;
-mod stock;
 mod test;
-mod tree;
 mod ui;
-mod userspace;
-mod vm;
-mod watch;
 
-use anyhow::Result;
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 
-use crate::kernel::Kernel;
-use crate::tree::Tree;
+use crate::command::{bench, demo, module, vm};
 
 /// The status if this program itself failed, as opposed to the command that it ran.
 const FAILED: i32 = 97;
@@ -51,35 +37,10 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Task {
     Vm(vm::Vm),
-    Module(Module),
+    Module(module::Module),
     Test(test::Test),
     Demo(demo::Demo),
     Bench(bench::Bench),
-}
-
-/// Build pinbuf.ko for a kernel, and print its path.
-#[derive(Debug, Args)]
-struct Module {
-    /// Kernel: default, debug, a series (7.2, 7.2-cloud), or a release as `uname -r` prints it.
-    #[arg(long, value_name = "RELEASE", default_value = "default")]
-    kernel: String,
-    /// Fetch new package lists first.
-    #[arg(long)]
-    update: bool,
-}
-
-impl Module {
-    fn run(self) -> Result<i32> {
-        let tools = Tree::tools()?;
-        if self.update {
-            tools.refresh_lists(true)?;
-        }
-        let kernel = Kernel::select(&tools, &self.kernel)?;
-        for path in module::ensure(&tools, &kernel)? {
-            println!("{}", path.display());
-        }
-        Ok(0)
-    }
 }
 
 /// The number of compilations at the same time.

@@ -3,7 +3,7 @@
 //! Programs of Debian's that use udmabuf, and the command `pinbuf`, as users run them: as root in a
 //! guest that has no udmabuf; prints KTAP.
 //!
-//! The guest's image has the programs (`clients` in `qemu-scripts/src/image.rs`).  They run as an
+//! The guest's image has the programs (`clients` in `qemu-scripts/src/image/mod.rs`).  They run as an
 //! ordinary user in the group kvm, with Debian's default limits.
 
 mod bars;

@@ -3,7 +3,7 @@
 //! Tests pinbuf with every kind of memory, and with pages that must move first, as root in guests
 //! that are booted for it; prints KTAP.
 //!
-//! Each theme needs a guest of its own kind, which its run in `qemu-scripts/src/runs.rs` makes: a
+//! Each theme needs a guest of its own kind, which its run in `qemu-scripts/src/test/runs.rs` makes: a
 //! test that misses what it needs fails.
 
 mod cma;

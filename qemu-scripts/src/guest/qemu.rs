@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 
-use crate::tree::Tree;
+use crate::debian::tree::Tree;
 
 /// How long QEMU may take to start.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -2,6 +2,10 @@
 
 //! The file systems that guests run on: read-only layers, which the guest joins to its root.
 
+pub mod initramfs;
+pub mod payload;
+pub mod userspace;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -9,8 +13,8 @@ use anyhow::{bail, Result};
 use walkdir::WalkDir;
 
 use crate::cache::{self, Key};
+use crate::debian::tree::{inside, Tree};
 use crate::paths;
-use crate::tree::{inside, Tree};
 use crate::ui::Step;
 
 /// The images that guests can run on: a name, and the packages beyond a minimal Debian system.
@@ -163,7 +167,7 @@ pub fn ensure(tools: &Tree, name: &str) -> Result<PathBuf> {
         key,
         |step| {
             for path in LEFT_OUT {
-                crate::tree::remove(&tree.path.join(path))?;
+                crate::debian::tree::remove(&tree.path.join(path))?;
             }
             pack(tools, step, &tree.path, &image)
         },
@@ -183,7 +187,7 @@ pub fn pack(tools: &Tree, step: &Step, directory: &Path, image: &Path) -> Result
     // Room for the file system's own structures.
     let blocks = (bytes + bytes / 16 + inodes * 512 + (8 << 20)) / 4096;
     let new = image.with_extension("new");
-    crate::tree::remove(&new)?;
+    crate::debian::tree::remove(&new)?;
     if let Some(parent) = image.parent() {
         fs::create_dir_all(parent)?;
     }

@@ -3,14 +3,18 @@
 //! Checks of the source that run none of it: rustfmt, clippy (of user space and of the kernel module), rustdoc,
 //! the kernel's checkpatch for C, and the links and commands of documents.
 
+mod documents;
+
 use std::fs;
 use std::process::Command;
 
 use anyhow::{bail, Context, Result};
 
+use crate::debian::tree::{Tree, BUILD};
+use crate::image::userspace;
+use crate::kernel::module;
 use crate::kernel::Kernel;
-use crate::tree::{Tree, BUILD};
-use crate::{documents, module, paths, userspace};
+use crate::paths;
 
 /// clippy for the compiler that kernels are built with, what checkpatch is written in, and the checker
 /// of manual pages.

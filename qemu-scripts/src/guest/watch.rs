@@ -59,7 +59,7 @@ const COMPLAINTS: &[&str] = &[
 ];
 
 /// What is allowed, with the reasons.
-const ALLOWED: &str = include_str!("../allowed-splats.txt");
+const ALLOWED: &str = include_str!("../../allowed-splats.txt");
 
 /// The lines of a kernel's log that complain.
 pub fn complaints(log: &str) -> Vec<String> {

@@ -13,7 +13,8 @@ use clap::CommandFactory;
 use pulldown_cmark::{CodeBlockKind, Event, Options, Parser, Tag, TagEnd};
 use walkdir::WalkDir;
 
-use crate::{test, userspace};
+use crate::image::userspace;
+use crate::test;
 
 /// Commands of the system that documents may name.
 const SYSTEM: &[&str] = &[

@@ -2,6 +2,11 @@
 
 //! A kernel that guests boot and that modules are built for.
 
+mod debug;
+mod layout;
+pub mod module;
+mod stock;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,11 +14,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{bail, Context, Result};
 use pinbuf_guest_init::Sharing;
 
-use crate::archive::{self, Stock};
 use crate::cache::{self, Key};
-use crate::tree::{Tree, BUILD};
+use crate::debian::archive::{self, Stock};
+use crate::debian::tree::{Tree, BUILD};
 use crate::ui::Step;
-use crate::{debug, image, paths, stock};
+use crate::{image, paths};
+
+use self::layout::{directory, modules};
 
 /// What a guest needs of the kernel before its root is there: disks, and the root.  (What a kernel
 /// has built in is left out.)
@@ -135,16 +142,6 @@ impl Kernel {
     }
 }
 
-/// Where a kernel's files are.
-pub fn directory(release: &str) -> PathBuf {
-    paths::build().join("kernels").join(release)
-}
-
-/// Where the modules of a release are below a root.
-pub fn modules(root: &Path, release: &str) -> PathBuf {
-    root.join("usr/lib/modules").join(release)
-}
-
 /// From a kernel's `root/` with its modules, makes what booting takes: the lists that modprobe
 /// reads, an image of the modules, and those that the initramfs holds.
 fn make_bootable(tools: &Tree, step: &Step, release: &str) -> Result<()> {
@@ -160,7 +157,7 @@ fn make_bootable(tools: &Tree, step: &Step, release: &str) -> Result<()> {
     )?;
 
     let boot = directory.join("boot-modules");
-    crate::tree::remove(&boot)?;
+    crate::debian::tree::remove(&boot)?;
     fs::create_dir_all(&boot)?;
     let mut order = String::new();
     let (order_of_loading, sharing) = load_order(&modules(&root, release))?;

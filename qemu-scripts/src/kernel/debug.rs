@@ -9,22 +9,23 @@ use std::process::Command;
 
 use anyhow::{bail, Context, Result};
 
-use crate::archive::Stock;
 use crate::cache::{self, Key};
-use crate::kernel::{directory, modules};
-use crate::tree::{remove, Tree, BUILD};
+use crate::debian::archive::Stock;
+use crate::debian::tree::{remove, Tree, BUILD};
+use crate::kernel::layout::{directory, modules};
+use crate::kernel::stock;
+use crate::paths;
 use crate::ui::{say, Step};
-use crate::{paths, stock};
 
 /// The options on top of allnoconfig.
-const FRAGMENT: &str = include_str!("../debug.config");
+const FRAGMENT: &str = include_str!("../../debug.config");
 
 /// What make reads before each of the kernel's Makefiles.
-const MAKEFILE: &str = include_str!("../debug.mk");
+const MAKEFILE: &str = include_str!("../../debug.mk");
 
 /// What the kernel is compiled with, and what it compiles once for all files.
-const WRAPPER: &str = include_str!("../debug-cc");
-const HEADERS: &str = include_str!("../debug-cc.h");
+const WRAPPER: &str = include_str!("../../debug-cc");
+const HEADERS: &str = include_str!("../../debug-cc.h");
 
 /// The number of files that cannot begin with those headers above which a warning is printed.
 const WITHOUT: usize = 50;

@@ -13,7 +13,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{bail, Context, Result};
 
-use crate::{paths, userspace};
+use crate::image::userspace;
+use crate::paths;
 
 /// Whose tests they are.
 const PACKAGES: &[&str] = &["pinbuf", "pinbuf-preload", "pinbuf-pure"];

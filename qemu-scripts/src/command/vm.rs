@@ -14,8 +14,8 @@ use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
 
 use crate::guest::{End, Guest, Options, Outcome, Requests, Streams};
+use crate::image::userspace::Profile;
 use crate::ui::{say, seconds, tail};
-use crate::userspace::Profile;
 use crate::{cleanup, paths};
 
 /// The command did not end because the machine stopped.
@@ -177,7 +177,7 @@ fn report(outcome: &Outcome, expect_splat: bool) {
     let mut line = |text: &str| {
         let _ = writeln!(out, "{text}");
     };
-    if let Some(problem) = problem(outcome) {
+    if let Some(problem) = outcome.problem() {
         line(&format!(
             "--- last lines of the kernel's log:\n{}",
             tail(&outcome.log, TAIL)
@@ -197,25 +197,6 @@ fn report(outcome: &Outcome, expect_splat: bool) {
         seconds(outcome.total),
         paths::shown(&outcome.log)
     ));
-}
-
-/// In words, how a run ended whose command did not end by itself.
-pub fn problem(outcome: &Outcome) -> Option<String> {
-    match &outcome.end {
-        End::Exited(_) | End::Killed(_) => None,
-        End::Failed(reason) => Some(format!("the guest could not run the command: {reason}")),
-        End::Crashed(reason) => Some(format!(
-            "the guest stopped before the command ended: {reason}"
-        )),
-        End::NotBooted => Some(format!(
-            "the kernel did not start its first process within {}",
-            seconds(outcome.total)
-        )),
-        End::TimedOut => Some(format!(
-            "the guest was stopped after {} (--timeout)",
-            seconds(outcome.total)
-        )),
-    }
 }
 
 fn make_terminal_raw() -> Result<()> {

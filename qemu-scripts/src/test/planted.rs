@@ -21,13 +21,16 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Result};
 use walkdir::WalkDir;
 
+use crate::debian::tree::Tree;
 use crate::guest::{End, Guest, Options, Outcome, Streams};
+use crate::image::userspace;
+use crate::kernel::module;
 use crate::kernel::Kernel;
-use crate::runs::{Run, Verdict, RUNS};
+use crate::paths;
+use crate::test::ktap;
+use crate::test::runs::{Run, Verdict, RUNS};
 use crate::test::{Collector, BOOTS, BOOT_LIMIT, HANG};
-use crate::tree::Tree;
 use crate::ui::{say, seconds, step};
-use crate::{ktap, module, paths, userspace, vm};
 
 /// Where the patches are, from the root of the repository.
 const PATCHES: &str = "tests/planted";
@@ -370,7 +373,7 @@ fn in_guest(run: &Run, filters: &[String], place: &Path) -> Result<Option<String
     if let Some(complaint) = outcome.complaints.first() {
         return Ok(Some(format!("the kernel's log: {complaint}")));
     }
-    if let Some(problem) = vm::problem(&outcome) {
+    if let Some(problem) = outcome.problem() {
         return Ok(Some(problem));
     }
     Ok((!well).then(|| format!("{:?}", outcome.end)))
@@ -536,7 +539,7 @@ const HEAD: &str = "\
 <!-- SPDX-License-Identifier: MIT OR Apache-2.0 -->
 # Planted bugs: which test catches which
 
-Written by `./qemu-scripts/test --run planted`; `qemu-scripts/src/planted.rs` says how. Seconds are from the
+Written by `./qemu-scripts/test --run planted`; `qemu-scripts/src/test/planted.rs` says how. Seconds are from the
 broken module's build to the failure, boots of guests included, under TCG.
 
 | bug | what is wrong | caught by | seconds |

@@ -15,9 +15,9 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use crate::guest::{End, Guest, Options, Outcome, Streams};
-use crate::runs;
+use crate::paths;
+use crate::test::runs;
 use crate::ui::{say, seconds, step, tail, Step};
-use crate::{paths, vm};
 
 /// What the program prints when its picture is on the screen.
 const SHOWING: &str = "pinbuf-demo: showing";
@@ -150,8 +150,9 @@ fn check_end(outcome: &Outcome, program: &str) -> Result<()> {
     for complaint in &outcome.complaints {
         say(&format!("the kernel reported: {complaint}"));
     }
-    let problem =
-        vm::problem(outcome).unwrap_or_else(|| format!("{program} ended with {:?}", outcome.end));
+    let problem = outcome
+        .problem()
+        .unwrap_or_else(|| format!("{program} ended with {:?}", outcome.end));
     bail!(
         "{problem}; the kernel's log: {}",
         paths::shown(&outcome.log)

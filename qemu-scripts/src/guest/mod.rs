@@ -2,6 +2,10 @@
 
 //! A guest, from its start to its end: the one way in which guests are run.
 
+mod qemu;
+mod qmp;
+pub mod watch;
+
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -16,13 +20,14 @@ use anyhow::{bail, Context, Result};
 use pinbuf_guest_init::{port, Config, Event, Request, Share, Sharing, END_MARK};
 use tempfile::TempDir;
 
+use self::qemu::Sockets;
+use self::qmp::Qmp;
+use crate::debian::tree::Tree;
+use crate::image::userspace::{self, Profile};
+use crate::image::{initramfs, payload};
 use crate::kernel::Kernel;
-use crate::qemu::{self, Sockets};
-use crate::qmp::Qmp;
-use crate::tree::Tree;
-use crate::ui::tail;
-use crate::userspace::{self, Profile};
-use crate::{cleanup, image, initramfs, paths, payload, watch};
+use crate::ui::{seconds, tail};
+use crate::{cleanup, image, paths};
 
 /// Consoles of this many runs are kept.
 const LOGS_KEPT: usize = 200;
@@ -30,7 +35,7 @@ const LOGS_KEPT: usize = 200;
 /// What a guest is to be.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Which kernel: see [`crate::archive::select`]; also `debug`.
+    /// Which kernel: see [`crate::debian::archive::select`]; also `debug`.
     pub kernel: String,
     /// Memory, as QEMU takes it.
     pub memory: String,
@@ -136,6 +141,27 @@ pub struct Outcome {
     pub boot: Option<Duration>,
     /// From QEMU's start to the end.
     pub total: Duration,
+}
+
+impl Outcome {
+    /// In words, how the guest ended, if the command in it did not end by itself.
+    pub fn problem(&self) -> Option<String> {
+        match &self.end {
+            End::Exited(_) | End::Killed(_) => None,
+            End::Failed(reason) => Some(format!("the guest could not run the command: {reason}")),
+            End::Crashed(reason) => Some(format!(
+                "the guest stopped before the command ended: {reason}"
+            )),
+            End::NotBooted => Some(format!(
+                "the kernel did not start its first process within {}",
+                seconds(self.total)
+            )),
+            End::TimedOut => Some(format!(
+                "the guest was stopped after {} (--timeout)",
+                seconds(self.total)
+            )),
+        }
+    }
 }
 
 /// A guest that runs.

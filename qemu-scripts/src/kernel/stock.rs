@@ -9,11 +9,11 @@ use std::process::Command;
 use anyhow::{bail, Context, Result};
 use walkdir::WalkDir;
 
-use crate::archive::Stock;
 use crate::cache::{self, Key};
-use crate::kernel::directory;
+use crate::debian::archive::Stock;
+use crate::debian::tree::{remove, Tree, BUILD};
+use crate::kernel::layout::directory;
 use crate::paths;
-use crate::tree::{remove, Tree, BUILD};
 use crate::ui::{say, Step};
 
 /// Changes when what is made of a kernel's packages does.

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{bail, Result};
 
-use crate::tree::Tree;
+use crate::debian::tree::Tree;
 
 /// The oldest series that pinbuf supports.
 const OLDEST: (u32, u32) = (7, 2);

@@ -2,6 +2,12 @@
 
 //! `test`: unit tests on the host, then guests.
 
+mod ktap;
+mod lint;
+mod planted;
+pub mod runs;
+mod sanitize;
+
 use std::cmp::Reverse;
 use std::collections::VecDeque;
 use std::fs;
@@ -16,19 +22,21 @@ use anyhow::{bail, Context, Result};
 use clap::Args;
 use nix::sys::sysinfo::sysinfo;
 
+use self::lint::{Outcome, CHECKS};
+use self::runs::{Run, Verdict, When, RUNS};
+use self::sanitize::Tested;
+use crate::command::demo;
+use crate::debian::tree::Tree;
+use crate::guest::watch;
 use crate::guest::{End, Guest, Options, Streams};
+use crate::image::userspace::{self, Profile};
+use crate::kernel::module;
 use crate::kernel::Kernel;
-use crate::ktap;
-use crate::lint::{Outcome, CHECKS};
-use crate::runs::{Run, Verdict, When, RUNS};
-use crate::sanitize::{self, Tested};
-use crate::tree::Tree;
+use crate::paths;
 use crate::ui::{say, seconds, tail};
-use crate::userspace::{self, Profile};
-use crate::{demo, module, paths, planted, vm, watch};
 
 /// Reasons for which a test may be skipped.
-const ALLOWED_SKIPS: &str = include_str!("../allowed-skips.txt");
+const ALLOWED_SKIPS: &str = include_str!("../../allowed-skips.txt");
 
 /// Runs that are not among [`RUNS`]: this one is judged from outside of the guest,
 const SCREEN: &str = "screen";
@@ -471,7 +479,7 @@ impl Test {
         fs::write(paths::logs().join(job.log()), &text)?;
 
         let mut problems = Vec::new();
-        problems.extend(vm::problem(&outcome));
+        problems.extend(outcome.problem());
         if let End::Killed(signal) = outcome.end {
             problems.push(format!("{} was killed by signal {signal}", run.command));
         }

@@ -10,9 +10,9 @@ use anyhow::{bail, Result};
 use clap::Args;
 
 use crate::guest::{End, Guest, Options, Streams};
+use crate::image::userspace::Profile;
+use crate::paths;
 use crate::ui::{say, seconds, tail};
-use crate::userspace::Profile;
-use crate::{paths, vm};
 
 /// Run pinbuf-bench in a guest: the table goes to standard output, progress to standard error.
 #[derive(Debug, Args)]
@@ -107,7 +107,8 @@ impl Bench {
                     "--- last lines of the kernel's log:\n{}",
                     tail(&outcome.log, 60)
                 ));
-                let problem = vm::problem(&outcome)
+                let problem = outcome
+                    .problem()
                     .unwrap_or_else(|| format!("pinbuf-bench ended with {:?}", outcome.end));
                 bail!(
                     "{problem}; the kernel's log: {}",

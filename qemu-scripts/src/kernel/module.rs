@@ -10,9 +10,9 @@ use anyhow::{bail, Context, Result};
 use walkdir::WalkDir;
 
 use crate::cache::{self, Key};
+use crate::debian::tree::{remove, Tree, BUILD};
 use crate::kernel::Kernel;
 use crate::paths;
-use crate::tree::{remove, Tree, BUILD};
 use crate::ui::{step, Step};
 
 /// Asks the root Kbuild for the modules of the tests, too.

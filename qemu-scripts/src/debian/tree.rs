@@ -13,8 +13,8 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{bail, Context, Result};
 
-use crate::apt::Mirror;
 use crate::cache::{ensure, lock, Key};
+use crate::debian::apt::Mirror;
 use crate::paths;
 use crate::ui::{say, step, Step};
 

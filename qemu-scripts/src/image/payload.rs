@@ -11,10 +11,11 @@ use std::time::SystemTime;
 use anyhow::{Context, Result};
 
 use crate::cache::{self, Key};
+use crate::debian::tree::{remove, Tree, BUILD};
+use crate::image::userspace::{self, Profile};
+use crate::kernel::module;
 use crate::kernel::Kernel;
-use crate::tree::{remove, Tree, BUILD};
-use crate::userspace::{self, Profile};
-use crate::{image, module, paths};
+use crate::{image, paths};
 
 /// How many layers are kept, for runs that change nothing.
 const KEPT: usize = 12;
@@ -117,7 +118,7 @@ fn lists(tools: &Tree, kernel: &Kernel, ours: &[PathBuf]) -> Result<PathBuf> {
             let lists = format!("{BUILD}/kernels/{name}");
             let ours = ours
                 .iter()
-                .map(|path| crate::tree::inside(path))
+                .map(|path| crate::debian::tree::inside(path))
                 .collect::<Result<Vec<_>>>()?;
             let mut arguments = vec!["sh", "-c", SCRIPT, "sh", &lists, &root, release];
             arguments.extend(ours.iter().map(String::as_str));

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The commands beside `test`.
+
+pub mod bench;
+pub mod demo;
+pub mod module;
+pub mod vm;
