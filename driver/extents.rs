@@ -9,6 +9,7 @@
 //! This file depends on neither memory management nor locks. It is also compiled for the host,
 //! where `tests/pure` compares it with a list of pages.
 
+use crate::one_or_more::OneOrMore;
 use kernel::{
     alloc::{
         flags::{
@@ -63,7 +64,7 @@ fn flags() -> Flags {
 /// them.
 const MOST: usize = i32::MAX as usize / size_of::<Extent>();
 
-/// The minimum number of extents to allocate memory for, unless the buffer has fewer pages.
+/// The minimum number of extents to allocate memory for. A single extent is not allocated.
 const AT_FIRST: usize = 8;
 
 impl Extent {
@@ -99,7 +100,7 @@ impl Extent {
 /// `pages`. `next` is the value of [`Extent::frame`] that a further page of the last extent would
 /// have.
 pub(crate) struct Extents {
-    list: KVVec<Extent>,
+    list: OneOrMore<Extent>,
     pages: usize,
     next: usize,
     /// The number of pages that the buffer will have.
@@ -108,15 +109,15 @@ pub(crate) struct Extents {
 
 impl Extents {
     /// Creates an empty list for a buffer that will have `expected` pages.
-    pub(crate) fn new(expected: usize) -> Result<Self> {
+    pub(crate) fn new(expected: usize) -> Self {
         // INVARIANT: The list is empty.
-        Ok(Self {
-            list: KVVec::with_capacity(expected.min(AT_FIRST), flags())?,
+        Self {
+            list: OneOrMore::new(),
             pages: 0,
             // Not equal to any frame.
             next: usize::MAX,
             expected,
-        })
+        }
     }
 
     /// The number of pages.
@@ -129,7 +130,7 @@ impl Extents {
         self.list.len()
     }
 
-    /// The memory that the list takes, in bytes.
+    /// The memory that is allocated for the list, in bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.list.capacity() * size_of::<Extent>()
     }
@@ -141,8 +142,7 @@ impl Extents {
         let new = Extent::new(self.pages, pfn, kind);
         // The comparison includes the kind, which is in the same word as the frame.
         if !(joins && new.frame == self.next) && self.list.push_within_capacity(new).is_err() {
-            self.grow()?;
-            self.list.push_within_capacity(new).map_err(|_| ENOMEM)?;
+            self.push_and_grow(new)?;
         }
         // INVARIANT: `pages` is at least one. The sum does not wrap: it is the buffer's size in
         // pages, and the size in bytes is an `isize` (`ranges::total_pages`).
@@ -151,18 +151,26 @@ impl Extents {
         Ok(())
     }
 
-    /// Allocates memory for at least one more extent: for as many as the remaining pages will need
-    /// if they are as scattered as those before.
+    /// Appends the first extent, or allocates memory for at least one more: for as many as the
+    /// remaining pages will need if they are as scattered as those before.
     #[cold]
-    fn grow(&mut self) -> Result {
+    fn push_and_grow(&mut self, new: Extent) -> Result {
         let len = self.list.len();
+        if len == 0 {
+            self.list = OneOrMore::One([new]);
+            return Ok(());
+        }
         let left = self.expected.saturating_sub(self.pages);
-        let more = len.saturating_mul(left) / self.pages.max(1);
-        let more = more.max(AT_FIRST).min(MOST - len);
+        let more = match len {
+            1 => AT_FIRST - 1,
+            _ => (len.saturating_mul(left) / self.pages.max(1)).max(AT_FIRST),
+        };
+        let more = more.min(left.max(1)).min(MOST - len);
         if more == 0 {
             return Err(ENOMEM);
         }
-        Ok(self.list.reserve(more, flags())?)
+        self.list.reserve(more, flags())?;
+        self.list.push_within_capacity(new).map_err(|_| ENOMEM)
     }
 
     /// Frees unused capacity if it is more than an eighth of the list, or if the capacity exceeds
@@ -172,7 +180,7 @@ impl Extents {
         if room > AT_FIRST && (room - len > len / 8 || room > self.pages) {
             let mut exact = KVVec::with_capacity(len, flags())?;
             exact.extend_from_slice(&self.list, flags())?;
-            self.list = exact;
+            self.list = OneOrMore::More(exact);
         }
         Ok(())
     }
@@ -185,19 +193,17 @@ impl Extents {
     /// The frames from the page `first` on, as runs: the rest of the extent that contains it, then
     /// the extents after that one. Empty if `first` is not in the buffer.
     pub(crate) fn iter_from(&self, first: usize) -> impl Iterator<Item = Run> + Clone + '_ {
+        let list: &[Extent] = &self.list;
         // The index after the last extent that starts at `first` or before.
-        let index = self.list.partition_point(|extent| extent.start <= first);
+        let index = list.partition_point(|extent| extent.start <= first);
         let from = if first < self.pages {
             index.saturating_sub(1)
         } else {
-            self.list.len()
+            list.len()
         };
-        (from..self.list.len()).map(move |index| {
-            let extent = self.list[index];
-            let end = self
-                .list
-                .get(index + 1)
-                .map_or(self.pages, |next| next.start);
+        (from..list.len()).map(move |index| {
+            let extent = list[index];
+            let end = list.get(index + 1).map_or(self.pages, |next| next.start);
             let skipped = first.saturating_sub(extent.start);
             Run {
                 pfn: extent.pfn() + skipped,

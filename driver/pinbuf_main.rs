@@ -10,7 +10,7 @@
 //! * [`charge`], on top of [`allowances`]: charges the pages to a user, and limits how many may be
 //!   pinned;
 //! * [`pin`]: pins the pages with GUP, and holds the pins;
-//! * [`extents`]: records which pages were pinned;
+//! * [`extents`]: records which pages were pinned, in a list of [`one_or_more`];
 //! * [`buffer`]: the exported object; [`discards`]: finds the parts of it that the owner does not
 //!   see any more;
 //! * [`kernel_ext`]: safe wrappers of what the `kernel` crate does not wrap yet, and everything
@@ -52,6 +52,7 @@ mod extents;
 mod ffi;
 mod ioctl;
 mod kernel_ext;
+mod one_or_more;
 mod params;
 mod pin;
 mod ranges;

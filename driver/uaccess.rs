@@ -4,6 +4,7 @@
 //! the driver's, and the arrays that they point to. Everything is read once, except for the size,
 //! whose second value is ignored.
 
+use crate::one_or_more::OneOrMore;
 use kernel::{
     alloc::{
         flags::{
@@ -96,17 +97,19 @@ pub(crate) fn write_struct<T: Extensible>(user: UserPtr, value: T, claimed: usiz
 
 /// Reads an array of `count` elements at `address` of user space. The caller of this function has
 /// to bound `count`.
-pub(crate) fn read_array<T: FromBytes>(address: u64, count: usize) -> Result<KVVec<T>> {
+pub(crate) fn read_array<T: FromBytes>(address: u64, count: usize) -> Result<OneOrMore<T>> {
     let address = usize::try_from(address).map_err(|_| EFAULT)?;
     let bytes = count.checked_mul(size_of::<T>()).ok_or(EOVERFLOW)?;
+    let mut reader = UserSlice::new(UserPtr::from_addr(address), bytes).reader();
+    if count == 1 {
+        return Ok(OneOrMore::One([reader.read()?]));
+    }
     let mut array = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
     let room = &mut array.spare_capacity_mut()[..count];
     // SAFETY: These are the bytes of `room`, which need not be initialised.
     let raw = unsafe { core::slice::from_raw_parts_mut(room.as_mut_ptr().cast(), bytes) };
-    UserSlice::new(UserPtr::from_addr(address), bytes)
-        .reader()
-        .read_raw(raw)?;
+    reader.read_raw(raw)?;
     // SAFETY: All bytes were written, and any bytes are a valid `T`, by `FromBytes`.
     unsafe { array.inc_len(count) };
-    Ok(array)
+    Ok(OneOrMore::More(array))
 }

@@ -34,13 +34,13 @@ pub(crate) struct Held {
 
 impl Held {
     /// No pins yet, for a buffer that will have `pages` pages.
-    pub(super) fn new(pages: usize) -> Result<Self> {
+    pub(super) fn new(pages: usize) -> Self {
         // INVARIANT: There are no extents.
-        Ok(Self {
-            extents: Extents::new(pages)?,
+        Self {
+            extents: Extents::new(pages),
             hugetlb_pages: 0,
             hugetlb_pins: 0,
-        })
+        }
     }
 
     /// The pages that are pinned.

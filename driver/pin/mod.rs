@@ -66,7 +66,7 @@ pub(crate) fn pin(
 ) -> Result<(Held, usize)> {
     let mut pinner = Pinner {
         mm,
-        held: Held::new(pages)?,
+        held: Held::new(pages),
         rest: Rest::new(),
         charge,
         patience: Patience::new(),

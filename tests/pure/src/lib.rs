@@ -9,6 +9,9 @@ mod allowances;
 #[path = "../../../driver/extents.rs"]
 #[allow(dead_code)]
 mod extents;
+#[path = "../../../driver/one_or_more.rs"]
+#[allow(dead_code)]
+mod one_or_more;
 #[path = "../../../driver/ranges.rs"]
 #[allow(dead_code)]
 mod ranges;
