@@ -5,10 +5,12 @@
 use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs;
+use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{bail, ensure, Context, Result};
+use cpio::newc::Builder;
 
 /// Where the modules are, and the list of them in the order of loading.
 pub const MODULES: &str = "/modules";
@@ -22,59 +24,35 @@ const COMPRESSED_FILE: u32 = 4;
 const DIRECTORY: u32 = 0o040755;
 const PROGRAM: u32 = 0o100755;
 
-/// An archive in the format that the kernel unpacks ("newc" of cpio).
+/// The entries of an archive in the format that the kernel unpacks ("newc" of cpio).
 #[derive(Default)]
 struct Archive {
-    bytes: Vec<u8>,
+    entries: Vec<(Builder, Cursor<Vec<u8>>)>,
     directories: BTreeSet<PathBuf>,
-    entries: u32,
 }
 
 impl Archive {
-    fn add(&mut self, path: &Path, mode: u32, contents: &[u8]) {
+    /// Adds a file, and the directories that it is in.
+    fn add(&mut self, path: &Path, contents: Vec<u8>) {
         let parents: Vec<&Path> = path.ancestors().skip(1).collect();
         for parent in parents.into_iter().rev() {
-            if parent.parent().is_some() && self.directories.insert(parent.to_owned()) {
-                self.entry(parent, DIRECTORY, &[]);
+            if parent.parent().is_some() {
+                self.directory(parent);
             }
         }
-        self.entry(path, mode, contents);
+        self.entry(path, PROGRAM, contents);
     }
 
-    fn entry(&mut self, path: &Path, mode: u32, contents: &[u8]) {
-        let name = path.to_string_lossy();
-        let name = name.trim_start_matches('/');
-        self.entries += 1;
-        let size = contents.len() as u32;
-        let name_size = name.len() as u32 + 1;
-        let fields = [
-            self.entries,
-            mode,
-            0,
-            0,
-            1,
-            0,
-            size,
-            0,
-            0,
-            0,
-            0,
-            name_size,
-            0,
-        ];
-        self.bytes.extend(b"070701");
-        for field in fields {
-            self.bytes.extend(format!("{field:08x}").as_bytes());
+    fn directory(&mut self, path: &Path) {
+        if self.directories.insert(path.to_owned()) {
+            self.entry(path, DIRECTORY, Vec::new());
         }
-        self.bytes.extend(name.as_bytes());
-        self.bytes.push(0);
-        self.pad();
-        self.bytes.extend(contents);
-        self.pad();
     }
 
-    fn pad(&mut self) {
-        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    fn entry(&mut self, path: &Path, mode: u32, contents: Vec<u8>) {
+        let name = path.to_string_lossy();
+        let builder = Builder::new(name.trim_start_matches('/')).mode(mode);
+        self.entries.push((builder, Cursor::new(contents)));
     }
 }
 
@@ -83,25 +61,21 @@ pub fn write(path: &Path, more: &[&str]) -> Result<()> {
     let mut archive = Archive::default();
     let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
     for directory in ["/dev", "/proc", "/sys"] {
-        archive.entry(Path::new(directory), DIRECTORY, &[]);
+        archive.directory(Path::new(directory));
     }
-    archive.add(
-        Path::new("/init"),
-        PROGRAM,
-        &read(Path::new("/proc/self/exe"))?,
-    );
+    archive.add(Path::new("/init"), read(Path::new("/proc/self/exe"))?);
     for library in libraries()? {
-        archive.add(&library, PROGRAM, &read(&library)?);
+        archive.add(&library, read(&library)?);
     }
     let mut order = String::new();
     for module in modules(&[WANTED, more].concat())? {
         let name = module.file_name().context("module without a name")?;
         order += &format!("{}\n", name.to_string_lossy());
-        archive.add(&Path::new(MODULES).join(name), PROGRAM, &read(&module)?);
+        archive.add(&Path::new(MODULES).join(name), read(&module)?);
     }
-    archive.add(&Path::new(MODULES).join("order"), PROGRAM, order.as_bytes());
-    archive.entry(Path::new("TRAILER!!!"), 0, &[]);
-    fs::write(path, archive.bytes).with_context(|| format!("writing {}", path.display()))
+    archive.add(&Path::new(MODULES).join("order"), order.into_bytes());
+    let bytes = cpio::write_cpio(archive.entries.into_iter(), Vec::new())?;
+    fs::write(path, bytes).with_context(|| format!("writing {}", path.display()))
 }
 
 /// What the dynamic linker loaded for this program, itself included.
