@@ -3,7 +3,6 @@
 //! A guest, from its start to its end: the one way in which guests are run.
 
 mod qemu;
-mod qmp;
 pub mod watch;
 
 use std::fs;
@@ -18,10 +17,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 use pinbuf_guest_init::{port, Config, Event, Request, Share, Sharing, END_MARK};
+use pinbuf_test_qmp::Qmp;
 use tempfile::TempDir;
 
 use self::qemu::Sockets;
-use self::qmp::Qmp;
 use crate::debian::tree::Tree;
 use crate::image::userspace::{self, Profile};
 use crate::image::{initramfs, payload};
@@ -31,6 +30,9 @@ use crate::{cleanup, image, paths};
 
 /// Consoles of this many runs are kept.
 const LOGS_KEPT: usize = 200;
+
+/// How long QEMU may take to execute a command.
+const QMP_LIMIT: Duration = Duration::from_secs(60);
 
 /// What a guest is to be.
 #[derive(Debug, Clone)]
@@ -334,7 +336,7 @@ impl Guest {
             let [qmp, control, input, output, error]: [UnixStream; 5] = streams
                 .try_into()
                 .map_err(|_| anyhow::anyhow!("a socket is missing"))?;
-            Ok((Qmp::new(qmp)?, control, input, output, error))
+            Ok((Qmp::over(qmp, QMP_LIMIT)?, control, input, output, error))
         });
         let (qmp, control, input, output, error) = match connected {
             Ok(connected) => connected,

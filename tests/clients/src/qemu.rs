@@ -2,12 +2,12 @@
 
 //! QEMU's virtio-gpu, which looks for udmabuf when it starts with `blob=true`.
 
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::process::Stdio;
 
 use anyhow::{ensure, Context, Result};
 use pinbuf_test_harness::tests;
-use serde_json::{json, Value};
+use pinbuf_test_qmp::Qmp;
+use serde_json::json;
 
 use crate::doctor::Findings;
 use crate::evidence;
@@ -40,40 +40,6 @@ fn machine() -> Start {
     ])
 }
 
-/// QEMU's control protocol.
-struct Qmp {
-    to: ChildStdin,
-    from: BufReader<ChildStdout>,
-}
-
-impl Qmp {
-    fn of(child: &mut Child) -> Result<Self> {
-        let mut qmp = Self {
-            to: child.stdin.take().context("stdin")?,
-            from: BufReader::new(child.stdout.take().context("stdout")?),
-        };
-        qmp.call("qmp_capabilities")?;
-        Ok(qmp)
-    }
-
-    /// Only what is all set up answers.
-    fn call(&mut self, command: &str) -> Result<Value> {
-        writeln!(self.to, "{}", json!({ "execute": command }))?;
-        loop {
-            let mut line = String::new();
-            let count = self.from.read_line(&mut line)?;
-            ensure!(count > 0, "QEMU has ended");
-            let mut answer: Value = serde_json::from_str(&line).context(line)?;
-            if let Some(error) = answer.get("error") {
-                anyhow::bail!("{command}: {error}");
-            }
-            if let Some(value) = answer.get_mut("return") {
-                return Ok(value.take());
-            }
-        }
-    }
-}
-
 fn starts_on_pinbuf() -> Result<()> {
     no_udmabuf()?;
     let mut child = machine()
@@ -83,17 +49,19 @@ fn starts_on_pinbuf() -> Result<()> {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()?;
-    let mut qmp = Qmp::of(&mut child)?;
-    let version = qmp.call("query-version")?;
+    let input = child.stdin.take().context("stdin")?;
+    let output = child.stdout.take().context("stdout")?;
+    let mut qmp = Qmp::new(output, input)?;
+    let version = qmp.execute("query-version", json!({}))?;
     println!("# QEMU {}", version["qemu"]);
-    ensure!(qmp.call("query-status")?["status"] == "prelaunch");
+    ensure!(qmp.execute("query-status", json!({}))?["status"] == "prelaunch");
     ensure!(
         evidence::has_device(child.id())?,
         "QEMU has not opened pinbuf's device"
     );
     let findings = Findings::of_process(child.id())?;
     findings.expect("process", "good", "runs on pinbuf")?;
-    qmp.call("quit")?;
+    qmp.execute("quit", json!({}))?;
     let status = child.wait()?;
     ensure!(status.success(), "QEMU ended by {status}");
     Ok(())

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 use pinbuf::{Access, DmaBuf};
+use pinbuf_test_qmp::Qmp;
 use serde_json::json;
 use zbus::blocking::{connection, Connection};
 use zbus::zvariant::{Fd, OwnedFd};
 use zbus::{fdo, interface};
 
 use crate::picture::Picture;
-use crate::qmp::Qmp;
 
 const CONSOLE: &str = "/org/qemu/Display1/Console_0";
 const LISTENER: &str = "/org/qemu/Display1/Listener";

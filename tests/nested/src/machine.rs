@@ -9,6 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
+use pinbuf_test_qmp::Qmp;
 use pinbuf_uapi::Info;
 use serde_json::json;
 
@@ -18,7 +19,6 @@ use crate::link::{Link, Shown, PATIENCE};
 use crate::pattern::Pattern;
 use crate::picture::Picture;
 use crate::protocol::{Answer, DiskPlan, Request, PORT};
-use crate::qmp::Qmp;
 
 /// What the inner guest's memory is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -498,5 +498,5 @@ fn connect(child: &mut Child, directory: &Path) -> Result<(Qmp, UnixStream)> {
         }
     };
     let link = stream("link")?;
-    Ok((Qmp::new(stream("qmp")?)?, link))
+    Ok((Qmp::over(stream("qmp")?, Duration::from_secs(120))?, link))
 }

@@ -17,7 +17,6 @@ mod migrate;
 mod pattern;
 mod picture;
 mod protocol;
-mod qmp;
 mod scenarios;
 mod screen;
 mod vfio;
