@@ -16,12 +16,12 @@ use crate::common::{
 };
 use crate::frames::{all_frames, entries, flags, with_flag, Entry, HEAD, HUGETLB, KSM, ZERO_PAGE};
 use crate::swap::{force_out, page_out, Ext4, Swap};
-use crate::uffd::{Faults, MINOR, MISSING, WRITE_PROTECTED};
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
 use pinbuf_test_harness::support::memory::{
     file_in, huge_memfd, memfd, pattern, GIGA, HUGE, PAGE, RW,
 };
 use pinbuf_test_harness::support::process::in_child;
+use pinbuf_test_harness::support::uffd::{Faults, Mode};
 use pinbuf_test_harness::support::view::same;
 use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
 use pinbuf_test_harness::tests;
@@ -568,7 +568,7 @@ fn answered(
     let buffer = std::thread::scope(|scope| {
         let caller = scope.spawn(|| device.create(&[memory.range()]));
         for page in 0..pages {
-            let addr = faults.wait()?;
+            let addr = faults.take()?;
             check_eq!(addr, memory.addr() + (page * PAGE) as u64, "what faulted");
             check!(!caller.is_finished(), "create did not wait");
             answer(faults, addr)?;
@@ -584,7 +584,7 @@ fn answered(
 
 fn userfault_missing() -> Result<()> {
     let memory = Memory::small_pages(6 * PAGE)?;
-    let faults = Faults::of(&memory, MISSING)?;
+    let faults = Faults::of(&memory, Mode::Missing)?;
     answered(&memory, &faults, 10, |faults, addr| {
         faults.copy(addr, &pattern(10, addr - memory.addr(), PAGE))
     })
@@ -596,15 +596,17 @@ fn userfault_minor() -> Result<()> {
     let memory = Memory::shared(&file, 6 * PAGE)?;
     let other = Memory::shared(&file, 6 * PAGE)?;
     other.write(0, &pattern(11, 0, 6 * PAGE));
-    let faults = Faults::of(&memory, MINOR)?;
-    answered(&memory, &faults, 11, Faults::resume)
+    let faults = Faults::of(&memory, Mode::Minor)?;
+    answered(&memory, &faults, 11, |faults, addr| {
+        faults.resume(addr, PAGE)
+    })
 }
 
 /// A pin is a write. What devices write afterwards is not seen.
 fn userfault_write_protected() -> Result<()> {
     let memory = Memory::small_pages(6 * PAGE)?;
     memory.write(0, &pattern(12, 0, 6 * PAGE));
-    let faults = Faults::of(&memory, WRITE_PROTECTED)?;
+    let faults = Faults::of(&memory, Mode::Protected)?;
     faults.protect(memory.addr(), memory.len(), true)?;
     answered(&memory, &faults, 12, |faults, addr| {
         faults.protect(addr, PAGE, false)

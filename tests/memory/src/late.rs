@@ -13,10 +13,10 @@ use nix::sys::wait::WaitStatus;
 use pinbuf_uapi::Range;
 
 use crate::common::{refused, views_agree};
-use crate::uffd::{Faults, MISSING, WRITE_PROTECTED};
 use pinbuf_test_harness::support::kernel::HugePool;
 use pinbuf_test_harness::support::memory::{huge_memfd, memfd, pattern, punch_hole, HUGE, PAGE};
 use pinbuf_test_harness::support::process::{Child, PATIENCE};
+use pinbuf_test_harness::support::uffd::{Faults, Mode};
 use pinbuf_test_harness::support::view::same;
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
@@ -72,7 +72,7 @@ fn faults_at(
     offset: usize,
     done: &dyn Fn() -> bool,
 ) -> Result<u64> {
-    let addr = faults.wait()?;
+    let addr = faults.take()?;
     check_eq!(addr, memory.addr() + offset as u64, "the page it waits for");
     check!(!done(), "create did not wait for the page at {offset:#x}");
     Ok(addr)
@@ -80,7 +80,7 @@ fn faults_at(
 
 /// Takes over the faults of some memory, and fills all of its pages but some.
 fn filled_but(memory: &Memory, size: usize, late: &[usize], seed: u64) -> Result<Faults> {
-    let faults = Faults::of(memory, MISSING)?;
+    let faults = Faults::of(memory, Mode::Missing)?;
     for page in (0..memory.len() / size).filter(|page| !late.contains(page)) {
         let data = pattern(seed, (page * size) as u64, size);
         faults.copy(memory.addr() + (page * size) as u64, &data)?;
@@ -92,7 +92,7 @@ fn filled_but(memory: &Memory, size: usize, late: &[usize], seed: u64) -> Result
 fn protected(memory: &Memory, size: usize) -> Result<()> {
     let data = pattern(50, 0, memory.len());
     memory.write(0, &data);
-    let faults = Faults::of(memory, WRITE_PROTECTED)?;
+    let faults = Faults::of(memory, Mode::Protected)?;
     faults.protect(memory.addr(), memory.len(), true)?;
     let created = create_beside(&[memory.range()], faults, |faults, done| {
         for offset in (0..memory.len()).step_by(size) {

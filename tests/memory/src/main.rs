@@ -20,7 +20,6 @@ mod populate;
 mod promises;
 mod safety;
 mod swap;
-mod uffd;
 mod vfio;
 
 use std::process::ExitCode;

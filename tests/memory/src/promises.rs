@@ -10,9 +10,9 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 
 use crate::common::{refused, views_agree, works, works_whole};
-use crate::uffd::{Faults, MINOR, MISSING};
 use pinbuf_test_harness::support::kernel::HugePool;
 use pinbuf_test_harness::support::memory::{huge_memfd, memfd, pattern, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::uffd::{Faults, Mode};
 use pinbuf_test_harness::support::view::same;
 use pinbuf_test_harness::support::{check, check_eq, Device, Memory};
 use pinbuf_test_harness::tests;
@@ -80,7 +80,7 @@ fn guards_in_a_file() -> Result<()> {
 fn poisoned_by_its_owner() -> Result<()> {
     let file = memfd(LARGE, 0)?;
     let memory = Memory::shared(&file, LARGE)?;
-    let faults = Faults::of(&memory, MISSING)?;
+    let faults = Faults::of(&memory, Mode::Missing)?;
     let bad = LARGE / 2 + 3 * PAGE;
     let data = pattern(41, 0, LARGE);
     faults.copy(memory.addr(), &data[..bad])?;
@@ -100,7 +100,7 @@ fn poisoned_by_its_owner() -> Result<()> {
 fn poisoned_huge_page() -> Result<()> {
     let _pool = HugePool::with_free(3)?;
     let memory = Memory::shared(huge_memfd(3 * HUGE)?, 3 * HUGE)?;
-    let faults = Faults::of(&memory, MISSING)?;
+    let faults = Faults::of(&memory, Mode::Missing)?;
     let data = pattern(42, 0, HUGE);
     faults.copy(memory.addr(), &data)?;
     faults.poison(memory.addr() + HUGE as u64, HUGE)?;
@@ -122,7 +122,7 @@ fn waits_for(
     let buffer = std::thread::scope(|scope| {
         let caller = scope.spawn(|| device.create(&[memory.range()]));
         for offset in late {
-            let addr = faults.wait()?;
+            let addr = faults.take()?;
             check_eq!(addr, memory.addr() + *offset as u64, "what faulted");
             check!(!caller.is_finished(), "create did not wait");
             answer(addr)?;
@@ -136,7 +136,7 @@ fn waits_for(
 fn late(memory: &Memory, size: usize, late: &[usize]) -> Result<()> {
     let len = memory.len();
     let data = pattern(43, 0, len);
-    let faults = Faults::of(memory, MISSING)?;
+    let faults = Faults::of(memory, Mode::Missing)?;
     let mut from = 0;
     for offset in late.iter().copied().chain([len]) {
         if from < offset {
@@ -177,7 +177,7 @@ fn late_huge_pages_of_a_file() -> Result<()> {
 fn late_pages_of_another_process() -> Result<()> {
     let file = memfd(16 * PAGE, 0)?;
     let watched = Memory::shared(&file, 16 * PAGE)?;
-    let faults = Faults::of(&watched, MISSING)?;
+    let faults = Faults::of(&watched, Mode::Missing)?;
     let data = pattern(44, 0, 16 * PAGE);
     faults.copy(watched.addr(), &data[..9 * PAGE])?;
     let buffer = waits_for(
@@ -201,9 +201,9 @@ fn known(memory: &Memory, file: impl AsFd, size: usize) -> Result<()> {
     let len = memory.len();
     let data = pattern(45, 0, len);
     Memory::shared(file, len)?.write(0, &data);
-    let faults = Faults::of(memory, MINOR)?;
+    let faults = Faults::of(memory, Mode::Minor)?;
     let all: Vec<usize> = (0..len).step_by(size).collect();
-    let buffer = waits_for(memory, &faults, &all, |addr| faults.resume_with(addr, size))?;
+    let buffer = waits_for(memory, &faults, &all, |addr| faults.resume(addr, size))?;
     let mut seen = vec![0; len];
     buffer.map()?.read(0, &mut seen);
     same("the buffer", 0, &seen, &data)?;

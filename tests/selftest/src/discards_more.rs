@@ -25,7 +25,7 @@ use pinbuf_test_harness::support::memory::{
     file_in, huge_memfd, memfd, pattern, punch_hole, HUGE, PAGE, RW,
 };
 use pinbuf_test_harness::support::process::{signal_of, Child, Link, PATIENCE};
-use pinbuf_test_harness::support::uffd::Faults;
+use pinbuf_test_harness::support::uffd::{Faults, Mode};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory, Skip};
 use pinbuf_test_harness::tests;
 
@@ -423,34 +423,6 @@ fn written_by_a_debugger() -> Result<()> {
     Ok(())
 }
 
-#[repr(C)]
-struct Api {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct Register {
-    start: u64,
-    len: u64,
-    mode: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct Move {
-    dst: u64,
-    src: u64,
-    len: u64,
-    mode: u64,
-    moved: i64,
-}
-
-nix::ioctl_readwrite!(uffd_api, 0xAA, 0x3F, Api);
-nix::ioctl_readwrite!(uffd_register, 0xAA, 0x00, Register);
-nix::ioctl_readwrite!(uffd_move, 0xAA, 0x05, Move);
-
 /// `UFFDIO_MOVE` does not take pinned pages.
 fn moved_by_userfaultfd() -> Result<()> {
     let device = Device::open()?;
@@ -460,38 +432,13 @@ fn moved_by_userfaultfd() -> Result<()> {
     for (memory, buffer) in [(&small, &buffer), (&huge.0, &huge.1)] {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let target = Memory::map_aligned(memory.len(), HUGE, RW, flags, None, 0)?;
-        // SAFETY: no memory is passed.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
-        Errno::result(fd).context("userfaultfd")?;
-        // SAFETY: the call has just returned it.
-        let fd = unsafe {
-            <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(i32::try_from(fd)?)
-        };
-        let mut api = Api {
-            api: 0xAA,
-            features: 0,
-            ioctls: 0,
-        };
-        let mut register = Register {
-            start: target.addr(),
-            len: target.len() as u64,
-            mode: 1,
-            ioctls: 0,
-        };
-        let mut argument = Move {
-            dst: target.addr(),
-            src: memory.addr(),
-            len: memory.len() as u64,
-            mode: 0,
-            moved: 0,
-        };
-        // SAFETY: the kernel reads and writes the struct.
-        unsafe { uffd_api(fd.as_raw_fd(), &mut api) }.context("UFFDIO_API")?;
-        // SAFETY: as above; nothing touches the memory.
-        unsafe { uffd_register(fd.as_raw_fd(), &mut register) }.context("UFFDIO_REGISTER")?;
-        // SAFETY: as above; pages move between mappings of the test.
-        let moved = unsafe { uffd_move(fd.as_raw_fd(), &mut argument) };
-        check_eq!(moved.err(), Some(Errno::EBUSY), "UFFDIO_MOVE");
+        let moved = Faults::of(&target, Mode::Missing)?
+            .move_pages(target.addr(), memory.addr(), memory.len())
+            .map_err(|error| error.downcast::<Errno>());
+        check!(
+            matches!(moved, Err(Ok(Errno::EBUSY))),
+            "UFFDIO_MOVE: expected EBUSY, seen {moved:?}"
+        );
         is_gone(&device, buffer, &[])?;
         let mapped = buffer.map()?;
         mapped.set(PAGE, 77);
@@ -840,7 +787,7 @@ fn a_list_that_waits() -> Result<()> {
     memory.advise(0, PAGE, libc::MADV_DONTNEED)?;
     let child = Child::run(|| {
         let list = Memory::anonymous(PAGE)?;
-        let _faults = Faults::of(&list, 0, 0)?;
+        let _faults = Faults::of(&list, Mode::Missing)?;
         let mut call = Discards {
             size: size_of::<Discards>() as u32,
             fd: buffer.as_fd().as_raw_fd(),

@@ -18,7 +18,7 @@ use pinbuf_test_harness::support::process::{become_user, in_child, set_memlock, 
 use pinbuf_test_harness::support::{check, check_eq, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
 
-use pinbuf_test_harness::support::uffd::Faults;
+use pinbuf_test_harness::support::uffd::{Faults, Mode};
 
 tests! { "held":
     a_page_of_each_huge_page,
@@ -390,7 +390,7 @@ fn charged_while_create_waits() -> Result<()> {
             let device = Device::open()?;
             let memory = transparent(count)?;
             let missing = Memory::small_pages(PAGE)?;
-            let faults = Faults::of(&missing, 0, 0)?;
+            let faults = Faults::of(&missing, Mode::Missing)?;
             become_user_of_an_allowance()?;
             let mut ranges: Vec<Range> = (0..count)
                 .map(|folio| memory.part(folio * HUGE, PAGE))
@@ -447,7 +447,7 @@ fn charged_while_a_batch_waits() -> Result<()> {
         in_child(|| {
             let device = Device::open()?;
             let (window, rest) = pages_of_huge_pages(pages)?;
-            let faults = Faults::of_part(&window, pages * PAGE, PAGE)?;
+            let faults = Faults::of_range(window.part(pages * PAGE, PAGE), Mode::Missing)?;
             become_user_of_an_allowance()?;
             let result = std::thread::scope(|scope| {
                 let caller = scope.spawn(|| device.create(&[window.range()]));
@@ -479,7 +479,7 @@ fn refused_before_a_batch_waits() -> Result<()> {
         in_child(|| {
             let device = Device::open()?;
             let (window, rest) = pages_of_huge_pages(pages)?;
-            let faults = Faults::of_part(&window, pages * PAGE, PAGE)?;
+            let faults = Faults::of_range(window.part(pages * PAGE, PAGE), Mode::Missing)?;
             become_user_of_an_allowance()?;
             let result = std::thread::scope(|scope| {
                 let caller = scope.spawn(|| device.create(&[window.range()]));

@@ -12,7 +12,7 @@ use nix::sys::wait::WaitStatus;
 
 use pinbuf_test_harness::support::memory::{pattern, PAGE};
 use pinbuf_test_harness::support::process::{Child, Link};
-use pinbuf_test_harness::support::uffd::{Faults, FEATURE_SIGBUS, USER_MODE_ONLY};
+use pinbuf_test_harness::support::uffd::{Faults, Mode, UFFD_FEATURE_SIGBUS, UFFD_USER_MODE_ONLY};
 use pinbuf_test_harness::support::view::{holds, Mapped};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
 use pinbuf_test_harness::tests;
@@ -29,19 +29,15 @@ tests! { "uffd":
 fn answered() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(4 * PAGE)?;
-    let faults = Faults::of(&memory, 0, 0)?;
+    let faults = Faults::of(&memory, Mode::Missing)?;
     let result = std::thread::scope(|scope| {
         let caller = scope.spawn(|| device.create(&[memory.range()]));
         let answers = (|| {
             for page in 0..4 {
                 let addr = memory.addr() + (page * PAGE) as u64;
-                check_eq!(
-                    faults.take()? / PAGE as u64 * PAGE as u64,
-                    addr,
-                    "the page it waits for"
-                );
+                check_eq!(faults.take()?, addr, "the page it waits for");
                 check!(!caller.is_finished(), "create did not wait for page {page}");
-                faults.answer(addr, &pattern(1, (page * PAGE) as u64, PAGE))?;
+                faults.copy(addr, &pattern(1, (page * PAGE) as u64, PAGE))?;
             }
             Ok(())
         })();
@@ -70,7 +66,7 @@ fn stuck(link: &Link, held: usize) -> Result<Child> {
         let device = Device::open()?;
         let memory = Memory::small_pages(held * PAGE)?;
         let missing = Memory::small_pages(4 * PAGE)?;
-        let faults = Faults::of(&missing, 0, 0)?;
+        let faults = Faults::of(&missing, Mode::Missing)?;
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let result = device.create(&[memory.range(), missing.range()]);
@@ -134,7 +130,7 @@ fn stuck_thread_holds_no_thread_up() -> Result<()> {
         let device = Device::open()?;
         let missing = Memory::small_pages(4 * PAGE)?;
         let other = Memory::anonymous(64 * PAGE)?;
-        let faults = Faults::of(&missing, 0, 0)?;
+        let faults = Faults::of(&missing, Mode::Missing)?;
         std::thread::scope(|scope| {
             scope.spawn(|| drop(device.create(&[missing.range()])));
             faults.wait()?;
@@ -168,7 +164,8 @@ fn stuck_thread_holds_no_thread_up() -> Result<()> {
 fn user_faults_only() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(4 * PAGE)?;
-    let _faults = Faults::of(&memory, USER_MODE_ONLY, 0)?;
+    let faults = Faults::open(UFFD_USER_MODE_ONLY, 0)?;
+    faults.register(memory.range(), Mode::Missing)?;
     let error = device.create(&[memory.range()]).err();
     check_eq!(error, Some(Errno::EFAULT), "create");
     Ok(())
@@ -178,10 +175,11 @@ fn user_faults_only() -> Result<()> {
 fn by_signal() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(4 * PAGE)?;
-    let faults = Faults::of(&memory, 0, FEATURE_SIGBUS)?;
+    let faults = Faults::open(0, UFFD_FEATURE_SIGBUS)?;
+    faults.register(memory.range(), Mode::Missing)?;
     let error = device.create(&[memory.range()]).err();
     check_eq!(error, Some(Errno::EFAULT), "create");
-    faults.answer(memory.addr(), &pattern(2, 0, 4 * PAGE))?;
+    faults.copy(memory.addr(), &pattern(2, 0, 4 * PAGE))?;
     let buffer = device.create(&[memory.range()])?;
     let mapped = buffer.map()?;
     holds(

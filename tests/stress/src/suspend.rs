@@ -28,7 +28,7 @@ use pinbuf_test_harness::support::frames::frames;
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
 use pinbuf_test_harness::support::memory::{pattern, GIGA, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::process::{Child, Link};
-use pinbuf_test_harness::support::uffd::Faults;
+use pinbuf_test_harness::support::uffd::{Faults, Mode};
 use pinbuf_test_harness::support::view::{
     agree_sampled, holds, DeviceView, KernelView, Mapped, Source, View,
 };
@@ -94,7 +94,7 @@ fn not_while_a_create_waits() -> Result<()> {
         let device = Device::open()?;
         let memory = Memory::small_pages(2 * PAGE)?;
         memory.set(0, 1);
-        let faults = Faults::of_part(&memory, PAGE, PAGE)?;
+        let faults = Faults::of_range(memory.part(PAGE, PAGE), Mode::Missing)?;
         link.theirs.send(faults.as_fd())?;
         bail!("create returned {:?}", device.create(&[memory.range()]))
     })?;

@@ -1,109 +1,126 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Memory whose missing pages a program provides.
+//! Memory whose faults a program answers: pages that are missing, that are in the page cache but not mapped
+//! ("minor"), or that are write-protected. The crate userfaultfd needs libclang to build, and has neither poison
+//! markers nor `UFFDIO_MOVE`.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result};
+use linux_raw_sys::general::{
+    uffd_msg, uffdio_api, uffdio_continue, uffdio_copy, uffdio_move, uffdio_poison, uffdio_range,
+    uffdio_register, uffdio_writeprotect, _UFFDIO_API, _UFFDIO_CONTINUE, _UFFDIO_COPY,
+    _UFFDIO_MOVE, _UFFDIO_POISON, _UFFDIO_REGISTER, _UFFDIO_WRITEPROTECT, UFFDIO,
+    UFFDIO_REGISTER_MODE_MINOR, UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, UFFD_API,
+    UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MINOR_SHMEM,
+    UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_POISON,
+};
+pub use linux_raw_sys::general::{UFFD_FEATURE_SIGBUS, UFFD_USER_MODE_ONLY};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use pinbuf_uapi::Range;
 
-use super::Memory;
+use super::{Memory, PAGE};
 use crate::check_eq;
 
-const API: u64 = 0xAA;
-/// `UFFD_USER_MODE_ONLY`: faults of the process itself alone.
-pub const USER_MODE_ONLY: i32 = 1;
-/// `UFFD_FEATURE_SIGBUS`: a signal instead of a message.
-pub const FEATURE_SIGBUS: u64 = 1 << 7;
-const REGISTER_MODE_MISSING: u64 = 1;
-
-#[repr(C)]
-struct ApiArgument {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct RegisterArgument {
-    start: u64,
-    len: u64,
-    mode: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct CopyArgument {
-    dst: u64,
-    src: u64,
-    len: u64,
-    mode: u64,
-    copied: i64,
-}
-
 nix::ioctl_readwrite!(
-    /// UFFDIO_API.
-    uffd_api, 0xAA, 0x3F, ApiArgument
+    /// `UFFDIO_API`.
+    api, UFFDIO, _UFFDIO_API, uffdio_api
 );
 nix::ioctl_readwrite!(
-    /// UFFDIO_REGISTER.
-    uffd_register, 0xAA, 0x00, RegisterArgument
+    /// `UFFDIO_REGISTER`.
+    register, UFFDIO, _UFFDIO_REGISTER, uffdio_register
 );
 nix::ioctl_readwrite!(
-    /// UFFDIO_COPY.
-    uffd_copy, 0xAA, 0x03, CopyArgument
+    /// `UFFDIO_COPY`.
+    copy, UFFDIO, _UFFDIO_COPY, uffdio_copy
+);
+nix::ioctl_readwrite!(
+    /// `UFFDIO_MOVE`.
+    move_pages, UFFDIO, _UFFDIO_MOVE, uffdio_move
+);
+nix::ioctl_readwrite!(
+    /// `UFFDIO_WRITEPROTECT`.
+    write_protect, UFFDIO, _UFFDIO_WRITEPROTECT, uffdio_writeprotect
+);
+nix::ioctl_readwrite!(
+    /// `UFFDIO_CONTINUE`.
+    resume, UFFDIO, _UFFDIO_CONTINUE, uffdio_continue
+);
+nix::ioctl_readwrite!(
+    /// `UFFDIO_POISON`.
+    poison, UFFDIO, _UFFDIO_POISON, uffdio_poison
 );
 
-/// A userfaultfd that has the missing pages of some memory.
+/// Which faults are taken over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Mode {
+    /// Those of pages that are missing.
+    Missing = UFFDIO_REGISTER_MODE_MISSING,
+    /// Those of pages that are in the page cache.
+    Minor = UFFDIO_REGISTER_MODE_MINOR,
+    /// Writes to pages that are write-protected.
+    Protected = UFFDIO_REGISTER_MODE_WP,
+}
+
+/// A userfaultfd that has some memory's faults.
 #[derive(Debug)]
 pub struct Faults(OwnedFd);
 
 impl Faults {
-    /// Takes them over.
-    pub fn of(memory: &Memory, flags: i32, features: u64) -> Result<Self> {
-        Self::of_range(memory.range(), flags, features)
+    /// Takes over the faults of memory.
+    pub fn of(memory: &Memory, mode: Mode) -> Result<Self> {
+        Self::of_range(memory.range(), mode)
     }
 
-    /// Takes over those of a part.
-    pub fn of_part(memory: &Memory, offset: usize, len: usize) -> Result<Self> {
-        Self::of_range(memory.part(offset, len), 0, 0)
+    /// Takes over those of a range.
+    pub fn of_range(range: Range, mode: Mode) -> Result<Self> {
+        let faults = Self::open(0, 0)?;
+        faults.register(range, mode)?;
+        Ok(faults)
     }
 
-    fn of_range(range: Range, flags: i32, features: u64) -> Result<Self> {
+    /// A userfaultfd without memory, with these flags, and with features besides those that the modes need.
+    pub fn open(flags: u32, features: u32) -> Result<Self> {
+        // Without O_NONBLOCK, poll() fails.
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | flags as libc::c_int;
         // SAFETY: no memory is passed.
-        let fd = unsafe {
-            libc::syscall(
-                libc::SYS_userfaultfd,
-                libc::O_CLOEXEC | libc::O_NONBLOCK | flags,
-            )
-        };
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
         Errno::result(fd).context("userfaultfd")?;
         // SAFETY: the call has just returned it.
         let fd = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd)?) };
-        let mut argument = ApiArgument {
-            api: API,
-            features,
+        let features = UFFD_FEATURE_PAGEFAULT_FLAG_WP
+            | UFFD_FEATURE_MINOR_HUGETLBFS
+            | UFFD_FEATURE_MINOR_SHMEM
+            | UFFD_FEATURE_POISON
+            | features;
+        let mut argument = uffdio_api {
+            api: UFFD_API.into(),
+            features: features.into(),
             ioctls: 0,
         };
         // SAFETY: the kernel reads and writes the struct.
-        unsafe { uffd_api(fd.as_raw_fd(), &mut argument) }.context("UFFDIO_API")?;
-        let mut argument = RegisterArgument {
-            start: range.addr,
-            len: range.len,
-            mode: REGISTER_MODE_MISSING,
-            ioctls: 0,
-        };
-        // SAFETY: as above; faults in the memory wait from here on.
-        unsafe { uffd_register(fd.as_raw_fd(), &mut argument) }.context("UFFDIO_REGISTER")?;
+        unsafe { api(fd.as_raw_fd(), &mut argument) }.context("UFFDIO_API")?;
         Ok(Self(fd))
     }
 
-    /// Waits until someone waits for an answer.
+    /// Takes over the faults of a range.
+    pub fn register(&self, range: Range, mode: Mode) -> Result<()> {
+        let mut argument = uffdio_register {
+            range: span(range.addr, range.len),
+            mode: mode as u64,
+            ioctls: 0,
+        };
+        // SAFETY: the kernel reads and writes the struct; faults in the memory wait from here on.
+        unsafe { register(self.0.as_raw_fd(), &mut argument) }.context("UFFDIO_REGISTER")?;
+        Ok(())
+    }
+
+    /// Waits until a fault waits for an answer.
     pub fn wait(&self) -> Result<()> {
         let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::from(20_000u16))?;
+        poll(&mut fds, PollTimeout::from(30_000u16))?;
         check_eq!(
             fds[0].revents(),
             Some(PollFlags::POLLIN),
@@ -112,34 +129,94 @@ impl Faults {
         Ok(())
     }
 
-    /// Takes the message of a fault, and tells its address.
+    /// Waits for a fault, and returns the address of its page.
     pub fn take(&self) -> Result<u64> {
         self.wait()?;
-        let mut message = [0; 32];
-        let count = nix::unistd::read(&self.0, &mut message)?;
-        check_eq!(
-            (count, message[0]),
-            (32, 0x12),
-            "a message of a fault: its size and kind"
-        );
-        let address = message[16..24].try_into().expect("eight bytes");
-        Ok(u64::from_ne_bytes(address))
+        self.read()
     }
 
-    /// Gives pages.
-    pub fn answer(&self, addr: u64, data: &[u8]) -> Result<()> {
-        let mut argument = CopyArgument {
+    /// The address of the page of a fault that is there already.
+    pub fn read(&self) -> Result<u64> {
+        let mut message = [0; size_of::<uffd_msg>()];
+        let count = nix::unistd::read(&self.0, &mut message)?;
+        check_eq!(
+            (count, u32::from(message[0])),
+            (message.len(), UFFD_EVENT_PAGEFAULT),
+            "a message of a fault: its size and kind"
+        );
+        // The second word after the kind.
+        let address = u64::from_ne_bytes(message[16..24].try_into()?);
+        Ok(address / PAGE as u64 * PAGE as u64)
+    }
+
+    /// Provides pages that were missing.
+    pub fn copy(&self, addr: u64, data: &[u8]) -> Result<()> {
+        let mut argument = uffdio_copy {
             dst: addr,
             src: data.as_ptr() as u64,
             len: data.len() as u64,
             mode: 0,
-            copied: 0,
+            copy: 0,
         };
         // SAFETY: the kernel puts new pages where there were none, in memory that the test maps.
-        unsafe { uffd_copy(self.0.as_raw_fd(), &mut argument) }.context("UFFDIO_COPY")?;
-        check_eq!(argument.copied, i64::try_from(data.len())?, "bytes copied");
+        unsafe { copy(self.0.as_raw_fd(), &mut argument) }.context("UFFDIO_COPY")?;
+        check_eq!(argument.copy, i64::try_from(data.len())?, "bytes copied");
         Ok(())
     }
+
+    /// Moves pages from elsewhere to where they were missing.
+    pub fn move_pages(&self, addr: u64, from: u64, len: usize) -> Result<()> {
+        let mut argument = uffdio_move {
+            dst: addr,
+            src: from,
+            len: len as u64,
+            mode: 0,
+            move_: 0,
+        };
+        // SAFETY: pages move between mappings of the test.
+        unsafe { move_pages(self.0.as_raw_fd(), &mut argument) }.context("UFFDIO_MOVE")?;
+        Ok(())
+    }
+
+    /// Maps pages that are in the page cache.
+    pub fn resume(&self, addr: u64, len: usize) -> Result<()> {
+        let mut argument = uffdio_continue {
+            range: span(addr, len as u64),
+            mode: 0,
+            mapped: 0,
+        };
+        // SAFETY: the kernel maps pages of the file that the memory maps.
+        unsafe { resume(self.0.as_raw_fd(), &mut argument) }.context("UFFDIO_CONTINUE")?;
+        Ok(())
+    }
+
+    /// Marks pages that are missing as poisoned: an access to them is a signal.
+    pub fn poison(&self, addr: u64, len: usize) -> Result<()> {
+        let mut argument = uffdio_poison {
+            range: span(addr, len as u64),
+            mode: 0,
+            updated: 0,
+        };
+        // SAFETY: the kernel changes page table entries of memory that the test maps.
+        unsafe { poison(self.0.as_raw_fd(), &mut argument) }.context("UFFDIO_POISON")?;
+        Ok(())
+    }
+
+    /// Protects pages from writes, or no longer.
+    pub fn protect(&self, addr: u64, len: usize, on: bool) -> Result<()> {
+        let mut argument = uffdio_writeprotect {
+            range: span(addr, len as u64),
+            mode: u64::from(on),
+        };
+        // SAFETY: the kernel changes page table entries of memory that the test maps.
+        unsafe { write_protect(self.0.as_raw_fd(), &mut argument) }
+            .context("UFFDIO_WRITEPROTECT")?;
+        Ok(())
+    }
+}
+
+fn span(start: u64, len: u64) -> uffdio_range {
+    uffdio_range { start, len }
 }
 
 impl AsFd for Faults {

@@ -18,7 +18,7 @@ use super::victims::Scene;
 use crate::kinds::Kind;
 use pinbuf_test_harness::support::memory::{memfd, PAGE, RW};
 use pinbuf_test_harness::support::process::Link;
-use pinbuf_test_harness::support::uffd::Faults;
+use pinbuf_test_harness::support::uffd::{Faults, Mode};
 use pinbuf_test_harness::support::{bail, Buffer, Device, Memory, Sync};
 
 /// What a victim does repeatedly.
@@ -356,7 +356,7 @@ impl Work<'_> {
             self.close(buffer);
         }
         let part = (PAGES / 2 * PAGE, PAGES / 2 * PAGE);
-        let _faults = Faults::of_part(&memory, part.0, part.1)?;
+        let _faults = Faults::of_range(memory.part(part.0, part.1), Mode::Missing)?;
         loop {
             if self.create(&[memory.range()])?.is_some() {
                 bail!("a create completed without pages that userfaultfd never provided");
