@@ -9,6 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{ensure, Context, Result};
+use pinbuf_test_harness::support::vgem::Vgem;
 use pinbuf_test_harness::tests;
 use serde_json::Value;
 
@@ -412,7 +413,7 @@ fn knows_devices_that_may_not_be_opened() -> Result<()> {
 }
 
 fn does_not_take_a_name_for_an_exporter() -> Result<()> {
-    let buffer = info::of_another_exporter()?;
+    let buffer = Vgem::new()?.buffer;
     info::set_name(&buffer, info::FORGED)?;
     // A child gets it as one of its three.
     let mut command = Start::program(&["cat"]).command();

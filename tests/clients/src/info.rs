@@ -4,14 +4,14 @@
 
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::process::Command;
 use std::sync::mpsc;
 
 use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
 use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
+use pinbuf_test_harness::support::vgem::Vgem;
 use pinbuf_test_harness::support::{Buffer, Device, Memory, PAGE};
 use pinbuf_test_harness::tests;
 use serde_json::Value;
@@ -139,73 +139,11 @@ fn passes_nothing_raw_to_the_terminal() -> Result<()> {
     result
 }
 
-/// `struct drm_mode_create_dumb`.
-#[repr(C)]
-#[derive(Default)]
-struct Dumb {
-    height: u32,
-    width: u32,
-    bpp: u32,
-    flags: u32,
-    handle: u32,
-    pitch: u32,
-    size: u64,
-}
-
-/// `struct drm_prime_handle`.
-#[repr(C)]
-#[derive(Default)]
-struct Prime {
-    handle: u32,
-    flags: u32,
-    fd: i32,
-}
-
-nix::ioctl_readwrite!(
-    /// DRM_IOCTL_MODE_CREATE_DUMB.
-    create_dumb, b'd', 0xb2, Dumb
-);
-nix::ioctl_readwrite!(
-    /// DRM_IOCTL_PRIME_HANDLE_TO_FD.
-    handle_to_fd, b'd', 0x2d, Prime
-);
-
-/// A dma-buf of another exporter's: of a driver without a device.
-pub fn of_another_exporter() -> Result<OwnedFd> {
-    let status = Command::new("modprobe").arg("vgem").status()?;
-    ensure!(status.success(), "modprobe vgem: {status}");
-    let mut cards = fs::read_dir("/sys/class/drm")?.flatten().filter(|entry| {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let device = fs::canonicalize(entry.path()).unwrap_or_default();
-        name.starts_with("card") && device.to_string_lossy().contains("/vgem/")
-    });
-    let card = cards.next().context("vgem has no card")?.file_name();
-    let path = format!("/dev/dri/{}", card.to_string_lossy());
-    let card = File::options().read(true).write(true).open(path)?;
-    let mut dumb = Dumb {
-        height: 32,
-        width: 32,
-        bpp: 32,
-        ..Default::default()
-    };
-    // SAFETY: the kernel reads and writes the struct.
-    unsafe { create_dumb(card.as_raw_fd(), &mut dumb) }.context("creating an object")?;
-    let mut prime = Prime {
-        handle: dumb.handle,
-        flags: (libc::O_CLOEXEC | libc::O_RDWR) as u32,
-        fd: -1,
-    };
-    // SAFETY: as above.
-    unsafe { handle_to_fd(card.as_raw_fd(), &mut prime) }.context("exporting it")?;
-    // SAFETY: the call has just returned it.
-    Ok(unsafe { OwnedFd::from_raw_fd(prime.fd) })
-}
-
 /// What the name of another exporter's buffer says.
 pub const FORGED: &[u8] = b"x\nexp_name:\tpinbuf";
 
 fn does_not_take_a_name_for_an_exporter() -> Result<()> {
-    let buffer = of_another_exporter()?;
+    let buffer = Vgem::new()?.buffer;
     set_name(&buffer, FORGED)?;
     let inode = inode(&buffer)?;
     let ours = listed(&[])?;

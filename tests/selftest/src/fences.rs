@@ -4,9 +4,7 @@
 //!
 //! vgem makes fences that a program signals. They get into a buffer by way of a sync file.
 
-use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -14,6 +12,7 @@ use anyhow::{bail, Context, Result};
 use pinbuf_test_importer::{Direction, Importer, Limits};
 
 use pinbuf_test_harness::support::memory::{pattern, PAGE};
+use pinbuf_test_harness::support::vgem::{self, Vgem};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Skip, Sync};
 use pinbuf_test_harness::tests;
 
@@ -21,28 +20,6 @@ use crate::importer::memory_to_bounce;
 
 tests! { "fences":
     an_access_waits_for_a_device,
-}
-
-/// `struct drm_mode_create_dumb`.
-#[repr(C)]
-#[derive(Default)]
-struct Dumb {
-    height: u32,
-    width: u32,
-    bpp: u32,
-    flags: u32,
-    handle: u32,
-    pitch: u32,
-    size: u64,
-}
-
-/// `struct drm_prime_handle`.
-#[repr(C)]
-#[derive(Default)]
-struct Prime {
-    handle: u32,
-    flags: u32,
-    fd: i32,
 }
 
 /// `struct drm_vgem_fence_attach`.
@@ -72,14 +49,6 @@ struct SyncFile {
 }
 
 nix::ioctl_readwrite!(
-    /// DRM_IOCTL_MODE_CREATE_DUMB.
-    create_dumb, b'd', 0xb2, Dumb
-);
-nix::ioctl_readwrite!(
-    /// DRM_IOCTL_PRIME_HANDLE_TO_FD.
-    handle_to_fd, b'd', 0x2d, Prime
-);
-nix::ioctl_readwrite!(
     /// DRM_IOCTL_VGEM_FENCE_ATTACH.
     fence_attach, b'd', 0x41, FenceAttach
 );
@@ -100,77 +69,29 @@ nix::ioctl_write_ptr!(
 const SYNC_WRITE: u32 = 2;
 const FENCE_WRITE: u32 = 1;
 
-/// vgem, and an object of its, whose fences there are.
-struct Vgem {
-    card: File,
-    handle: u32,
-    object: OwnedFd,
-}
-
-impl Vgem {
-    fn open() -> Result<Self> {
-        let status = Command::new("modprobe")
-            .args(["--quiet", "vgem"])
-            .status()?;
-        if !status.success() {
-            bail!(Skip("this kernel has no vgem".to_owned()));
-        }
-        let mut cards = fs::read_dir("/sys/class/drm")?.flatten().filter(|entry| {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let device = fs::canonicalize(entry.path()).unwrap_or_default();
-            name.starts_with("card") && device.to_string_lossy().contains("/vgem/")
-        });
-        let card = cards.next().context("vgem has no card")?.file_name();
-        let card = File::options()
-            .read(true)
-            .write(true)
-            .open(format!("/dev/dri/{}", card.to_string_lossy()))?;
-        let mut dumb = Dumb {
-            height: 32,
-            width: 32,
-            bpp: 32,
-            ..Default::default()
-        };
-        // SAFETY: the kernel reads and writes the struct.
-        unsafe { create_dumb(card.as_raw_fd(), &mut dumb) }.context("creating an object")?;
-        let mut prime = Prime {
-            handle: dumb.handle,
-            flags: libc::O_CLOEXEC as u32,
-            fd: -1,
-        };
-        // SAFETY: as above.
-        unsafe { handle_to_fd(card.as_raw_fd(), &mut prime) }.context("exporting it")?;
-        Ok(Self {
-            card,
-            handle: dumb.handle,
-            // SAFETY: the call has just returned it.
-            object: unsafe { OwnedFd::from_raw_fd(prime.fd) },
-        })
-    }
-
-    /// A fence in a buffer, as of a device that writes to it.
-    fn writes_to(&self, buffer: BorrowedFd<'_>) -> Result<Fence<'_>> {
-        let mut attach = FenceAttach {
-            handle: self.handle,
-            flags: FENCE_WRITE,
-            ..Default::default()
-        };
-        // SAFETY: the kernel reads and writes the struct.
-        unsafe { fence_attach(self.card.as_raw_fd(), &mut attach) }.context("making a fence")?;
-        let fence = Fence(self, attach.out_fence);
-        let mut file = SyncFile {
-            flags: SYNC_WRITE,
-            fd: -1,
-        };
-        // SAFETY: as above.
-        unsafe { export_sync_file(self.object.as_raw_fd(), &mut file) }.context("exporting")?;
-        // SAFETY: the call has just returned it.
-        let held = unsafe { OwnedFd::from_raw_fd(file.fd) };
-        // SAFETY: the kernel reads the struct.
-        unsafe { import_sync_file(buffer.as_raw_fd(), &file) }.context("importing")?;
-        drop(held);
-        Ok(fence)
-    }
+/// A fence in a buffer, as of a device that writes to it.
+fn writes_to<'a>(vgem: &'a Vgem, buffer: BorrowedFd<'_>) -> Result<Fence<'a>> {
+    let mut attach = FenceAttach {
+        handle: vgem.handle,
+        flags: FENCE_WRITE,
+        ..Default::default()
+    };
+    // SAFETY: the kernel reads and writes the struct.
+    unsafe { fence_attach(vgem.card.as_fd().as_raw_fd(), &mut attach) }
+        .context("making a fence")?;
+    let fence = Fence(vgem, attach.out_fence);
+    let mut file = SyncFile {
+        flags: SYNC_WRITE,
+        fd: -1,
+    };
+    // SAFETY: as above.
+    unsafe { export_sync_file(vgem.buffer.as_raw_fd(), &mut file) }.context("exporting")?;
+    // SAFETY: the call has just returned it.
+    let held = unsafe { OwnedFd::from_raw_fd(file.fd) };
+    // SAFETY: the kernel reads the struct.
+    unsafe { import_sync_file(buffer.as_raw_fd(), &file) }.context("importing")?;
+    drop(held);
+    Ok(fence)
 }
 
 /// A fence that has not been signalled.
@@ -183,7 +104,7 @@ impl Fence<'_> {
             flags: 0,
         };
         // SAFETY: the kernel reads the struct. After ten seconds it says that the fence was signalled.
-        unsafe { fence_signal(self.0.card.as_raw_fd(), &signal) }.context("signalling")?;
+        unsafe { fence_signal(self.0.card.as_fd().as_raw_fd(), &signal) }.context("signalling")?;
         Ok(())
     }
 }
@@ -192,7 +113,10 @@ impl Fence<'_> {
 /// for its copy to be copied back.
 fn an_access_waits_for_a_device() -> Result<()> {
     const LEN: usize = 4 * PAGE;
-    let vgem = Vgem::open()?;
+    if !vgem::load()? {
+        bail!(Skip("this kernel has no vgem".to_owned()));
+    }
+    let vgem = Vgem::new()?;
     let (memory, ranges) = memory_to_bounce(4)?;
     let buffer = Device::open()?.create(&ranges)?;
     // A device with wide addresses has the memory itself, if nothing is bounced at all.
@@ -206,7 +130,7 @@ fn an_access_waits_for_a_device() -> Result<()> {
         let mapping = importer.map(direction)?.0;
         check!(kernel::bounce_slots()? > slots, "nothing was bounced");
         for (seed, access) in [(1, Sync::Read), (2, Sync::Write), (3, Sync::ReadWrite)] {
-            let fence = vgem.writes_to(buffer.as_fd())?;
+            let fence = writes_to(&vgem, buffer.as_fd())?;
             let begun = AtomicBool::new(false);
             let seen = std::thread::scope(|scope| -> Result<Vec<u8>> {
                 let cpu = scope.spawn(|| read(&buffer, access, &begun));

@@ -12,6 +12,7 @@ pub mod process;
 pub mod processor;
 pub mod turn;
 pub mod uffd;
+pub mod vgem;
 pub mod view;
 
 use std::fmt;
