@@ -15,6 +15,7 @@ use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 use nix::unistd::{setpgid, Pid};
 
 use crate::accounts::Accounts;
+use crate::support::kernel::Counters;
 use crate::support::process::{Child, USER};
 use crate::support::{kernel, Skip};
 
@@ -107,11 +108,7 @@ const SKIP_MARK: &str = "\u{1}skip\u{1}";
 /// What the kernel still holds, and how the machine is set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct State {
-    pins: i64,
-    dma_bufs: i64,
-    module_references: Option<i64>,
-    bounce_slots: i64,
-    huge_pages: (i64, i64, i64),
+    kernel: Counters,
     user_locked: bool,
     root_locked: bool,
     user_allowance: u64,
@@ -124,15 +121,7 @@ impl State {
     fn now(accounts: &mut Accounts<2>) -> Result<Self> {
         let [user, root] = accounts.charges().context("asking for charges")?;
         Ok(Self {
-            pins: kernel::pins()?,
-            dma_bufs: kernel::dma_bufs()?,
-            module_references: kernel::module_references()?,
-            bounce_slots: kernel::bounce_slots()?,
-            huge_pages: kernel::fields(
-                "/proc/meminfo",
-                ["HugePages_Total", "HugePages_Free", "HugePages_Rsvd"],
-            )?
-            .into(),
+            kernel: Counters::now()?,
             user_locked: user.locked,
             root_locked: root.locked,
             user_allowance: user.allowance,
@@ -144,8 +133,8 @@ impl State {
 
     /// Puts settings back that a test which was killed left behind.
     fn restore(&self) -> Result<()> {
-        if kernel::field("/proc/meminfo", "HugePages_Total")? != self.huge_pages.0 {
-            kernel::write("/proc/sys/vm/nr_hugepages", self.huge_pages.0)?;
+        if kernel::field("/proc/meminfo", "HugePages_Total")? != self.kernel.huge_pages[0] {
+            kernel::write("/proc/sys/vm/nr_hugepages", self.kernel.huge_pages[0])?;
         }
         for (name, value) in parameters()? {
             let before = self.parameters.iter().find(|parameter| parameter.0 == name);
@@ -160,21 +149,21 @@ impl State {
     fn differences(&self, before: &Self) -> Vec<String> {
         let mut found = Vec::new();
         macro_rules! compare {
-            ($($field:ident: $what:literal),* $(,)?) => {$(
-                if self.$field != before.$field {
+            ($($($field:ident).+: $what:literal),* $(,)?) => {$(
+                if self.$($field).+ != before.$($field).+ {
                     found.push(format!(
                         "left behind: {}: expected {:?}, seen {:?}",
-                        $what, before.$field, self.$field
+                        $what, before.$($field).+, self.$($field).+
                     ));
                 }
             )*};
         }
         compare! {
-            pins: "pinned pages in the system",
-            dma_bufs: "dma-bufs in the system",
-            module_references: "references on the module",
-            bounce_slots: "bounce buffer slots",
-            huge_pages: "huge pages (total, free, reserved)",
+            kernel.pins: "pinned pages in the system",
+            kernel.dma_bufs: "dma-bufs in the system",
+            kernel.module_references: "references on the module",
+            kernel.bounce_slots: "bounce buffer slots",
+            kernel.huge_pages: "huge pages (total, free, reserved)",
             user_locked: "locked pages of the test's user",
             root_locked: "locked pages of root",
             user_allowance: "allowance used by the test's user",

@@ -126,6 +126,37 @@ pub fn bounce_slots() -> Result<i64> {
     }
 }
 
+/// What the kernel holds for buffers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counters {
+    /// Pages pinned by anyone.
+    pub pins: i64,
+    /// All dma-bufs.
+    pub dma_bufs: i64,
+    /// References that keep the module loaded.
+    pub module_references: Option<i64>,
+    /// Bounce buffer slots in use.
+    pub bounce_slots: i64,
+    /// All huge pages of 2 MiB, those that are free, and those that are reserved.
+    pub huge_pages: [i64; 3],
+}
+
+impl Counters {
+    /// As they are now.
+    pub fn now() -> Result<Self> {
+        Ok(Self {
+            pins: pins()?,
+            dma_bufs: dma_bufs()?,
+            module_references: module_references()?,
+            bounce_slots: bounce_slots()?,
+            huge_pages: fields(
+                "/proc/meminfo",
+                ["HugePages_Total", "HugePages_Free", "HugePages_Rsvd"],
+            )?,
+        })
+    }
+}
+
 /// How many there are of all that the kernel counts.
 pub fn objects() -> Result<BTreeMap<String, i64>> {
     let mut counts = BTreeMap::new();

@@ -37,11 +37,7 @@ fn has_kmemleak() -> bool {
 /// What must have its old value once the last victim is gone.
 #[derive(Clone, Debug, PartialEq)]
 struct Counters {
-    pins: i64,
-    dma_bufs: i64,
-    module_references: Option<i64>,
-    bounce_slots: i64,
-    huge_pages: [i64; 3],
+    kernel: kernel::Counters,
     vm_pin: i64,
     /// For each user: whether a page can be locked up to the limit, and the allowance.
     charges: [Charges; USERS],
@@ -79,14 +75,7 @@ impl Baseline {
 
     fn count(accounts: &mut Accounts<USERS>) -> Result<Counters> {
         Ok(Counters {
-            pins: kernel::pins()?,
-            dma_bufs: kernel::dma_bufs()?,
-            module_references: kernel::module_references()?,
-            bounce_slots: kernel::bounce_slots()?,
-            huge_pages: kernel::fields(
-                "/proc/meminfo",
-                ["HugePages_Total", "HugePages_Free", "HugePages_Rsvd"],
-            )?,
+            kernel: kernel::Counters::now()?,
             vm_pin: kernel::vm_pin()?,
             charges: accounts.charges()?,
         })
