@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Sandboxes and containers of an ordinary user: what has to be passed in, as `docs/containers.md` says it, is
-//! enough, and what is said where it was not passed in.
+//! Sandboxes and containers of an ordinary user: what `docs/containers.md` says has to be passed in is
+//! sufficient, and the errors where it was not passed in.
 
 use std::fs;
 use std::io::Write;
@@ -87,7 +87,7 @@ fn bubblewrap_without_proc() -> Result<()> {
     made(&by_user(&[FLATPAK, DEVICE, RUN, &[CLIENT]])?, false)
 }
 
-/// `pinbuf run` says what to pass in; with the shim alone the program gets the error that it gets without.
+/// `pinbuf run` says what to pass in. With the shim alone the program gets the same error as without it.
 fn bubblewrap_without_the_device() -> Result<()> {
     let end = by_user(&[FLATPAK, PROC, RUN, &[CLIENT]])?;
     ensure!(
@@ -133,8 +133,8 @@ fn namespaces_with_a_read_only_root_and_no_proc() -> Result<()> {
     made(&by_user(&[&spaces, &["sh", "-c", script]])?, false)
 }
 
-/// What podman asks of a user: a name, a home, and numbers for the users of containers. And the root directory of
-/// the container, which is the guest's own.
+/// What podman requires of a user: a name, a home, and subordinate user numbers. And the root directory of the
+/// container, which is the guest's own.
 fn prepare_podman() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     let none: Option<&str> = None;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `pinbuf doctor`: what it says of programs that the shim cannot reach, and that it is true.
+//! `pinbuf doctor`: what it reports about programs that the shim cannot reach, and that the report is true.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -53,7 +53,7 @@ pub struct Findings {
 }
 
 impl Findings {
-    /// Of any such command.
+    /// The report of any such command.
     pub fn from(start: Start) -> Result<Self> {
         Self::parse(&start.end()?)
     }
@@ -66,12 +66,12 @@ impl Findings {
         })
     }
 
-    /// Of a program, as the user sees it who would start it.
+    /// The report on a program, for the user that would start it.
     fn of_program(program: &str) -> Result<Self> {
         Self::from(Start::program(&["pinbuf", "doctor", "--json", program]).by_kvm_user())
     }
 
-    /// Of a process, as root sees it.
+    /// The report on a process, for root.
     pub fn of_process(pid: u32) -> Result<Self> {
         let pid = pid.to_string();
         Self::from(Start::program(&[
@@ -79,7 +79,7 @@ impl Findings {
         ]))
     }
 
-    /// Fails unless this was found, and the exit status tells whether anything bad was.
+    /// Fails unless this was found, and the exit status says whether there was any problem.
     pub fn expect(&self, what: &str, state: &str, text: &str) -> Result<()> {
         let found = self.all.iter().any(|finding| {
             let says = |field: &str| {
@@ -148,7 +148,7 @@ fn knows_set_user_id_programs() -> Result<()> {
     fs::set_permissions(&copy.0, fs::Permissions::from_mode(0o4755))?;
     Findings::of_program(&copy.0)?.expect("command", "bad", "set-user-ID")?;
     is_not_reached(&copy.0)?;
-    // For root, who gains nothing by it, it is as any other.
+    // Root gains no privileges by it, so the loader honours LD_PRELOAD.
     let end = Start::program(&[&copy.0]).on_pinbuf().end()?;
     ensure!(end.status == Some(0), "{end:?}");
     Ok(())
@@ -245,7 +245,7 @@ fn knows_profiles_that_allow_it() -> Result<()> {
 pub struct Running(Child);
 
 impl Running {
-    /// Starts what says the same as it hears, and waits until it does.
+    /// Starts a program that echoes its input, and waits until it does.
     pub fn echo(start: &Start, shim: bool) -> Result<Self> {
         Self::start(start.command(), shim)
     }
@@ -267,7 +267,7 @@ impl Running {
         Ok(running)
     }
 
-    /// What the doctor reports of it to root.
+    /// What the doctor reports about it to root.
     pub fn findings(&self) -> Result<Findings> {
         Findings::of_process(self.0.id())
     }
@@ -280,8 +280,7 @@ impl Drop for Running {
     }
 }
 
-/// A confined shell starts a program, whose profile is another, and either has the environment
-/// scrubbed or not.
+/// A confined shell starts a program that has another profile, with its environment scrubbed or not.
 fn knows_processes_that_were_started_securely() -> Result<()> {
     let shell = Copy::of("/bin/sh", "starting")?;
     let cat = Copy::of("/usr/bin/cat", "started")?;
@@ -314,7 +313,7 @@ fn knows_processes_without_the_shim() -> Result<()> {
         .expect("process", "bad", "statically linked")
 }
 
-/// It is started, with a word.
+/// The program is started, with a note.
 fn knows_programs_with_system_calls_of_their_own() -> Result<()> {
     let findings = Findings::of_program(RAW)?;
     findings.expect(
@@ -365,7 +364,7 @@ fn knows_processes_that_run_on_pinbuf() -> Result<()> {
     findings.expect("process", "good", "runs on pinbuf, and has 1 buffers of it")
 }
 
-/// In a /dev of its own there is none, and what it has open was there before.
+/// Its own /dev has no such device, and what it has open was opened before.
 fn looks_at_the_process_s_own_dev() -> Result<()> {
     let script = |before: &str| {
         let script = format!("{before} mount -t tmpfs none /dev && exec setpriv --reuid 61000 cat");
@@ -415,14 +414,14 @@ fn knows_devices_that_may_not_be_opened() -> Result<()> {
 fn does_not_take_a_name_for_an_exporter() -> Result<()> {
     let buffer = Vgem::new()?.buffer;
     info::set_name(&buffer, info::FORGED)?;
-    // A child gets it as one of its three.
+    // A child inherits it as one of its three standard descriptors.
     let mut command = Start::program(&["cat"]).command();
     command.stderr(Stdio::from(buffer));
     let findings = Running::start(command, false)?.findings()?;
     findings.expect("process", "bad", "was started without the shim")
 }
 
-/// The path of a program, and that of a file that it has mapped.
+/// The path of a program, and of a file that the process has mapped.
 fn shows_names_of_any_bytes() -> Result<()> {
     use std::os::unix::ffi::OsStrExt;
 
@@ -450,7 +449,7 @@ fn shows_names_of_any_bytes() -> Result<()> {
     result
 }
 
-/// Allows all calls from here on: what matters is that there is a filter.
+/// Installs a filter that allows all calls: what matters is that there is one.
 fn allow_all() -> std::io::Result<()> {
     let mut allow = libc::sock_filter {
         code: (libc::BPF_RET | libc::BPF_K) as u16,
@@ -490,7 +489,7 @@ fn knows_processes_under_seccomp() -> Result<()> {
     Findings::parse(&end)?.expect("seccomp", "note", "runs under filters of system calls")
 }
 
-/// Both a shell that is confined, and the kernel's log afterwards.
+/// The doctor says so when it is confined itself, and afterwards from the kernel's log.
 fn names_the_profile_that_refuses_the_device() -> Result<()> {
     let _profile = Profile::load(
         "confining",

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `pinbuf info`: it lists what there is, whatever names others choose, and passes none of them raw to the terminal.
+//! `pinbuf info`: it lists all buffers, whatever their names are, and prints no control character of a name.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -48,12 +48,12 @@ fn inode(buffer: impl AsFd) -> Result<u64> {
     Ok(nix::sys::stat::fstat(buffer.as_fd())?.st_ino)
 }
 
-/// What it prints, which must be good UTF-8 without any control character but line breaks.
+/// What it prints, which must be valid UTF-8 without any control character but line breaks.
 fn text(words: &[&str]) -> Result<String> {
     clean(&Start::program(&[&["pinbuf"], words].concat()))
 }
 
-/// The same of any command.
+/// The same for any command.
 pub fn clean(start: &Start) -> Result<String> {
     let output = start.command().output()?;
     let mut all = String::new();
@@ -82,7 +82,7 @@ fn listed(more: &[&str]) -> Result<Vec<Value>> {
     ))
 }
 
-/// The one of this number.
+/// The one with this inode number.
 fn find(listed: &[Value], inode: u64) -> Result<&Value> {
     let found = listed.iter().find(|buffer| buffer["inode"] == inode);
     found.with_context(|| format!("no buffer {inode} in {listed:#?}"))
@@ -93,7 +93,7 @@ fn shows_names_of_any_bytes() -> Result<()> {
     set_name(&hostile, b"\x80\xff")?;
     let plain = buffer(1)?;
     set_name(&plain, "b\u{e4}r".as_bytes())?;
-    // A file that is mapped by the process, and that is named so.
+    // A file of this name that the process maps.
     let path = std::ffi::OsString::from("/tmp/mapped-");
     let path = [path.as_encoded_bytes(), b"\x80\xff"].concat();
     let path = <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(&path);
@@ -139,7 +139,7 @@ fn passes_nothing_raw_to_the_terminal() -> Result<()> {
     result
 }
 
-/// What the name of another exporter's buffer says.
+/// A name that imitates a line about another exporter's buffer.
 pub const FORGED: &[u8] = b"x\nexp_name:\tpinbuf";
 
 fn does_not_take_a_name_for_an_exporter() -> Result<()> {
@@ -158,7 +158,7 @@ fn does_not_take_a_name_for_an_exporter() -> Result<()> {
     Ok(())
 }
 
-/// The number of a buffer that is mapped, without any descriptor.
+/// The inode number of a buffer that is mapped, without any descriptor.
 fn only_mapped() -> Result<(u64, Memory)> {
     let buffer = buffer(3)?;
     Ok((inode(&buffer)?, buffer.map()?))
@@ -174,7 +174,7 @@ fn lists_buffers_that_are_only_mapped() -> Result<()> {
             && this["holders"][0]["mapped"][0][0] == address.as_str(),
         "{this:#?}"
     );
-    // debugfs says whose it is.
+    // debugfs names its exporter.
     ensure!(
         this["exporter"] == "pinbuf" && this["bytes"] == 3 * PAGE as u64,
         "{this:#?}"
@@ -182,7 +182,7 @@ fn lists_buffers_that_are_only_mapped() -> Result<()> {
     Ok(())
 }
 
-/// A user sees its own processes, and no debugfs: then the exporter is not known.
+/// Users see their own processes, and no debugfs: then the exporter is unknown.
 fn lists_mapped_buffers_for_their_user() -> Result<()> {
     let device = Device::open()?;
     crate::process::become_kvm_user()?;
@@ -226,7 +226,7 @@ fn lists_buffers_of_threads_with_descriptors_of_their_own() -> Result<()> {
     result
 }
 
-/// One that is on its way through a socket.
+/// A buffer in the queue of a socket.
 fn lists_buffers_that_no_process_has() -> Result<()> {
     let (to, _from) = UnixStream::pair()?;
     let inode = {
@@ -246,7 +246,7 @@ fn lists_buffers_that_no_process_has() -> Result<()> {
     Ok(())
 }
 
-/// A file that is called as a buffer is.
+/// A file whose name is like a buffer's.
 fn does_not_take_files_for_buffers() -> Result<()> {
     let path = "/dmabuf:x";
     fs::write(path, [0; PAGE])?;

@@ -40,7 +40,7 @@ struct Options {
 
 impl Options {
     fn wants(&self, test: &Test) -> bool {
-        // Where SELinux is in force, AppArmor is not, and the other way round.
+        // Where SELinux is in force AppArmor is not, and the other way round.
         let unasked = self.themes.is_empty() && theme(test) != "selinux";
         (unasked || self.themes.iter().any(|wanted| wanted == theme(test)))
             && (self.filter.is_empty() || self.filter.iter().any(|part| test.name.contains(part)))

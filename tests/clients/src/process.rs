@@ -34,7 +34,7 @@ impl Start {
         self
     }
 
-    /// As a user without any rights of its own, in this group or in none.
+    /// As a user without any privileges, in this group or in none.
     pub fn by_user(mut self, group: Option<&str>) -> Self {
         let uid = USER.to_string();
         let groups = group.map_or("--clear-groups".to_owned(), |name| {
@@ -52,7 +52,7 @@ impl Start {
             .by_user(Some("kvm"))
     }
 
-    /// With a capability that its file does not give: after [`Self::by_user`].
+    /// With a capability that its file does not give. Call it after [`Self::by_user`].
     pub fn give(&mut self, capability: &str) {
         for kind in ["--inh-caps", "--ambient-caps"] {
             self.before
@@ -133,7 +133,7 @@ pub fn become_kvm_user() -> Result<()> {
     Ok(())
 }
 
-/// Fails unless the kernel has no udmabuf at all: what works then is pinbuf's.
+/// Fails unless the kernel has no udmabuf at all: what works then works through pinbuf.
 pub fn no_udmabuf() -> Result<()> {
     anyhow::ensure!(
         !fs::exists("/dev/udmabuf")? && !fs::exists("/sys/class/misc/udmabuf")?,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A program that makes its own system calls where libc has functions for them, as those do that are built on rustix:
+//! A program that makes system calls itself where libc has functions for them, as programs built on rustix do:
 //! it opens udmabuf's device, and prints the error.
 
 use std::arch::asm;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `pinbuf run`: limits, statuses, and what it says when it cannot.
+//! `pinbuf run`: limits, statuses, and its error messages.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -30,7 +30,7 @@ fn shell(script: &str) -> Start {
     Start::program(&["sh", "-c", script])
 }
 
-/// Fails unless `pinbuf run` itself ended, without the command, and said all of this.
+/// Fails unless `pinbuf run` itself ended, without the command, and printed all of this.
 fn refused(end: &End, texts: &[&str]) -> Result<()> {
     ensure!(end.status == Some(125) && end.out.is_empty(), "{end:?}");
     for text in texts {
@@ -179,7 +179,7 @@ fn says_that_the_module_is_not_loaded() -> Result<()> {
 }
 
 fn says_that_root_alone_may() -> Result<()> {
-    // Another view of the device's permissions, without udev's help.
+    // Replaces the device's permissions, in a mount namespace, without udev.
     unshare(CloneFlags::CLONE_NEWNS)?;
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Who gets buffers: the group that udev gives the device to.
+//! Who gets buffers: members of the group that udev gives the device to.
 
 use anyhow::{ensure, Result};
 use pinbuf_test_harness::tests;
@@ -23,7 +23,7 @@ fn of_group_kvm_gets_4k_framebuffer() -> Result<()> {
     Ok(())
 }
 
-/// Neither early, by `pinbuf run`, nor by a shim that somebody preloaded for it.
+/// Neither early, by `pinbuf run`, nor through a shim that was preloaded for the program.
 fn of_no_group_is_refused() -> Result<()> {
     no_udmabuf()?;
     let limited = |start: Start| start.memlock(DEBIAN_MEMLOCK, DEBIAN_MEMLOCK).by_user(None);

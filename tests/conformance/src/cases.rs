@@ -120,9 +120,9 @@ pub(crate) fn unavailable<T>(why: impl ToString) -> Result<T> {
     Err(Unavailable(why.to_string()).into())
 }
 
-/// Gets the machine ready: huge pages.
+/// Prepares the machine: huge pages.
 pub fn prepare() {
-    // Without the permission the cases that need them are skipped.
+    // Without the permission, the cases that need huge pages are skipped.
     let _ = std::fs::write("/proc/sys/vm/nr_hugepages", "32");
 }
 
@@ -714,7 +714,7 @@ fn seals(t: &mut Table) {
             PAGE,
         );
     }
-    // A mapping of before FUTURE_WRITE stays writable, and does not help.
+    // A mapping from before FUTURE_WRITE stays writable, and does not help.
     t.custom("seals/future_write-while-mapped", EINVAL, || {
         let file = File::new(0, PLAIN)?;
         let _map = Map::shared(file.fd, PAGE)?;
@@ -977,7 +977,7 @@ fn hugetlb(t: &mut Table) {
             .map(|i| (0, (i * 37 % 2048) * PAGE, PAGE))
             .collect(),
     );
-    // There are not so many pages.
+    // Fewer pages are free.
     t.custom("hugetlb/pool-exhausted", Expect::Error("ENOMEM"), || {
         if free_hugepages() > 100 || free_hugepages() == 0 {
             return unavailable("a pool of other than 1 to 100 huge pages");
@@ -1370,7 +1370,7 @@ pub fn create_with(device: c_int) -> u8 {
     u8::from(create(device, file.fd, 0, PAGE, 0).is_err())
 }
 
-/// Runs something in a child, and tells whether it said true.
+/// Runs something in a child, and returns whether it returned true.
 pub(crate) fn in_child(run: impl FnOnce() -> bool) -> Result<bool> {
     // SAFETY: this process has one thread, so the child may go on as any program.
     let child = unsafe { libc::fork() };
@@ -1669,8 +1669,8 @@ fn surroundings(t: &mut Table) {
         outcome.fact("all buffers right", good);
         Ok(outcome)
     });
-    // A thread that maps and unmaps the memfd, and other things in its place, must not lead a
-    // shim that uses the program's mappings astray.
+    // A thread maps and unmaps the memfd, and maps other things in its place. A shim that uses the program's
+    // mappings must not take a wrong page.
     t.custom("process/mappings-change", OK, || {
         let device = device()?;
         let file = File::new(0, PLAIN)?;

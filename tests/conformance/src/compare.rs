@@ -41,7 +41,7 @@ fn intended(name: &str) -> Option<&'static (&'static str, Difference, &'static s
         })
 }
 
-/// What is no better than udmabuf has failed.
+/// A case that is worse than on udmabuf is a failure.
 fn must_differ(name: &str) -> bool {
     intended(name).is_some_and(|(_, difference, _)| *difference == Difference::OnlySecondWaits)
 }
@@ -60,7 +60,7 @@ fn is_intended(first: &Outcome, second: &Outcome) -> Option<&'static str> {
     (expected && fine(second)).then_some(*why)
 }
 
-/// Compares, prints the differences in KTAP's words, and tells whether all are intended.
+/// Compares, prints the differences in KTAP, and returns whether all of them are intended.
 pub fn compare(first: &[Outcome], second: &[Outcome]) -> bool {
     let mut same = 0;
     let mut meant = 0;

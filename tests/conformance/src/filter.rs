@@ -98,8 +98,8 @@ fn allow_only(calls: &[Allowed], otherwise: u32) -> c_int {
     }
 }
 
-/// Runs something in a child that may make these calls and end, and is killed for any other. Tells how it ended: 0 if
-/// all was right.
+/// Runs something in a child that may make these calls and end, and is killed for any other. Returns how it
+/// ended: 0 if all was right.
 pub fn confined(calls: &[Allowed], run: impl FnOnce() -> bool) -> Result<String> {
     confined_by(calls, libc::SECCOMP_RET_KILL_PROCESS, run)
 }

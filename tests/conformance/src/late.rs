@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Pages of the program's own mapping that have yet to arrive, as in a machine that is being migrated, and other
-//! things that only the mapping says of a page: udmabuf takes the file's page, whatever the mapping promises.
+//! Pages of the program's own mapping that have yet to arrive, as in a machine that is being migrated, and
+//! other properties of a page that only the mapping has. udmabuf takes the file's page in any case.
 
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -147,7 +147,7 @@ fn answering(
         scope.spawn(|| {
             let mut first = Some(first);
             while !stop.load(Ordering::Relaxed) {
-                // Late, as pages over a network are.
+                // Late, like pages over a network.
                 thread::sleep(Duration::from_millis(5));
                 for faults in faults {
                     let Some(offset) = faults.next() else {
@@ -191,7 +191,7 @@ fn punch(fd: c_int, offset: u64, len: u64) -> Result<()> {
     Ok(())
 }
 
-/// Pages that are nowhere yet.
+/// Pages that do not exist yet.
 fn missing(t: &mut Table) {
     for (sort, spec, unit) in SORTS {
         let spec = Spec {
@@ -201,7 +201,7 @@ fn missing(t: &mut Table) {
         let parts = vec![(2 * unit, unit), (unit - PAGE, PAGE), (2 * unit, unit)];
         let whole = vec![(0, spec.bytes)];
         for (name, parts) in [("whole", whole), ("list", parts)] {
-            // Once with nothing known of the mapping, once with what was found before.
+            // Once when the shim knows nothing of the mapping, once when it remembers it.
             for again in [false, true] {
                 let name = format!("late/{sort}-{name}{}", if again { "-again" } else { "" });
                 let parts = parts.clone();
@@ -315,8 +315,8 @@ fn several_files(t: &mut Table) {
     });
 }
 
-/// While a page is waited for, one that was pinned already and one that was not are punched out of the file: the
-/// buffer keeps the first, and the second is waited for again.
+/// While the call waits for a page, two others are punched out of the file: one that was pinned already and one
+/// that was not. The buffer keeps the first, and the second is waited for again.
 fn hole(t: &mut Table) {
     for (sort, spec, unit) in SORTS {
         t.custom(format!("late/{sort}-hole"), Expect::Compared, move || {
@@ -360,7 +360,8 @@ fn pins() -> Result<i64> {
     Ok(number("nr_foll_pin_acquired ") - number("nr_foll_pin_released "))
 }
 
-/// A process that asks for pages that only it could deliver waits until it is killed, and leaves nothing.
+/// A process that waits for pages that only it could deliver waits until it is killed, and leaves nothing
+/// behind.
 fn killed(t: &mut Table) {
     for (sort, spec, unit) in SORTS {
         t.custom(format!("late/{sort}-killed"), Expect::Compared, move || {
@@ -419,8 +420,8 @@ fn killed(t: &mut Table) {
     }
 }
 
-/// A page that an access would not reach, by a guard or a marker of poison in the program's mapping: to udmabuf, the
-/// file's page is all there is.
+/// A page that an access would not reach, because of a guard or a poison marker in the program's mapping:
+/// udmabuf sees only the file's page.
 fn markers(t: &mut Table) {
     /// `MADV_GUARD_INSTALL`.
     const GUARD: c_int = 102;

@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `udmabuf-conformance`: a program against udmabuf's interface and nothing else.
+//! `udmabuf-conformance`: a program that tests udmabuf's interface and nothing else.
 //!
-//! Run it on the kernel's own udmabuf and under the shim, in the same guest, with `--json`; then
-//! `--compare` demands that every case gave the same, but for the differences in
-//! [`compare::INTENDED`].
-//!
-//! Each case runs in a process of its own, so that a crash is a result like others.
+//! Run it on the kernel's own udmabuf and under the shim, in the same guest, with `--json`; then `--compare`
+//! demands that every case had the same result, except for the differences in [`compare::INTENDED`]. Each case
+//! runs in its own process, so that a crash is a result like others.
 
 mod cases;
 mod compare;

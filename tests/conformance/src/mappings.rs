@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What the program has mapped, and what becomes of it: udmabuf takes no notice, and a shim that uses the
-//! program's mappings must give the same buffers whatever happens to them.
+//! What the program has mapped, and what becomes of it: udmabuf does not depend on it, and a shim that uses the
+//! program's mappings must make the same buffers whatever happens to them.
 
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -205,12 +205,12 @@ fn changes(t: &mut Table) {
             change(&map, &file)?;
             outcome.fact("after", whole(device, &file, 16)?);
             outcome.fact("again", whole(device, &file, 16)?);
-            // What is left may be anything.
+            // Something else may be mapped there by now, so it is not unmapped.
             std::mem::forget(map);
             Ok(outcome)
         });
     }
-    // A file of the same number is another one.
+    // The descriptor's number belongs to another file.
     t.custom("remapped/another-file-of-that-descriptor", OK, || {
         let device = device()?;
         let file = File::new(0, PLAIN)?;
@@ -320,7 +320,7 @@ fn forks(t: &mut Table) {
 }
 
 fn descriptors(t: &mut Table) {
-    // Programs that close all that they do not know.
+    // Programs that close all descriptors that they do not know.
     t.custom("descriptors/all-others-closed", OK, || {
         let device = device()?;
         let file = File::new(0, PLAIN)?;
@@ -362,7 +362,7 @@ fn descriptors(t: &mut Table) {
             let _map = Map::shared(file.fd, PLAIN.bytes)?;
             let mut outcome = seen();
             outcome.fact("mapped", whole(device, &file, 16)?);
-            // What the shim keeps it opens again now, and closes nothing that is the program's.
+            // The shim opens its own descriptors again, and closes none of the program's.
             let again = crate::cases::device()?;
             outcome.fact("opened again", whole(again, &file, 16)?);
             let others = (20..1024).filter(|fd| !keep.contains(fd));

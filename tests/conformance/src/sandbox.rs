@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Programs that lock themselves in: system calls that kill, no `/proc`, no `/dev/pinbuf`.
+//! Programs that confine themselves: system calls that kill, no `/proc`, no `/dev/pinbuf`.
 
 use std::ffi::{c_ulong, CStr};
 use std::fs;
@@ -49,7 +49,7 @@ fn always(calls: &[i64]) -> Vec<Allowed> {
     calls.iter().copied().map(Allowed::always).collect()
 }
 
-/// What is seen of a program that ended, killed or not.
+/// How a program ended, killed or not.
 fn outcome(ended: String) -> Outcome {
     let mut outcome = seen();
     outcome.fact("all was right", ended == "0");
@@ -57,7 +57,7 @@ fn outcome(ended: String) -> Outcome {
     outcome
 }
 
-/// The filters are such, and kill.
+/// The filters work, and kill.
 fn filters(t: &mut Table) {
     let calls = [
         ("udmabuf", for_udmabuf as fn() -> Vec<Allowed>),
@@ -122,7 +122,8 @@ fn crosvm(t: &mut Table) {
             })?))
         });
     }
-    // No request of udmabuf's is on a device's list: it gets its buffer before it locks itself in.
+    // udmabuf's requests are on no device process's list: the program gets its buffer before it confines
+    // itself.
     t.custom("crosvm/device", OK, move || {
         let spec = Spec {
             bytes: BYTES,
@@ -204,7 +205,7 @@ fn seccomp(t: &mut Table) {
         })?;
         Ok(outcome(ended))
     });
-    // A program that has nothing to do with udmabuf, and makes these calls only.
+    // A program that has nothing to do with udmabuf, and makes only these calls.
     t.custom("seccomp/never-udmabuf", OK, move || {
         let memfd = u::memfd(0, 4 * HUGE)?;
         let calls = always(&[
@@ -289,7 +290,7 @@ fn without_proc(t: &mut Table) {
     }
 }
 
-/// Hides pinbuf's device, in mounts of this process's own, or lets nobody use it.
+/// Hides pinbuf's device, in mounts of this process's own, or denies access to it.
 type Hide = fn() -> Result<()>;
 
 /// Puts another file in the place of pinbuf's device.
@@ -341,10 +342,10 @@ const HIDDEN: &[(&str, Hide)] = &[
     }),
 ];
 
-/// Where `/dev/pinbuf` cannot be had, the program has the kernel's udmabuf.
+/// Where `/dev/pinbuf` cannot be opened, the program gets the kernel's udmabuf.
 fn without_pinbuf(t: &mut Table) {
     for &(name, hide) in HIDDEN {
-        // With a single descriptor free there is none for pinbuf's device beside the kernel's.
+        // With one free descriptor there is none left for pinbuf's device besides the kernel's.
         for last in [false, true] {
             let suffix = if last { "-last-descriptor" } else { "" };
             t.custom(format!("no-pinbuf/{name}{suffix}"), OK, move || {
@@ -365,7 +366,7 @@ fn without_pinbuf(t: &mut Table) {
                 let dmabuf = create(device, file.fd, 0, PAGE, 0)?;
                 outcome.fact("made by udmabuf", made_by_udmabuf(dmabuf)?);
                 outcome.fact("refused", create(device, file.fd, 1, PAGE, 0).is_err());
-                // Nothing is asked of the device but what the program asks.
+                // The shim makes no request of the device but the program's.
                 let inherited = confined(&udmabufs_own(), || {
                     create(device, file.fd, 0, PAGE, 0).is_ok()
                         && create(device, file.fd, 1, PAGE, 0).is_err()
@@ -409,7 +410,7 @@ fn without_pinbuf(t: &mut Table) {
     });
 }
 
-/// What a program may ask of udmabuf, and what the shim makes of it.
+/// The calls of a program that uses udmabuf, and those that the shim makes for it.
 fn udmabufs_own() -> Vec<Allowed> {
     let numbers = [u::CREATE, u::CREATE_LIST, u::SYNC].map(|number| Test::Is(number as u32));
     let mut all = vec![Allowed::if_any(libc::SYS_ioctl, 1, numbers)];
@@ -422,7 +423,7 @@ fn hidden(hide: Hide) -> Result<()> {
         return unavailable("there is no /dev/pinbuf to hide");
     }
     own_mounts()?;
-    // The path is not one that the shim knows.
+    // The path is not one that the shim recognises.
     fs::write("/run/kernels-udmabuf", "")?;
     mount(
         c"/dev/udmabuf",
@@ -438,7 +439,7 @@ fn made_by_udmabuf(dmabuf: i32) -> Result<bool> {
     Ok(text.contains("exp_name:\tudmabuf"))
 }
 
-/// Does something with this number of descriptors, at most.
+/// Does something with at most this number of descriptors.
 fn with_descriptors<T>(number: u64, action: impl FnOnce() -> T) -> Result<T> {
     let mut before = libc::rlimit {
         rlim_cur: 0,
