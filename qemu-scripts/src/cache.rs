@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Things that are made once, and again when what they are made from changes.
+//! Things that are made once, and made again when their inputs change.
 
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
@@ -72,8 +72,8 @@ impl Key {
     }
 }
 
-/// Makes something unless it was made from the same inputs already.  `name` identifies it (it may
-/// contain slashes); other processes that want the same wait until it is there.
+/// Makes something unless it was already made from the same inputs. `name` identifies it (it may contain
+/// slashes); other processes that want the same thing wait until it is there.
 pub fn ensure(
     name: &str,
     title: &str,
@@ -91,7 +91,7 @@ pub fn ensure(
     if fresh() {
         return Ok(());
     }
-    // From here on, what is there is neither the old thing nor the new one.
+    // From here on, the directory holds neither the old thing nor the new one.
     match fs::remove_file(&stamp) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
         _ => {}

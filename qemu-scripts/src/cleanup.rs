@@ -50,8 +50,8 @@ pub fn restore_terminal() {
     }
 }
 
-/// From now on, a signal that ends this program ends its guests, too.  (What runs in trees dies
-/// with this program anyhow, and so does QEMU if this program is killed.)
+/// From now on, a signal that ends this program ends its guests, too. (Programs in trees die with this program
+/// in any case, and QEMU does so if this program is killed.)
 pub fn on_signals() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     std::thread::spawn(move || {

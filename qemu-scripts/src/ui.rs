@@ -15,7 +15,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::paths;
 
-/// Without a terminal, a long step says this often that it is alive.
+/// Without a terminal, a long step prints a line at this interval.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(30);
 
 /// How many lines of a failed command's output are shown.
@@ -71,12 +71,12 @@ impl Step {
         }
     }
 
-    /// Ends the step well.
+    /// Ends the step with success.
     pub fn end(self) {
         self.finish("ok ");
     }
 
-    /// Ends the step badly.
+    /// Ends the step with a failure.
     pub fn fail(self) {
         self.finish("FAIL");
     }
@@ -108,7 +108,7 @@ impl Step {
         let mut child = command
             .spawn()
             .with_context(|| format!("starting {title}"))?;
-        // The command holds the far end of the pipe until it is told to let go.
+        // The command would hold the far end of the pipe until it is dropped.
         command.stdout(Stdio::null()).stderr(Stdio::null());
 
         let (lines, output) = channel();
@@ -170,7 +170,7 @@ pub fn step<T>(name: impl Into<String>, work: impl FnOnce(&Step) -> Result<T>) -
     }
 }
 
-/// A command as people read it: of what runs by a script, what the script is given.
+/// A command as people read it: for a script, its arguments.
 fn title(command: &Command) -> String {
     let mut words = vec![command.get_program().to_string_lossy()];
     for word in command.get_args().map(|word| word.to_string_lossy()) {

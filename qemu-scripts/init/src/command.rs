@@ -91,8 +91,8 @@ pub fn run(config: &Config, control: &mut File) -> Result<Event> {
         }
         Err(error) => not_started(&config.command, complaints, &error),
     };
-    // What the command left running goes now: its output ends, and the release of what it held
-    // is seen by whoever watches the kernel's log.
+    // Ends what the command left running: its output ends, and what it held is released before the guest stops,
+    // where the checkers of the kernel's log see it.
     let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
     for relay in relays {
         let _ = relay.join();
@@ -125,7 +125,7 @@ fn not_started(command: &[String], mut complaints: File, error: &io::Error) -> E
     })
 }
 
-/// Copies everything to a port, in a thread of its own.
+/// Copies everything to a port, in its own thread.
 fn relay(mut from: File, mut to: File) -> JoinHandle<()> {
     thread::spawn(move || {
         // A terminal whose last user is gone answers EIO: that, too, is the end.
@@ -139,7 +139,7 @@ fn relay(mut from: File, mut to: File) -> JoinHandle<()> {
     })
 }
 
-/// Takes the frames of standard input apart, in a thread of its own.
+/// Takes the frames of standard input apart, in its own thread.
 fn relay_frames(mut from: File, mut to: File) {
     thread::spawn(move || {
         let mut frame = Vec::new();
@@ -153,7 +153,7 @@ fn relay_frames(mut from: File, mut to: File) {
                 return;
             }
             if to.write_all(&frame).is_err() {
-                // Nobody reads any more; keep the port empty so that the host is not blocked.
+                // Nobody reads any more. Keep the port empty, so that the host does not block.
                 let _ = io::copy(&mut from, &mut io::sink());
                 return;
             }
@@ -161,7 +161,7 @@ fn relay_frames(mut from: File, mut to: File) {
     });
 }
 
-/// Does what the host asks for, in a thread of its own.
+/// Does what the host asks for, in its own thread.
 fn follow_requests(control: File, terminal: Terminal) {
     thread::spawn(move || {
         for line in BufReader::new(control).lines() {

@@ -61,7 +61,7 @@ pub struct Share {
     pub tag: String,
     /// Where it is mounted.
     pub path: String,
-    /// By what.
+    /// How it is shared.
     pub sharing: Sharing,
 }
 

@@ -122,7 +122,7 @@ pub fn mount_the_rest(config: &Config) -> Result<()> {
     ] {
         mount_at(kind, path, kind, none, options)?;
     }
-    // These depend on the kernel's configuration; whoever needs one notices.
+    // These depend on the kernel's configuration. A command that needs a missing one fails.
     for (kind, path) in [
         ("debugfs", "/sys/kernel/debug"),
         ("tracefs", "/sys/kernel/tracing"),

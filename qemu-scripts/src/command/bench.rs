@@ -138,7 +138,7 @@ impl Bench {
     }
 }
 
-/// Puts the host's time before every line: the guest's clock may count something else.
+/// Puts the host's time before every line: the guest's clock may count instructions.
 struct Stamped<W> {
     to: W,
     start: Instant,

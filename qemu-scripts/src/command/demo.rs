@@ -268,7 +268,7 @@ fn read(path: &Path) -> Result<(png::OutputInfo, Vec<u8>)> {
     Ok((info, buffer))
 }
 
-/// Makes sure that there is something to see: width, height, number of colours.
+/// Makes sure that the screen is not empty: width, height, number of colours.
 fn check(path: &Path) -> Result<(u32, u32, usize)> {
     let (info, buffer) = read(path)?;
     let pixel = info.color_type.samples() * info.bit_depth as usize / 8;

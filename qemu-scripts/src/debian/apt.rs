@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{bail, Context, Result};
 
-/// What the trees that are made here need to know of the host's apt.
+/// What the trees need to know of the host's apt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mirror {
     /// Where the archive is.
@@ -163,7 +163,7 @@ fn stanzas(text: &str) -> Vec<Source> {
     sources
 }
 
-/// Picks the mirror of Debian's main archive: many others use Debian's names for their suites.
+/// Picks the mirror of Debian's main archive. Many other archives use Debian's names for their suites.
 fn choose(sources: &[Source]) -> Option<(String, Option<String>)> {
     let is_release = |suite: &str| !suite.contains(['/', '-']);
     let score = |source: &Source, uri: &str| {

@@ -102,7 +102,7 @@ impl Tree {
         Ok(tree)
     }
 
-    /// Adds packages to this tree, once.
+    /// Adds packages to this tree, unless they were added before.
     pub fn require(&self, set: &str, packages: &[&str]) -> Result<()> {
         let name = &self.name;
         let title = format!("packages for {set} in the tree `{name}`");
@@ -217,7 +217,7 @@ impl Tree {
         fs::write(self.path.join(UPDATED), "").context("noting the time")
     }
 
-    /// Fetches the package lists if they are old; without a network, the old ones serve.
+    /// Fetches the package lists if they are old. Without a network, the old ones are used.
     pub fn refresh_lists(&self, force: bool) -> Result<()> {
         let made = fs::metadata(self.path.join(UPDATED)).and_then(|m| m.modified());
         let age = made

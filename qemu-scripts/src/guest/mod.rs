@@ -51,7 +51,7 @@ pub struct Options {
     pub share: Option<PathBuf>,
     /// How long it all may take.
     pub timeout: Option<Duration>,
-    /// How long the kernel may take to its first process.
+    /// How long the kernel may take to start its first process.
     pub boot_limit: Option<Duration>,
     /// Leave out pinbuf.
     pub bare: bool,
@@ -116,18 +116,18 @@ pub enum End {
     Killed(i32),
     /// The guest could not run the command.
     Failed(String),
-    /// The machine stopped before the command did: how QEMU ended, and what it said.
+    /// The machine stopped before the command did: how QEMU ended, and what it printed.
     Crashed(String),
-    /// The time was over.
+    /// The time ran out.
     TimedOut,
-    /// The kernel did not come to its first process within [`Options::boot_limit`].
+    /// The kernel did not start its first process within [`Options::boot_limit`].
     NotBooted,
 }
 
-/// The file with what QEMU says.
+/// The file with what QEMU prints.
 const MESSAGES: &str = "qemu-messages";
 
-/// What the kernel says when it comes to its first process.
+/// What the kernel prints when it starts its first process.
 const FIRST_PROCESS: &str = "as init process";
 
 /// The outcome of a run.
@@ -135,7 +135,7 @@ const FIRST_PROCESS: &str = "as init process";
 pub struct Outcome {
     /// How it ended.
     pub end: End,
-    /// What the kernel's checkers said.
+    /// What the kernel's checkers reported.
     pub complaints: Vec<String>,
     /// The kernel's log.
     pub log: PathBuf,
@@ -410,7 +410,7 @@ impl Guest {
                 Ok(event) => event,
                 Err(RecvTimeoutError::Timeout) => match self.qemu.try_wait()? {
                     None => continue,
-                    // A last event may be under way.
+                    // The last event may still be in transit.
                     Some(_) => match self.events.recv_timeout(Duration::from_millis(200)) {
                         Ok(event) => event,
                         Err(_) => break End::Crashed(String::new()),
@@ -429,7 +429,7 @@ impl Guest {
             self.wait_for_log();
         }
         if let End::Crashed(reason) = &mut end {
-            // The machine is stopping, or hangs on the way: then it is stopped.
+            // The machine is stopping. If it hangs, QEMU is stopped.
             self.wait_for_qemu(Duration::from_secs(10));
             let status = match self.qemu.try_wait()? {
                 // As when the kernel has the machine reset (-no-reboot).
@@ -485,7 +485,7 @@ impl Guest {
         }
     }
 
-    /// The log may lag behind: waits until its last line is there.
+    /// The log may lag behind: wait for its last line.
     fn wait_for_log(&self) {
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(5) {
@@ -611,7 +611,7 @@ fn bytes(size: &str) -> Result<u64> {
     }
 }
 
-/// Copies what comes from a port, in a thread of its own.
+/// Copies what comes from a port, in its own thread.
 fn relay(mut from: UnixStream, mut to: Box<dyn Write + Send>) -> JoinHandle<()> {
     thread::spawn(move || {
         let mut buffer = vec![0; 64 << 10];
@@ -620,7 +620,7 @@ fn relay(mut from: UnixStream, mut to: Box<dyn Write + Send>) -> JoinHandle<()> 
             match from.read(&mut buffer) {
                 Ok(0) => return,
                 Ok(count) => {
-                    // When nobody listens any more, the guest still must not block.
+                    // When nothing reads it any more, the guest still must not block.
                     writable = writable
                         && to
                             .write_all(&buffer[..count])
@@ -634,7 +634,7 @@ fn relay(mut from: UnixStream, mut to: Box<dyn Write + Send>) -> JoinHandle<()> 
     })
 }
 
-/// Reads the guest's events, in a thread of its own.
+/// Reads the guest's events, in its own thread.
 fn follow(control: UnixStream) -> Receiver<Event> {
     let (sender, events) = channel();
     thread::spawn(move || {
@@ -651,7 +651,7 @@ fn follow(control: UnixStream) -> Receiver<Event> {
     events
 }
 
-/// Sends standard input in frames, in a thread of its own.
+/// Sends standard input in frames, in its own thread.
 fn forward(input: Option<Box<dyn Read + Send>>, mut to: UnixStream) {
     thread::spawn(move || {
         let mut buffer = vec![0; 16 << 10];

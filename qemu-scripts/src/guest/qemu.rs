@@ -64,8 +64,8 @@ pub fn command(tree: &Tree, icount: bool) -> Command {
     } else {
         "tcg,thread=multi"
     };
-    // Without these, memory is copied and cleared by eight bytes at a time, not one: the emulator counts
-    // and takes each as a step.
+    // Without these two features, memory is copied and cleared by eight bytes at a time, and not by one: the
+    // emulator counts and executes each as a step.
     command.args(["-accel", accelerator, "-cpu", "max,-erms,-fsrm"]);
     command
 }
@@ -122,7 +122,7 @@ impl Sockets {
         Ok(path)
     }
 
-    /// Waits until QEMU is connected to all, in the order of their making.
+    /// Waits until QEMU is connected to all, in the order in which they were made.
     pub fn accept(self, qemu: &mut Child, messages: &Path) -> Result<Vec<UnixStream>> {
         let start = Instant::now();
         let mut streams = Vec::new();
@@ -151,7 +151,7 @@ impl Sockets {
     }
 }
 
-/// Starts a program, what it says going to a file.
+/// Starts a program whose output goes to a file.
 pub fn spawn(command: &mut Command, messages: &Path) -> Result<Child> {
     let file = fs::File::create(messages)?;
     command

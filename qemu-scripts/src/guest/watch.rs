@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The watch over the kernel's log: what its checkers say fails a run.
+//! Watches the kernel's log: a report of its checkers fails a run.
 
 /// Parts of lines that only a checker, or a kernel in trouble, writes.
 const COMPLAINTS: &[&str] = &[
@@ -61,7 +61,7 @@ const COMPLAINTS: &[&str] = &[
 /// What is allowed, with the reasons.
 const ALLOWED: &str = include_str!("../../allowed-splats.txt");
 
-/// The lines of a kernel's log that complain.
+/// The reports in a kernel's log.
 pub fn complaints(log: &str) -> Vec<String> {
     let allowed = entries(ALLOWED);
     log.lines()

@@ -56,7 +56,7 @@ pub fn ensure(
         paths::root().join("uapi/pinbuf.h"),
     );
 
-    // Others may build meanwhile: what counts is what was copied.
+    // Other processes may build meanwhile: the key is made of what was copied.
     let directory = paths::build().join("payloads");
     fs::create_dir_all(&directory)?;
     let stage = tempfile::Builder::new()

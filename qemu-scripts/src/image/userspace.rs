@@ -58,8 +58,8 @@ fn target() -> PathBuf {
 pub fn build(profile: Profile) -> Result<Vec<PathBuf>> {
     step("userspace", |step| {
         let mut command = cargo();
-        // All of it, though guests do not get this program: with the same packages the same features
-        // are chosen, and what `cargo test` has compiled need not be compiled again.
+        // Everything, although guests do not get this program: with the same packages cargo chooses the same
+        // features, and what `cargo test` has compiled is not compiled again.
         command.args(["build", "--workspace"]);
         if profile == Profile::Release {
             command.arg("--release");
@@ -136,7 +136,7 @@ mod tests {
 
     use super::*;
 
-    /// A test in a program whose manifest says that there are none would never run.
+    /// A test in a program whose manifest says that it has none would never run.
     #[test]
     fn programs_without_tests_have_none() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");

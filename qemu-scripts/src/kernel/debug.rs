@@ -27,7 +27,7 @@ const MAKEFILE: &str = include_str!("../../debug.mk");
 const WRAPPER: &str = include_str!("../../debug-cc");
 const HEADERS: &str = include_str!("../../debug-cc.h");
 
-/// The number of files that cannot begin with those headers above which a warning is printed.
+/// A warning is printed if more files than this cannot begin with those headers.
 const WITHOUT: usize = 50;
 
 /// Rust and KASAN together need clang.
@@ -103,7 +103,8 @@ pub fn ensure(tools: &Tree, stock: &Stock) -> Result<()> {
     })
 }
 
-/// Why compiling the headers once did not save the time that it could, from what the wrapper left.
+/// Why compiling the headers once did not save the time that it could have, from the files that the wrapper
+/// left.
 fn slow(precompiled: &Path) -> Result<Option<String>> {
     let mut failed = 0;
     for entry in fs::read_dir(precompiled)? {
@@ -131,8 +132,8 @@ pub fn build_tree(stock: &Stock) -> Result<(Vec<String>, Key)> {
     Ok((vec!["-C".into(), tree, COMPILER.into()], key(stock)))
 }
 
-/// Writes the configuration and checks that it has what the fragment asks for: an option whose
-/// dependencies are missing would vanish in silence.
+/// Writes the configuration, and checks that it has what the fragment asks for: an option with missing
+/// dependencies would be dropped without a message.
 fn configure(tools: &Tree, step: &Step, stock: &Stock, source: &str) -> Result<()> {
     let place = place(stock);
     fs::create_dir_all(&place)?;
@@ -192,8 +193,8 @@ mod tests {
         assert!(PACKAGES.contains(&format!("clang{version}").as_str()));
     }
 
-    /// Writes down how it was called, makes what it was asked for, and cannot put headers before a file
-    /// that says `conflict`, nor compile them with `HEADER_IS_GONE`.
+    /// Records how it was called and makes its output. Fails to put headers before a file that says `conflict`,
+    /// and to compile them with `HEADER_IS_GONE`.
     const CLANG: &str = r#"#!/bin/sh
 echo "$*" >>"$CALLS"
 case $* in *-DHEADER_IS_GONE*c-header*) exit 1 ;; esac

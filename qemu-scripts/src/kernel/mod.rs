@@ -132,8 +132,8 @@ impl Kernel {
         Ok(serde_json::from_str(&text)?)
     }
 
-    /// Makes the tree that modules are built in, and tells the arguments of `make` (inside of the
-    /// tree of tools) that choose it, and a key that changes when the tree does.
+    /// Makes the tree that modules are built in. Returns the arguments of `make` (inside of the tree of tools)
+    /// that choose it, and a key that changes when the tree does.
     pub fn build_tree(&self, tools: &Tree) -> Result<(Vec<String>, Key)> {
         match &self.origin {
             Origin::Stock(stock) => stock::build_tree(tools, stock),

@@ -171,9 +171,9 @@ fn sibling(stock: &Stock) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// Begins a tree with a copy of another flavour's.  make knows by which command each file was made,
-/// and by which options of the configuration, and makes again what these differ for; the rest, what
-/// runs on the host first of all, is more than half of the work.
+/// Begins a tree with a copy of another flavour's. make records the command and the configuration options of
+/// each file, and makes those again for which they differ. The rest, above all the programs that run on the
+/// host, is more than half of the work.
 fn begin_with(step: &Step, other: &str, release: &str) -> Result<()> {
     let place = place(release);
     let mut copy = Command::new("cp");

@@ -38,9 +38,9 @@ use crate::ui::{say, seconds, tail};
 /// Reasons for which a test may be skipped.
 const ALLOWED_SKIPS: &str = include_str!("../../allowed-skips.txt");
 
-/// Runs that are not among [`RUNS`]: this one is judged from outside of the guest,
+/// Rows that are not among [`RUNS`]: this one is judged from outside of the guest,
 const SCREEN: &str = "screen";
-/// and these have none.
+/// and these run no guest, or several.
 const LINT: &str = "lint";
 const SANITIZE: &str = "sanitize";
 /// Only with `--long`, or by this name.
@@ -50,14 +50,14 @@ const CONTROL: &str = "control";
 /// The part of it that `cargo mutants` does.
 const MUTANTS: &str = "mutants";
 
-/// Within this a kernel comes to its first process, or never: once in some hundreds of times an emulated
-/// processor gets no more timer interrupts while the kernel boots, and all that waits for time hangs.
+/// The kernel starts its first process within this time, or never: about once in some hundred boots an emulated
+/// processor gets no more timer interrupts, and everything that waits for time hangs.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(150);
 
-/// What the kernel says of such a hang. A guest that says anything else is not started again.
+/// What the kernel prints in such a hang. A guest that prints anything else is not started again.
 pub const HANG: &[&str] = &["detected stall", "blocked for more than"];
 
-/// How often a guest that hangs so is started.
+/// How often a guest that hangs in this way is started.
 pub const BOOTS: usize = 3;
 
 /// How much of the kernel's log is shown when a guest did not end by itself.
@@ -154,7 +154,7 @@ impl Test {
             .collect();
         let start = Instant::now();
         prepare(&jobs);
-        // What is built for longest first, and what may run for longest.
+        // First what takes longest to build, and what may run for longest.
         jobs.sort_by_key(|job| Reverse((job.kernel == "debug", job.run.timeout)));
         let mut queue = VecDeque::new();
         if !on_host.is_empty() {
@@ -188,7 +188,7 @@ impl Test {
     fn chosen(&self, run: &Run) -> bool {
         let named = self.run.iter().any(|name| name == run.name);
         let by_default = self.run.is_empty() && (self.long || run.when == When::Always);
-        // With kernels given, what differs only by kernel would run twice.
+        // With kernels given, rows that differ only by kernel would run twice.
         let sensible = self.kernel.is_empty() || named || run.kernel == "default";
         let filtered = self.filter.is_empty() || run.filters;
         (named || by_default) && sensible && filtered
@@ -363,7 +363,8 @@ impl Test {
             }
             return counts;
         }
-        // What guests run is built once, by whoever needs it first; that it cannot be built is one failure.
+        // The user space of guests is built once, by the first worker that needs it. If the build fails, that
+        // is one failure.
         let mut said = false;
         let built = *userspace.get_or_init(|| match userspace::build(Profile::Dev) {
             Ok(_) => true,
@@ -383,7 +384,7 @@ impl Test {
         counts
     }
 
-    /// One guest. What there is to say of it is said in one piece, since others run meanwhile.
+    /// Runs one guest. Its output is printed as a whole, since others run meanwhile.
     fn guest(&self, job: &Job) -> Counts {
         let title = job.title();
         say(&format!("== {title}: {}", job.run.command));
@@ -464,7 +465,7 @@ impl Test {
             if outcome.end != End::NotBooted || !only_hangs || attempt == BOOTS {
                 break outcome;
             }
-            // Nothing of ours has run then.
+            // In this case nothing of pinbuf has run.
             attempt += 1;
             lines.push(format!(
                 "{title}: started again, as the kernel had not come to its first process after {}: {}",
@@ -474,7 +475,7 @@ impl Test {
         };
         let output = output.lock().unwrap_or_else(|error| error.into_inner());
         let text = String::from_utf8_lossy(&output).into_owned();
-        // Also of runs that pass: their figures are in it.
+        // Runs that pass have output, too: their figures.
         fs::create_dir_all(paths::logs())?;
         fs::write(paths::logs().join(job.log()), &text)?;
 
@@ -513,7 +514,7 @@ impl Test {
             }
         }
         if !problems.is_empty() {
-            // The machine's own failures count as one test.
+            // An error of the machine itself counts as one test.
             counts.failed += 1;
             for problem in &problems {
                 lines.push(format!("FAILED {title}: {problem}"));
@@ -658,9 +659,9 @@ impl Job {
     }
 }
 
-/// Begins to make what the guests will need, the longest first but for what it needs itself: much of
-/// that keeps one processor busy or none, and so does much of what comes before guests. What goes wrong
-/// here goes wrong again where it is needed, and is reported then.
+/// Begins to make what the guests will need, the longest first, except for what that needs itself: much of this
+/// work keeps at most one processor busy, and so does much of what comes before guests. An error is not
+/// reported here: it occurs again where the result is needed.
 fn prepare(jobs: &[Job]) {
     let mut kernels: Vec<String> = Vec::new();
     for job in jobs {
@@ -682,7 +683,7 @@ fn prepare(jobs: &[Job]) {
     });
 }
 
-/// One guest a processor; and without KVM a guest of 5 GiB touches most of them.
+/// One guest per processor, as far as memory permits: without KVM a guest of 5 GiB touches most of its memory.
 fn guests_at_once() -> usize {
     const MEMORY_OF_ONE: u64 = 7 << 30;
     let memory = sysinfo().map_or(0, |info| info.ram_total());
@@ -706,14 +707,14 @@ fn skip(counts: &mut Counts, name: &str, reason: &str) -> Option<String> {
     }
 }
 
-/// Counts what `cargo test` prints, and says it where that matters.
+/// Counts what `cargo test` prints, and prints it where necessary.
 fn judge_cargo_test(text: &str, well: bool) -> Counts {
     let mut counts = read_cargo_test(text);
     if !well || counts.failed > 0 {
         say(text.trim_end());
     }
     if !well && counts.failed == 0 {
-        // It did not come to running tests, or one took the program with it.
+        // No test ran, or a test ended the whole program.
         counts.failed = 1;
     }
     counts
@@ -741,7 +742,7 @@ fn read_cargo_test(text: &str) -> Counts {
         }
     }
     if ignored != 0 {
-        // An ignored test without a line of its own has no reason that could be allowed.
+        // An ignored test without a line of its own has no reason that could be on the list.
         counts.failed += 1;
     }
     counts

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Planted bugs: each patch in `tests/planted/` breaks a copy of the driver, and some test has to notice.
+//! Planted bugs: each patch in `tests/planted/` breaks a copy of the driver, and some test has to fail.
 //!
-//! A patch begins with a line that says what is wrong. A second line, `First: ROW [FILTER ...]`, names the
-//! row, and of its tests those, that are run before all others: it only saves time. Then come the tests of the
-//! driver's pure parts on the host, where the patch changes one of these, and the rows [`ROWS`] in guests,
-//! each until its first failure. A bug that passes all of them is a missing test. The [`control`] is the driver
-//! without any bug, in the same way: what fails there is not caught by anything else either.
+//! The first line of a patch says what is wrong. An optional second line, `First: ROW [FILTER ...]`, names the
+//! row, and the tests of it, that run before all others; this only saves time. Then come the tests of the
+//! driver's pure parts on the host, if the patch changes one of these, and the rows [`ROWS`] in guests, each
+//! until its first failure. A bug that passes all of them shows a missing test. The [`control`] is the driver
+//! without any bug, run in the same way: a test that fails there proves nothing.
 //!
 //! `cargo mutants` plants its own bugs into the pure parts ([`mutants`]).
 
@@ -35,14 +35,14 @@ use crate::ui::{say, seconds, step};
 /// Where the patches are, from the root of the repository.
 const PATCHES: &str = "tests/planted";
 
-/// Mutants that no test need notice, and why.
+/// Mutants that no test needs to notice, and why.
 const MUTANTS_MISSED: &str = "tests/planted/mutants-missed.txt";
 
 /// Where the results go.
 const RESULTS: &str = "tests/RESULTS-planted.md";
 
-/// The rows that have to catch a bug, in this order. They are those of every change that differ in what they
-/// test, and not in the kernel alone.
+/// The rows that have to catch a bug, in this order: the rows of every change, except for those that differ in
+/// the kernel alone.
 const ROWS: &[&str] = &[
     "stock",
     "memory",
@@ -250,7 +250,7 @@ fn search(
     Ok(None)
 }
 
-/// Makes `place` what the checkout is.
+/// Makes `place` a copy of the checkout.
 fn copy(place: &Path) -> Result<()> {
     module::copy(place)?;
     let root = paths::root();
@@ -366,7 +366,7 @@ fn in_guest(run: &Run, filters: &[String], place: &Path) -> Result<Option<String
             bail!("row {} runs no test with the filters {filters:?}", run.name);
         }
         if outcome.complaints.is_empty() && !well && report.passed.is_empty() {
-            // Not even a test began: that is no test's doing.
+            // Not even one test began, so no test has noticed anything.
             bail!("{}: {:?}: {text}", run.name, outcome.end);
         }
     }
@@ -387,7 +387,7 @@ fn executable(path: &Path, contents: &[u8]) -> Result<()> {
     )?)
 }
 
-/// Runs a guest; again, if the emulator lets it hang before anything of ours is there.
+/// Runs a guest. Runs it again if the emulator hangs before anything of pinbuf runs.
 fn boot(options: &Options) -> Result<(Outcome, String)> {
     for attempt in 1.. {
         let output = Arc::new(Mutex::new(Vec::new()));
@@ -416,7 +416,7 @@ fn boot(options: &Options) -> Result<(Outcome, String)> {
     unreachable!("a boot ends the loop")
 }
 
-/// What came of the mutants.
+/// The results of the mutants.
 #[derive(Debug, Default)]
 pub struct Mutants {
     /// Those that a test noticed, or that never came to an end.
@@ -459,7 +459,7 @@ pub fn mutants() -> Result<Mutants> {
             .env("PATH", with_path(&home.join("bin"))?)
             .env("PROPTEST_MAX_SHRINK_ITERS", "0")
             .env("PROPTEST_FAILURE_PERSISTENCE", "off");
-        // It fails if a mutant was missed; whether it came to the end shows below.
+        // It fails if a mutant was missed. Whether it ran to its end shows below.
         let result = step.run(&mut command, "mutants.log");
         let outcomes = out.join("mutants.out/outcomes.json");
         if !outcomes.exists() {
@@ -549,11 +549,11 @@ broken module's build to the failure, boots of guests included, under TCG.
 /// The head of its part about mutants.
 const MUTANTS_HEAD: &str = "\n## `cargo mutants`\n\n";
 
-/// What a row of the table begins with.
+/// The beginning of the row of a table.
 const ROW: &str = "| `";
 
 impl Results {
-    /// Those that there are, of bugs that there are.
+    /// The results in the file, as far as their bugs still exist.
     pub fn read(bugs: &[Bug]) -> Self {
         let text = fs::read_to_string(paths::root().join(RESULTS)).unwrap_or_default();
         let name_of = |line: &str| Some(line.strip_prefix(ROW)?.split_once('`')?.0.to_owned());

@@ -57,14 +57,14 @@ const PLAIN: Run = Run {
     when: When::Always,
     kernel: "default",
     memory: "5G",
-    // Set aside at the boot: later, no 1 GiB in one piece may be left.
+    // Set aside during boot: later, there may be no free GiB in one piece.
     cmdline: "hugepagesz=1G hugepages=1",
     qemu: "",
     image: "base",
     bare: false,
     modules: &["pinbuf_test_importer"],
-    // These have a row of their own, `mappings`: what the mm core does to a mapping does not differ by
-    // the devices that a row has.
+    // These have a row of their own, `mappings`: what the mm core does to a mapping does not depend on the
+    // devices of a row.
     command: "pinbuf-selftest --without mappings.",
     verdict: Verdict::Ktap,
     filters: true,
@@ -76,7 +76,7 @@ pub const VFIO: &str = "-machine kernel-irqchip=split -device intel-iommu,intrem
     -drive if=none,id=nvme,file.driver=null-co,file.size=64M,file.read-zeroes=on,format=raw,\
 snapshot=on -device nvme,drive=nvme,serial=nested";
 
-/// Without the kernel's own udmabuf: what works then is pinbuf's.
+/// Without the kernel's own udmabuf: what works then works through pinbuf.
 pub const NO_UDMABUF: &str = "initcall_blacklist=udmabuf_dev_init intel_iommu=on";
 
 /// Virtual machines inside of the guest; rows say which.
@@ -96,8 +96,8 @@ const CHECKED: Run = Run {
     when: When::Long,
     kernel: "debug",
     memory: "3G",
-    // With its checks the slab allocator keeps no stocks of free objects, which it would allocate now
-    // and then: a call makes the same allocations each time, so that none is missed.
+    // With its checks enabled, the slab allocator keeps no stocks of free objects, which it would refill now
+    // and then. So a call makes the same allocations each time, and none is missed.
     cmdline: "slab_debug=F",
     timeout: 1800,
     ..PLAIN
@@ -177,8 +177,8 @@ pub const RUNS: &[Run] = &[
     },
     Run {
         name: "vivid",
-        // A camera with 32-bit addresses: without memory above 4 GiB nothing of it is bounced, and
-        // its frames can be compared.
+        // A camera with 32-bit addresses. Without memory above 4 GiB none of its memory is bounced, and its
+        // frames can be compared.
         memory: "2G",
         cmdline: "",
         command: "pinbuf-selftest --filter vivid",
@@ -257,7 +257,7 @@ pub const RUNS: &[Run] = &[
     Run {
         name: "memory",
         memory: "2688M",
-        // With a piece that stands for a device's memory, which keeps its bytes.
+        // With a memory range that the kernel treats as persistent memory of a device.
         cmdline: "hugepagesz=1G hugepages=1 memmap=128M!2G",
         command: "pinbuf-memtest kinds populate safety discard promises late owners",
         ..PLAIN
@@ -301,8 +301,8 @@ pub const RUNS: &[Run] = &[
         name: "debug",
         // The selftests under the kernel's own checkers.
         kernel: "debug",
-        // The tests take 1 GiB beside the huge page.  kmemleak looks through all memory, KASAN's own too:
-        // what nothing needs costs time here.
+        // The tests take 1 GiB besides the huge page. kmemleak scans all memory, KASAN's own too, so memory
+        // that no test needs costs time.
         memory: "4G",
         timeout: 2700,
         ..PLAIN
@@ -321,7 +321,7 @@ pub const RUNS: &[Run] = &[
         ..CHECKED
     },
     Run {
-        // Two minutes each, and there are fifteen of them.
+        // Fifteen races of two minutes each.
         name: "races",
         when: When::Long,
         memory: "3G",
@@ -337,11 +337,11 @@ pub const RUNS: &[Run] = &[
         ..CHECKED
     },
     Run {
-        // Calls of every kind, guided by where they go in the module; the seeds first.
+        // Calls of every kind, guided by the code in the module that they reach; the seeds first.
         name: "fuzz",
         when: When::Always,
-        // Or there would be no huge entries: the page-table checker forbids them. And only a page of 1 GiB is one
-        // extent that is large enough for what must not be entered at once.
+        // Without this there would be no huge entries: the page-table checker forbids them. And only a page of
+        // 1 GiB gives an extent that is too large to be entered at once.
         memory: "4G",
         cmdline: "page_table_check=off hugepagesz=1G hugepages=1",
         command: "tests/fuzz/run",
@@ -437,8 +437,8 @@ pub const RUNS: &[Run] = &[
     Run {
         name: "nested-cma",
         memory: "4G",
-        // The kernel takes movable memory from there while most of what is free is there; if it lay above
-        // 4 GiB itself, the area would be below, where it takes memory last.
+        // The kernel takes movable memory from CMA areas while most free memory is in them. If the kernel's own
+        // image lay above 4 GiB, the area would be below, where the kernel takes memory last.
         cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on cma=1536M nokaslr",
         qemu: VFIO,
         command: "pinbuf-nested --group cma",
@@ -484,8 +484,8 @@ pub const RUNS: &[Run] = &[
         ..NESTED
     },
     Run {
-        // A guest moves to another QEMU, before its memory has come there and after; the comparison, on the
-        // kernel's own udmabuf, is among it.
+        // A guest moves to another QEMU, before its memory has arrived there and after; with the same on the
+        // kernel's own udmabuf, for comparison.
         name: "nested-migrate",
         cmdline: "",
         command: "pinbuf-nested --group migrate",

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The tests of user space that run no guest, under AddressSanitizer: of the library, of the shim, and
-//! of the driver's pure parts.
+//! The tests of user space that run no guest, under AddressSanitizer: those of the library, of the shim, and of
+//! the driver's pure parts.
 //!
-//! What happens in a guest happens in the kernel, whose own sanitizers the debug kernel has. The
-//! library for C has no tests on the host that run it, and the `unsafe` code of programs is calls of
-//! the system's.
+//! What happens in a guest happens in the kernel, whose own sanitizers the debug kernel has. The library for C
+//! has no tests on the host, and the `unsafe` code of programs consists of system calls.
 
 use std::fs;
 use std::path::Path;
@@ -29,7 +28,7 @@ const OPTION: &str = "-Zsanitizer=address";
 /// What AddressSanitizer says of [`FAULTY`].
 const FOUND: &str = "heap-use-after-free";
 
-/// A program with an error, to see whether it is noticed.
+/// A program with an error that the sanitizer has to report.
 const FAULTY: &str = r#"
 fn main() {
     let gone = Box::into_raw(Box::new(std::hint::black_box(1_u8)));
@@ -40,15 +39,15 @@ fn main() {
 }
 "#;
 
-/// What came of the tests.
+/// The outcome of the tests.
 pub enum Tested {
     /// The toolchain cannot do it.
     Skipped(&'static str),
-    /// What cargo said, and whether all went well.
+    /// cargo's output, and whether all tests passed.
     Ran(String, bool),
 }
 
-/// Runs the tests, if an error is noticed at all.
+/// Runs the tests, if the sanitizer reports an error at all.
 pub fn test(filter: &[String]) -> Result<Tested> {
     let directory = paths::build().join("sanitize");
     fs::create_dir_all(&directory)?;
@@ -77,7 +76,7 @@ pub fn test(filter: &[String]) -> Result<Tested> {
     Ok(Tested::Ran(text, output.status.success()))
 }
 
-/// Whether an error is noticed; false if there is no sanitizer to link with.
+/// Whether the sanitizer reports an error; false if there is no sanitizer to link with.
 fn notices(directory: &Path) -> Result<bool> {
     let source = directory.join("faulty.rs");
     let program = directory.join("faulty");
@@ -92,7 +91,7 @@ fn notices(directory: &Path) -> Result<bool> {
         .context("running rustc")?;
     let said = String::from_utf8_lossy(&compiled.stderr);
     if !compiled.status.success() {
-        // Named, as the missing file or symbol that it is; another error is one.
+        // The message names the missing file or symbol. Other errors are errors.
         if said.contains("rt.asan") || said.contains("__asan_") {
             return Ok(false);
         }

@@ -37,11 +37,11 @@ const C: &[&str] = &[
 
 /// How a check ended.
 pub enum Outcome {
-    /// Nothing to complain of.
+    /// No complaint.
     Clean,
     /// The tool is not there.
     Skipped(&'static str),
-    /// What the tool says.
+    /// What the tool reports.
     Dirty(String),
 }
 
@@ -106,7 +106,7 @@ fn clippy_driver() -> Result<Outcome> {
     let inside = format!("M={BUILD}/{name}");
     let mut make = vec!["make"];
     make.extend(arguments.iter().map(String::as_str));
-    // All again: what compiled before says nothing the second time.
+    // All packages again: for those that were compiled before, clippy reports nothing the second time.
     let mut clean = make.clone();
     clean.extend([inside.as_str(), "clean"]);
     run(&mut tools.command(&clean)?)?;
@@ -182,8 +182,8 @@ fn manuals() -> Result<Outcome> {
         let page = page?;
         fs::copy(page.path(), place.join(page.file_name()))?;
     }
-    // The completions of shells are there as well.  Style is left out: it includes pages that other
-    // packages have, and the tree has none.
+    // The completions of shells are there as well. Style is not checked: it includes references to pages of
+    // other packages, which are not installed in the tree.
     let mut words = vec!["mandoc".to_owned(), "-T".to_owned(), "lint".to_owned()];
     words.extend(["-W".to_owned(), "warning".to_owned()]);
     for page in fs::read_dir(&place)? {
@@ -215,7 +215,7 @@ fn of_host(command: &mut Command, probe: &[&str], missing: &'static str) -> Resu
     })
 }
 
-/// Whether it ended well, and what it said.
+/// Whether it succeeded, and what it printed.
 fn run(command: &mut Command) -> Result<(bool, String)> {
     let output = command
         .output()
