@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The chart: how many times faster than udmabuf whole lives and creates are, and should be.
-//!
-//! One panel a clock, one row a piece of memory, and in it one bar a way to make the buffer.
+//! The chart: how many times faster than udmabuf whole lives and creates are, and should be. One panel per
+//! clock, in it one row per piece of memory, and in that one bar per way to make the buffer.
 
 use std::path::Path;
 
@@ -64,7 +63,7 @@ struct Bar {
 struct Group<'a> {
     section: usize,
     label: &'a str,
-    /// For each way that was measured, a bar a panel.
+    /// For each way that was measured, one bar per panel.
     ways: Vec<(RGBColor, Vec<Option<Bar>>)>,
 }
 

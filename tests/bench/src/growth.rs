@@ -28,7 +28,7 @@ pub struct Plan {
     at: fn(u64) -> (Vec<Item>, What),
 }
 
-/// Calls in a sample: more of short ones.
+/// Calls in a sample: more of them if they are short.
 fn times(pages: u64) -> u32 {
     (16_384 / pages.max(1)).clamp(1, 256) as u32
 }
@@ -68,7 +68,7 @@ fn steps(from: u64, to: u64) -> Vec<u64> {
 /// The curves, as far as the guest has memory for them.
 pub fn plans(quick: bool) -> Result<Vec<Plan>> {
     let room = kernel::available()? as u64;
-    // What is left must do for udmabuf's lists, page tables and the rest.
+    // The rest of memory has to suffice for udmabuf's lists, page tables and so on.
     let largest = |limit: u64| {
         let mut bytes = limit;
         while bytes > room / 8 * 7 {

@@ -82,7 +82,7 @@ impl Experiment {
         let how = match subject {
             Shim => ", through the shim, mapped",
             Unmapped => ", through the shim, not mapped",
-            // What no exporter's figure can be below, if it pins by address.
+            // The lower bound for any exporter that pins by address.
             Pin => ": the pin alone",
             Empty => ": the dma-buf alone",
             Pinbuf | Own | Udmabuf => "",
@@ -155,7 +155,7 @@ use Goal::{AtMost, Faster};
 use Side::{Empty, Own, Pin, Pinbuf, Shim, Udmabuf, Unmapped};
 
 const ONCE: What = What::Cycle { times: 1 };
-/// Framebuffers: 1920 × 1080 and 3840 × 2160, four bytes a pixel.
+/// Framebuffers: 1920 × 1080 and 3840 × 2160, four bytes per pixel.
 const FRAMES: [(u64, &str); 2] = [(8_294_400, "8 MiB"), (33_177_600, "33 MiB")];
 
 /// For creating a buffer of mapped memory in 4 KiB pages.
@@ -499,7 +499,7 @@ fn small(sizes: Sizes) -> Vec<Experiment> {
         )
         .inform("longest wait of a real-time task", Metric::Stretch),
     ]);
-    // Last: its pages come and go, and what is allocated later lies anywhere.
+    // Last: its pages are freed and allocated, and later allocations would be scattered.
     list.extend(unmapped_lives(sparse, "sparse shmem", AtMost(1.5)));
     list
 }

@@ -44,7 +44,7 @@ pub fn memfd(shape: Shape) -> Result<OwnedFd> {
 pub fn touch(map: &Memory, step: usize) {
     let first = map.at(0);
     for offset in (0..map.len()).step_by(step) {
-        // SAFETY: inside of the mapping; nothing depends on what is in it.
+        // SAFETY: inside of the mapping, whose contents do not matter.
         unsafe { first.wrapping_add(offset).write_volatile(1) };
     }
 }
@@ -69,7 +69,7 @@ pub fn sorted_pool(bytes: u64) -> Result<HugePool> {
     let all = memfd(shape)?;
     let mut pages = frames(&all, bytes, HUGE)?;
     pages.sort_by_key(|page| std::cmp::Reverse(page.1));
-    // What was given back last is handed out first.
+    // The pages that were freed last are allocated first.
     for (offset, _) in pages {
         punch(&all, offset, HUGE as u64)?;
     }

@@ -67,7 +67,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // It ends with its input.
+        // It ends when its input ends.
         drop(self.child.stdin.take());
         let _ = self.child.wait();
     }

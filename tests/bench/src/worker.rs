@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A process that measures one thing on one side: it reads a [`Task`], and then takes a sample for
-//! each further line.
-//!
-//! So the sides can take turns, the shim is loaded where it is measured and nowhere else, and what
-//! one side leaves in its address space costs no other.
+//! A process that measures one thing on one side: it reads a [`Task`], and then takes a sample for each further
+//! line. So the sides can take turns, the shim is loaded only where it is measured, and what one side leaves in
+//! its address space does not affect the others.
 
 use std::io::{stdin, stdout, BufRead, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -146,7 +144,7 @@ impl Worker {
         Ok(())
     }
 
-    /// What a program does that makes a buffer, uses all of it by the processor, and is done with it.
+    /// What a program does that makes a buffer, uses all of it by the CPU, and closes it.
     fn life(&self, times: u32) -> Result<Sample> {
         let len = usize::try_from(self.bytes())?;
         let mut sum = Sample::new();
@@ -226,7 +224,7 @@ impl Worker {
         let before = faults()?;
         let (mapped, map) = timed(|| place.replace_by(0, len, fd, 0));
         mapped.context("mapping")?;
-        // SAFETY: inside of the mapping; nothing depends on what is in it.
+        // SAFETY: inside of the mapping, whose contents do not matter.
         let ((), first) = timed(|| unsafe { place.at(0).write_volatile(1) });
         let ((), rest) = timed(|| memory::touch(&place, PAGE));
         let faults = (faults()? - before) as f64;
@@ -363,7 +361,7 @@ impl Worker {
         waitpid(Pid::from_raw(i32::try_from(child)?), None)?;
         let fd = i32::try_from(answer.get(0))?;
         ensure!(fd > 0, "the child could not make a buffer");
-        // SAFETY: the child opened it for this process, and nobody else knows of it.
+        // SAFETY: the child opened it for this process, and no other code knows its number.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
@@ -414,7 +412,7 @@ impl Worker {
         let makers: Vec<Maker> = (0..threads.into()).map(maker).collect::<Result<_>>()?;
         let work = |number: usize, maker: &Maker| -> Result<f64> {
             let placed = processor::on(number);
-            // Whatever went wrong: the others wait here.
+            // After an error, too: the others wait here.
             barrier.wait();
             placed?;
             let start = Instant::now();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Memory at addresses that may be anything: a bad one is an error here, never a signal.
+//! Access to memory at arbitrary addresses: a bad one is an error here, never a signal.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -27,7 +27,7 @@ impl Access {
         Ok(word)
     }
 
-    /// Writes the word at `address`, which belongs to nothing of Rust's.
+    /// Writes the word at `address`, where no object of Rust's lies.
     pub fn write(&self, address: u64, word: u64) -> nix::Result<()> {
         self.take_from(std::ptr::from_ref(&word) as u64)?;
         self.put_to(address)

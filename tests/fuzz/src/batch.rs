@@ -12,7 +12,7 @@ use nix::errno::Errno;
 
 use crate::kcov::Edge;
 
-/// The most inputs of a batch.
+/// The maximum number of inputs in a batch.
 pub const MOST: usize = 64;
 /// Words that hold edges, for all inputs of a batch.
 const EDGES: usize = 1 << 18;
@@ -22,7 +22,7 @@ const EACH: usize = 4;
 const HEAD: usize = 2;
 const WORDS: usize = HEAD + MOST * EACH + EDGES;
 
-/// What became of an input.
+/// The outcome of an input.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// How long it took.
@@ -96,7 +96,7 @@ impl Board {
         }
     }
 
-    /// The child: an input is done. Its edges are written only if `known` lacks one of them. Gives whether
+    /// The child: an input is done. Its edges are written only if `known` lacks one of them. Returns whether
     /// there is room for another input.
     pub fn report(
         &self,
@@ -129,7 +129,7 @@ impl Board {
         end < EDGES / 2
     }
 
-    /// What became of an input that is done.
+    /// The outcome of an input that is done.
     pub fn outcome(&self, input: usize) -> Outcome {
         let at = HEAD + input * EACH;
         let edges = (self.end(input)..self.get(at + 3))

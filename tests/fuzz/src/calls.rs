@@ -27,11 +27,11 @@ const PAGE_BYTES: u64 = PAGE as u64;
 /// Where a page of 1 GiB is mapped, and its size.
 const GIGA_BASE: u64 = 0x0468_0000_0000;
 const GIGA: usize = 1 << 30;
-/// The most pages that a create pins, so that none takes seconds.
+/// The maximum number of pages that a create pins, so that none takes seconds.
 const MOST_PAGES: u64 = 1536;
-/// The same if all of them are huge, of which each is pinned at once: more than 1 GiB.
+/// The same if all of them are huge, each of which is pinned at once: more than 1 GiB.
 const MOST_HUGE_PAGES: u64 = 540_000;
-/// The most ranges that are laid out; a create may say that there are more.
+/// The maximum number of ranges that are laid out; a create may say that there are more.
 const MOST_RANGES: usize = 4000;
 /// The bits of an ioctl number that hold the argument's size.
 const SIZE_MASK: u32 = 0x3fff << 16;
@@ -42,11 +42,11 @@ fn bytes_of<T: Copy>(values: &[T]) -> &[u8] {
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
-/// A struct of the contract from as many of its bytes as there are; the rest is zero.
+/// A struct of the contract from the bytes that there are; the rest is zero.
 fn value_of<T: Copy + Default>(bytes: &[u8]) -> T {
     let mut value = T::default();
     let length = bytes.len().min(size_of::<T>());
-    // SAFETY: integers: all bytes are values; so many there are on both sides.
+    // SAFETY: integers: all byte patterns are values, and both sides have this number of bytes.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), (&raw mut value).cast(), length) };
     value
 }
@@ -64,9 +64,9 @@ fn is_open(fd: RawFd) -> bool {
     unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
 }
 
-/// Pages that a buffer counts for at least, where an allowance is charged.
+/// The minimum number of pages that a buffer counts for where an allowance is charged.
 const LEAST_CHARGE: u64 = 8;
-/// The most pages that one page keeps in place.
+/// The maximum number of pages that one page keeps in place.
 const MOST_OF_FOLIO: u64 = 512;
 
 /// Whether all pages are charged, and all that is kept in place where that counts.
@@ -86,12 +86,12 @@ struct Forecast {
     sources: Vec<u64>,
     /// Bytes in all.
     bytes: u64,
-    /// The ranges end in the middle of a repetition.
+    /// Whether the ranges end in the middle of a repetition.
     cut: bool,
 }
 
 impl Executor {
-    /// Calls, and tells what came.
+    /// Makes a call, and traces its result.
     fn call(&self, number: u32, argument: u64) -> nix::Result<i32> {
         let answer = ioctl(&self.device, number, argument);
         self.say(|| format!("   ioctl {number:#x}: {answer:?}"));
@@ -166,7 +166,7 @@ impl Executor {
         forecast.expected.check("PINBUF_CREATE", &answer)?;
         match answer {
             Ok(fd) => self.created(fd, flags, forecast, &charges),
-            // That nothing is left behind shows in the end.
+            // What is left behind shows in the end.
             Err(_) => Ok(()),
         }
     }
@@ -247,7 +247,7 @@ impl Executor {
         );
     }
 
-    /// What the ranges lead to, and which pages they are. After the first ones they are repeated.
+    /// The pages that the ranges lead to. After the first ones they are repeated.
     fn expect_ranges(
         &self,
         list: &[(uapi::Range, uapi::Backing)],
@@ -318,19 +318,19 @@ impl Executor {
         forecast.bytes = sum;
     }
 
-    /// Whether there is room for the charge, and to what it may go.
+    /// Whether there is room for the charge, and what it may be charged to.
     fn expect_charge(&self, forecast: &mut Forecast) -> Result<Vec<u32>> {
         let pages = forecast.bytes / PAGE_BYTES;
         if self.caller.who == Who::Root {
             return Ok(vec![uapi::CHARGE_NONE]);
         }
         if self.forked || self.memory.is_charged() {
-            // What the parent has, and secret memory, is charged to the same user.
+            // Pages of the parent, and secret memory, are charged to the same user.
             forecast.expected.may(Errno::ENOMEM);
             return Ok(vec![uapi::CHARGE_USER, uapi::CHARGE_ALLOWANCE]);
         }
-        // All that this user has was pinned by this process. Of the allowance, more is used than pages
-        // were pinned: the rest of large folios, and what a small buffer counts for.
+        // This process has pinned everything that is charged to this user. The allowance used is higher than
+        // the number of pinned pages: it includes the rest of large folios, and the minimum for small buffers.
         let pinned = kernel::vm_pin()? as u64 / PAGE_BYTES;
         let query = self.device.query().context("PINBUF_QUERY")?;
         let used = query.allowance_used / PAGE_BYTES;
@@ -356,7 +356,7 @@ impl Executor {
         Ok(charges)
     }
 
-    /// A buffer has come: is it what was asked for?
+    /// Checks that a new buffer is the one that was asked for.
     fn created(
         &mut self,
         fd: OwnedFd,
@@ -554,7 +554,7 @@ impl Executor {
         Ok(Some(value_of(&bytes)))
     }
 
-    /// Any ioctl of the device's own type, with a pointer that leads nowhere.
+    /// Any ioctl of the device's own type, with a pointer to no memory.
     pub(crate) fn other(&mut self, number: u32, argument: u64) -> Result<()> {
         // The VFS knows some of the other types.
         let number = number & !0xff00 | uapi::IOC_TYPE << 8;
@@ -572,7 +572,7 @@ fn bounded_pages(range: &uapi::Range) -> u64 {
     (range.len / PAGE_BYTES).min((SLOTS * SLOT_PAGES) as u64)
 }
 
-/// What the kernel answers when the arrays are not all there.
+/// What the kernel returns when the arrays are not completely mapped.
 fn expect_arrays(
     count: u32,
     present: usize,
@@ -587,6 +587,6 @@ fn expect_arrays(
         let expected = &mut forecast.expected;
         expected.must_if(array.readable < count * ELEMENT, Errno::EFAULT);
     }
-    // Behind them there are zeroes, hence empty ranges.
+    // They are followed by zeroes, hence by empty ranges.
     forecast.expected.must_if(count > present, Errno::EINVAL);
 }

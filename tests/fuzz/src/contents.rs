@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Which page is which, and what each begins with: the model that everything seen is held against.
+//! Which page is which, and what each begins with: the model that everything is compared with.
 
 /// A page of memory, wherever it is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -35,7 +35,7 @@ pub struct Corpus {
 }
 
 impl Corpus {
-    /// Keeps an input if it went where none had gone, or in any case.
+    /// Keeps an input if it reached code that no other did, or in any case.
     pub fn offer(
         &mut self,
         input: &Input,
@@ -52,7 +52,7 @@ impl Corpus {
         true
     }
 
-    /// One of them, rather a fast one than a slow one. There must be one.
+    /// One of them, with a preference for fast ones. There must be one.
     pub fn choose(&self, rng: &mut Rng) -> &Input {
         let index = (0..3)
             .map(|_| rng.usize(0..self.entries.len()))
@@ -60,7 +60,8 @@ impl Corpus {
         &self.entries[index.unwrap_or(0)].input
     }
 
-    /// Few inputs that together go wherever any goes: each time the one that adds most.
+    /// A small set of inputs that together reach everything that any of them reaches: each time the input that
+    /// adds most.
     pub fn minimal(&self) -> Vec<&Entry> {
         let mut missing = self.edges.clone();
         let mut chosen = Vec::new();
@@ -79,7 +80,7 @@ impl Corpus {
     }
 }
 
-/// An input as text: an operation a line.
+/// An input as text: one operation per line.
 pub fn to_text(input: &Input) -> Result<String> {
     let lines = |values: Vec<serde_json::Result<String>>| -> Result<String> {
         let texts = values.into_iter().collect::<serde_json::Result<Vec<_>>>()?;

@@ -13,11 +13,11 @@ use pinbuf_test_importer::{uapi, Direction, Importer, Limits, Mapping};
 
 use crate::executor::{Executor, Kept};
 
-/// The most devices that an input has at once.
+/// The maximum number of devices that an input has at once.
 const DEVICES: usize = 8;
-/// The kernel's own checks of DMA follow no more mappings of the same page at once.
+/// The kernel's DMA checker tracks at most this number of mappings of the same page.
 const OVERLAP: usize = 7;
-/// What a device that does not say takes in one segment.
+/// The segment length of a device that declares none.
 const SEGMENT: u64 = 64 << 10;
 
 /// A device, attached to a buffer.
@@ -55,7 +55,7 @@ impl Devices {
         self.0.clear();
     }
 
-    /// How often the page that is mapped most is, if this buffer is mapped once more.
+    /// How often the most frequently mapped page would be mapped after one more mapping of this buffer.
     fn overlap(&self, kept: &Kept) -> usize {
         let mapped = |device: &Attached| vec![Rc::clone(&device.kept); device.mappings.len()];
         let all: Vec<Rc<Kept>> = self.0.iter().flat_map(mapped).collect();
@@ -259,7 +259,7 @@ impl Executor {
         self.touched("the kernel", &kept, page, write, u64::from_ne_bytes(word))
     }
 
-    /// Somebody has written, or seen, the first word of a page.
+    /// A page's first word was written, or seen.
     fn touched(
         &mut self,
         who: &str,

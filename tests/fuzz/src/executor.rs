@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Does what an input says, in a process of its own, and holds every answer and every byte against
-//! the model.
+//! Executes an input, in its own process, and compares every result and every byte with the model.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -26,7 +25,7 @@ use crate::memory::Memory;
 use crate::profile::{phase, Phase};
 use crate::views::Views;
 
-/// The most buffers that an input has at once.
+/// The maximum number of buffers that an input has at once.
 const BUFFERS: usize = 16;
 
 /// What a dma-buf consists of, page by page, as far as that is known.
@@ -165,7 +164,7 @@ impl Executor {
         Ok(executor)
     }
 
-    /// Does all that the input says, then compares what is there, and gives it back. After an error this is of no
+    /// Executes an input, then compares all that is there, and releases it. After an error this object is of no
     /// further use.
     pub fn execute(&mut self, input: &Input) -> Result<()> {
         assert_eq!(self.caller.who, input.caller.who);
@@ -186,7 +185,7 @@ impl Executor {
         self.finish().context("at the end")
     }
 
-    /// Tells something, if somebody listens.
+    /// Prints something, if the trace is on.
     pub(crate) fn say(&self, text: impl FnOnce() -> String) {
         if self.trace {
             eprintln!("{}", text());
@@ -385,7 +384,7 @@ impl Executor {
                     bail!("page {page} of {pages}: expected {word:#x}, seen {seen:#x}");
                 }
             }
-            // And the other way: whoever else has the page sees it too. The parent would not know.
+            // And the other way: every other user of the page sees it too. The parent's model would not know.
             if self.forked {
                 continue;
             }
@@ -440,7 +439,7 @@ impl Executor {
         Ok(())
     }
 
-    /// All that is there must still hold what it should; then it goes, and leaves nothing.
+    /// All that is there must still hold what it should. Then it is released, and must leave nothing behind.
     fn finish(&mut self) -> Result<()> {
         for held in std::mem::take(&mut self.buffers) {
             self.compare(held.fd.as_fd(), &held.kept)?;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What a call may answer. Where several errors apply, the contract does not say which one wins.
+//! The results that a call may have. Where several errors apply, the contract does not say which one is
+//! returned.
 
 use anyhow::{bail, Result};
 use nix::errno::Errno;
@@ -8,7 +9,7 @@ use nix::errno::Errno;
 use crate::areas::Argument;
 use crate::input::{Claim, Envelope};
 
-/// The answers that are right.
+/// The results that are right.
 #[derive(Debug, Default)]
 pub struct Expected {
     must: Vec<Errno>,
@@ -30,7 +31,7 @@ impl Expected {
         }
     }
 
-    /// Nobody can tell whether this error applies.
+    /// Whether this error applies is unknown.
     pub fn may(&mut self, errno: Errno) {
         if !self.may.contains(&errno) {
             self.may.push(errno);
@@ -101,7 +102,7 @@ impl Struct {
         }
     }
 
-    /// What the kernel answers because of the layout, and whether it comes to reading fields.
+    /// The error that the layout causes, if any, and whether the kernel gets to reading fields.
     pub fn expect(&self, argument: Argument, writes: bool, expected: &mut Expected) -> bool {
         if argument.readable < 4 {
             expected.must(Errno::EFAULT);

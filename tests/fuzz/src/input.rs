@@ -47,9 +47,9 @@ pub enum Memlock {
     /// None.
     #[default]
     Unlimited,
-    /// So many bytes.
+    /// This number of bytes.
     Bytes(u32),
-    /// So many pages.
+    /// This number of pages.
     Pages(u8),
 }
 
@@ -226,9 +226,9 @@ pub enum Place {
     /// In ordinary memory.
     #[default]
     Plain,
-    /// In ordinary memory, so many bytes behind the beginning of a page.
+    /// In ordinary memory, this number of bytes behind the beginning of a page.
     Shifted(u16),
-    /// Before the end of what is mapped, where the last so many bytes have no room.
+    /// Before the end of what is mapped, where this number of bytes has no room.
     AtEnd(u16),
     /// In memory that cannot be written.
     ReadOnly,
@@ -255,7 +255,7 @@ pub enum Claim {
     /// As large as it is.
     #[default]
     Right,
-    /// So large.
+    /// This size.
     Bytes(u32),
 }
 
@@ -288,7 +288,7 @@ pub struct Envelope {
 impl<'a> Arbitrary<'a> for Envelope {
     fn arbitrary(u: &mut Unstructured<'a>) -> arbitrary::Result<Self> {
         let mut envelope = Self::default();
-        // One thing at a time, or hardly any call would get anywhere.
+        // One thing at a time: otherwise nearly all calls would fail early.
         match u.int_in_range(0..=15)? {
             0..=2 => envelope.claim = u.arbitrary()?,
             3 => {
@@ -339,7 +339,7 @@ pub enum Backing {
     /// What it is backed by.
     #[default]
     Right,
-    /// The right file, so many pages away.
+    /// The right file, but this number of pages away.
     Off(i8),
     /// Something else.
     Other {
@@ -406,7 +406,7 @@ pub struct Create {
     pub pieces: Vec<Piece>,
     /// How often they are repeated.
     pub repeat: u16,
-    /// How many the struct says, if not so many.
+    /// How many the struct says, if not this number.
     pub count: Option<u32>,
     /// Where the ranges are.
     pub ranges: Place,
@@ -538,7 +538,7 @@ pub enum Operation {
     Map {
         /// Which buffer.
         buffer: u8,
-        /// From which byte on.
+        /// From this byte on.
         offset: Offset,
         /// How many bytes; zero is all from there on.
         length: Offset,

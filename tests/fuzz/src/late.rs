@@ -13,10 +13,10 @@ use pinbuf_test_harness::support::uffd::{Faults, Mode, UFFD_FEATURE_SIGBUS, UFFD
 use pinbuf_test_harness::support::PAGE;
 use pinbuf_uapi::Range;
 
-/// What a page begins with that the thread brings.
+/// The first word of a page that the thread provides.
 pub const WORD: u64 = 0x1a7e_0000_0000_0001;
 
-/// Pages of which those that are not there come late, or never.
+/// Memory whose missing pages come late, or never.
 #[derive(Debug)]
 pub struct Late {
     faults: Arc<Faults>,
@@ -58,7 +58,7 @@ impl Late {
                 if fds[1].any().unwrap_or(true) {
                     return;
                 }
-                // Somebody else may have been faster, or the mapping may be gone.
+                // The page may have been provided meanwhile, or the mapping may be gone.
                 if let Ok(address) = faults.read() {
                     let _ = faults.copy(address, &page_of(WORD));
                 }
@@ -67,7 +67,7 @@ impl Late {
         Ok((thread, ends))
     }
 
-    /// Brings a page that begins with `word`.
+    /// Provides a page that begins with `word`.
     pub fn bring(&self, address: u64, word: u64) -> Result<()> {
         self.faults.copy(address, &page_of(word))
     }

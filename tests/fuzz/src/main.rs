@@ -61,11 +61,11 @@ use crate::watch::Watch;
 const HUGE_PAGES: i64 = 24;
 /// Where it is while it runs.
 const RUNNING: &str = "running";
-/// So many inputs run in one process, and between two comparisons of what the kernel holds.
+/// This number of inputs run in one process, and between two comparisons of what the kernel holds.
 const BATCH: usize = 64;
-/// One that takes so long is mentioned.
+/// An input that takes longer is reported.
 const SLOW: Duration = Duration::from_secs(5);
-/// A batch takes a second; one that takes so long hangs.
+/// A batch takes a second; one that takes this long hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Calls pinbuf in every way there is, guided by the kernel's coverage
@@ -151,7 +151,7 @@ struct Ended {
     failure: Option<Failure>,
 }
 
-/// What was wrong.
+/// What failed.
 enum Failure {
     /// With the input that ran.
     Input(anyhow::Error),
@@ -191,8 +191,8 @@ impl Fuzzer {
         })
     }
 
-    /// Executes inputs of one caller, and gives what became of each. What is wrong with any is printed and kept;
-    /// its outcome is `None`.
+    /// Executes inputs of one caller, and returns their outcomes. An input that fails is printed and kept; its
+    /// outcome is `None`.
     fn execute(&mut self, inputs: &[Input], trace: bool) -> Result<Vec<Option<Outcome>>> {
         let mut outcomes = Vec::new();
         while outcomes.len() < inputs.len() {
@@ -222,8 +222,8 @@ impl Fuzzer {
         Ok(outcomes)
     }
 
-    /// The last of these inputs failed. If it does not when it runs alone, one before it has left something, and
-    /// the two are kept; if there is no such one, all are.
+    /// The last of these inputs failed. If it does not fail when it runs alone, an earlier one has left
+    /// something behind, and the two are kept; if there is no such input, all are kept.
     fn blame(&mut self, inputs: &[Input], error: &anyhow::Error) -> Result<()> {
         let Some((last, before)) = inputs.split_last() else {
             return Ok(());
@@ -240,7 +240,7 @@ impl Fuzzer {
         self.fail(inputs, error)
     }
 
-    /// Something was left behind by one of these inputs: they run again, one by one, to see by which. Gives
+    /// Something was left behind by one of these inputs: they run again, one by one, to find which. Returns
     /// those.
     fn blame_any(&mut self, inputs: &[Input], error: &anyhow::Error) -> Result<Vec<usize>> {
         let mut found = Vec::new();
@@ -347,7 +347,7 @@ impl Fuzzer {
     }
 }
 
-/// The inputs in all directories, whose names are told if they are none.
+/// The inputs in all directories; prints the names of directories without any.
 fn read_all(directories: &[PathBuf]) -> Result<Vec<Input>> {
     let mut inputs = Vec::new();
     for directory in directories {
@@ -383,7 +383,7 @@ impl Queue {
         (waiting.len() == BATCH).then(|| std::mem::take(waiting))
     }
 
-    /// All that still wait, by caller.
+    /// All inputs that still wait, by caller.
     fn rest(self) -> impl Iterator<Item = Vec<Input>> {
         self.0.into_values().filter(|batch| !batch.is_empty())
     }
@@ -400,7 +400,7 @@ fn run_batch(
     let outcomes = fuzzer.execute(batch, false)?;
     let _timer = phase(Phase::Corpus);
     for (input, outcome) in batch.iter().zip(outcomes) {
-        // What fails is not built on: it would only fail again.
+        // An input that failed is not mutated further: its descendants would only fail again.
         let Some(outcome) = outcome else { continue };
         let blind = fuzzer.kcov.is_none() && seeds;
         let new = corpus.offer(input, outcome.edges, outcome.took, blind);
@@ -476,8 +476,8 @@ fn fuzz(options: &Options, fuzzer: &mut Fuzzer) -> Result<Corpus> {
     Ok(corpus)
 }
 
-/// kmemleak scans all memory now and then, which takes a processor for seconds. It finds nothing that this fuzzer
-/// asks for.
+/// kmemleak scans all memory now and then, which takes a processor for seconds. It finds nothing that this
+/// fuzzer looks for.
 fn stop_background_scan() {
     let path = Path::new("/sys/kernel/debug/kmemleak");
     if path.exists() {
@@ -521,7 +521,7 @@ fn main() -> Result<ExitCode> {
     );
     println!("{}", profile::report(fuzzer.executions));
     if options.missing {
-        // What was inlined everywhere is among them: its own copy is never called.
+        // Functions that were inlined everywhere are among them: their own copy is never called.
         for function in kcov::not_entered(&corpus.edges)? {
             println!("not reached: {function}");
         }

@@ -23,18 +23,18 @@ pub const BASE: u64 = 0x1357_0000_0000;
 pub const SLOT_PAGES: usize = 1024;
 /// The bytes of a slot.
 pub const SLOT: u64 = (SLOT_PAGES * PAGE) as u64;
-/// The most slots.
+/// The maximum number of slots.
 pub const SLOTS: usize = 4;
 
-/// The most pages that are written at first; more take long where every page is checked.
+/// The maximum number of pages that are written at first; more take long where every page is checked.
 const POPULATED: usize = 8;
 const HUGE_PAGES: usize = 512;
 
 /// Where a part is for a moment when it is shifted.
 const SHIFTED: u64 = 0x1468_0000_0000;
-/// The most times that pages come late in one input.
+/// How many times pages may come late in one input.
 const MOST_LATES: usize = 4;
-/// The most pages that a thread may have to bring each time.
+/// The maximum number of pages that a thread may have to provide each time.
 const MOST_ANSWERED: usize = 64;
 
 /// What an address shows.
@@ -58,7 +58,7 @@ struct Mapped {
     late: Option<Lateness>,
 }
 
-/// What comes of a fault that userfaultfd sees.
+/// What becomes of a fault that a userfaultfd handles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lateness {
     /// An error.
@@ -68,7 +68,7 @@ enum Lateness {
 }
 
 impl Mapped {
-    /// What a page begins with that nobody has written to.
+    /// The first word of a page that nobody has written to.
     fn blank(&self) -> u64 {
         match self.late {
             Some(Lateness::Answered) => late::WORD,
@@ -87,7 +87,7 @@ pub struct Slot {
     mapped: Vec<Mapped>,
 }
 
-/// What would happen to a page that is pinned.
+/// What becomes of a page that is pinned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pin {
     /// It is refused.
@@ -106,7 +106,7 @@ impl Slot {
         }
     }
 
-    /// Maps a region. What cannot be had here is a hole.
+    /// Maps a region. A kind that is not available here is a hole.
     fn new(start: u64, region: Region, contents: &mut Contents) -> Result<Self> {
         let kind = region.kind;
         let mut pages = usize::from(region.pages.0).clamp(1, SLOT_PAGES);
@@ -261,7 +261,7 @@ impl Slot {
         }
     }
 
-    /// Something happened of which the model does not know what it did.
+    /// Something happened whose effect the model does not know.
     fn forget(&mut self, contents: &mut Contents) {
         for page in 0..self.mapped.len() {
             if let Some(id) = self.id(page) {
@@ -319,7 +319,7 @@ impl Memory {
         Ok(memory)
     }
 
-    /// Gives all of it back.
+    /// Unmaps all of it.
     pub fn clear(&mut self) -> Result<()> {
         // SAFETY: slots, in which nothing of Rust's lies.
         let result = unsafe { libc::munmap(BASE as *mut _, SLOTS * SLOT as usize) };
@@ -549,7 +549,7 @@ impl Memory {
         (!part.is_empty() && part.clone().all(there)).then_some((slot, part))
     }
 
-    /// `mremap` to elsewhere, and back: nobody sees a difference.
+    /// `mremap` to elsewhere, and back, after which everything is as before.
     pub fn shift(&mut self, number: u8, page: u16, pages: u16) -> Result<()> {
         let Some((slot, part)) = self.whole(number, page, pages) else {
             return Ok(());
@@ -632,7 +632,7 @@ impl Memory {
         Ok(Ok(()))
     }
 
-    /// Brings a page whose faults fail, if it is not there.
+    /// Provides a page whose faults fail, if it is missing.
     pub fn bring(&mut self, number: u8, page: u16, contents: &mut Contents) -> Result<()> {
         let address = self.address(number, page);
         let Some((slot, page)) = self.find(address) else {
@@ -648,7 +648,7 @@ impl Memory {
             return Ok(());
         }
         let word = contents.stamp();
-        // Those that the page is not registered with refuse.
+        // Those that the page is not registered with return an error.
         let brought = self
             .lates
             .iter()
@@ -666,7 +666,7 @@ impl Memory {
         })
     }
 
-    /// Whether a child would see other pages than this process, which has a thread that brings them.
+    /// Whether a child would see other pages than this process, which has a thread that provides them.
     pub fn is_answered(&self) -> bool {
         let late = |mapped: &Mapped| mapped.late == Some(Lateness::Answered);
         self.slots.iter().any(|slot| slot.mapped.iter().any(late))

@@ -12,12 +12,12 @@ use crate::input::{
 };
 use crate::memory::SLOTS;
 
-/// The most operations that an input grows to.
+/// The maximum number of operations of an input.
 const OPERATIONS: usize = 40;
 /// One input in [`FORKS`] may fork: a fork costs as much as all else that an input does.
 const FORKS: u32 = 32;
 
-/// Something of any type.
+/// A random value of any type.
 fn any<T: for<'a> Arbitrary<'a>>(rng: &mut Rng) -> T {
     loop {
         let mut bytes = [0; 512];
@@ -28,7 +28,7 @@ fn any<T: for<'a> Arbitrary<'a>>(rng: &mut Rng) -> T {
     }
 }
 
-/// What is done to a mapping.
+/// What may be done to a mapping.
 fn on_mapping(rng: &mut Rng) -> Operation {
     loop {
         let operation = any::<Operation>(rng);

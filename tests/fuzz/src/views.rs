@@ -90,7 +90,7 @@ impl Views {
         Some(self.spans[index])
     }
 
-    /// The address of a page of a mapping; of nothing, if there is none.
+    /// The address of a page of a mapping; an unmapped address, if there is none.
     pub fn address(&self, view: u8, page: u16) -> u64 {
         match self.span(view) {
             Some(span) => span.start + farther(span, page) % span.pages * PAGE_BYTES,
@@ -119,7 +119,7 @@ impl Views {
         (skipped < shown.pages).then(|| shown.from(skipped))
     }
 
-    /// Makes something begin at an address, if anything goes on there.
+    /// Splits what contains an address, so that something begins there.
     fn split(&mut self, address: u64) {
         let Some((&start, _)) = self.shown.range(..address).next_back() else {
             return;
@@ -215,7 +215,7 @@ impl Executor {
         }
         let end = offset.checked_add(length);
         if end.is_none_or(|end| end > size) {
-            // Whoever notices first.
+            // The first that notices reports it.
             for errno in [Errno::EINVAL, Errno::EOVERFLOW, Errno::ENOMEM] {
                 expected.must(errno);
             }

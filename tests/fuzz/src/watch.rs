@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Result};
 use pinbuf_test_harness::support::kernel;
 
-/// How long the kernel may take to let go of what a process held.
+/// How long the kernel may take to release what a process held.
 const SETTLE: Duration = Duration::from_secs(10);
 
 /// What the kernel holds.
@@ -44,13 +44,13 @@ impl Watch {
     /// Messages as important as this, or more so, are complaints.
     const WARNING: u32 = 4;
 
-    /// What the kernel may say.
+    /// What the kernel may print.
     const HARMLESS: &'static [&'static str] = &[
-        // To those who map too much at once.
+        // For too many mappings at once.
         "swiotlb buffer is full",
-        // To those who map more than there is.
+        // For mappings of more than there is.
         "__vm_enough_memory",
-        // Huge pages that memfd_pin_folios() adds to a file are not counted, but their end is.
+        // Huge pages that memfd_pin_folios() adds to a file are not counted, but their release is.
         "vmstat_refresh: nr_hugetlb -",
     ];
 
@@ -87,7 +87,7 @@ impl Watch {
             }
             if Instant::now() > deadline {
                 let text = format!("left behind: before {:?}, after {now:?}", self.before);
-                // Each is told once.
+                // Each is reported once.
                 self.before = now;
                 bail!(text);
             }

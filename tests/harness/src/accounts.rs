@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What users are charged for, as far as the module tells or shows.
+//! What users are charged for, as far as the module reports or shows it.
 //!
-//! A process of each user asks. It lives for as long as there are questions: a fork and an exit take
-//! longer than all that is asked, above all on a kernel with checkers.
+//! A process of each user asks. It lives as long as there are questions: a fork and an exit take longer than
+//! all the questions, above all on a kernel with checkers.
 
 use std::os::fd::AsFd;
 
@@ -18,7 +18,7 @@ use crate::support::{Device, Memory, PAGE};
 /// What a user is charged for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Charges {
-    /// Any locked page at all, of whoever counts them per user.
+    /// Any locked page at all, in the kernel's count for this user.
     pub locked: bool,
     /// Bytes of the allowance.
     pub allowance: u64,
@@ -31,7 +31,7 @@ pub struct Charges {
 pub struct Accounts<const N: usize>([(u32, Option<Account>); N]);
 
 impl<const N: usize> Accounts<N> {
-    /// Those of these users.
+    /// Starts with these users.
     pub fn of(users: [u32; N]) -> Self {
         Self(users.map(|uid| (uid, None)))
     }
@@ -54,7 +54,7 @@ struct Account {
 }
 
 impl Account {
-    /// Asks the process, or a new one: a test may have had it killed.
+    /// Asks the process, or a new one: a test may have killed it.
     fn ask(account: &mut Option<Self>, uid: u32) -> Result<Charges> {
         let asked = match account.take() {
             Some(asked) => asked.or_new(uid)?,
@@ -72,18 +72,18 @@ impl Account {
         }
     }
 
-    /// This one, if it still runs.
+    /// This process, if it still runs.
     fn or_new(mut self, uid: u32) -> Result<Self> {
         match self.child.runs() {
             Ok(true) => return Ok(self),
             Ok(false) => {}
-            // The runner has waited for it already: its number may be another's by now.
+            // The runner has waited for it already: its number may belong to another process by now.
             Err(_) => std::mem::forget(self.child),
         }
         Self::start(uid)
     }
 
-    /// Hands the device over, which only root may open, and hears what there is to say.
+    /// Passes the device, which only root may open, and receives the answer.
     fn answer(&self) -> Result<Charges> {
         self.link.send(Device::open()?.as_fd())?;
         let (locked, room) = (self.link.hear()? != 0, self.link.hear()? != 0);
@@ -136,7 +136,7 @@ fn look(device: &Device, memory: &Memory) -> Result<Charges> {
     })
 }
 
-/// Sets `RLIMIT_MEMLOCK`, in bytes, but not the limit of the limit.
+/// Sets the soft `RLIMIT_MEMLOCK`, in bytes.
 fn set_soft_memlock(bytes: usize) -> Result<()> {
     setrlimit(Resource::RLIMIT_MEMLOCK, bytes as u64, PAGE as u64).context("setting RLIMIT_MEMLOCK")
 }

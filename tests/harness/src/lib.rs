@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What the test programs that run inside guests share: subtests that run each in a process of its
-//! own, the look for what they left behind (pins, charges, descriptors, dma-bufs, module references,
-//! complaints in the kernel's log), KTAP, and the pieces that tests are made of.
+//! What the test programs that run inside guests share: subtests that run in processes of their own; the check
+//! for what they left behind (pins, charges, descriptors, dma-bufs, module references, reports in the kernel's
+//! log); KTAP; and the parts that tests are built from.
 
 pub mod accounts;
 pub mod runner;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Runs subtests, each in a process of its own, and looks for what they left behind.
+//! Runs subtests in processes of their own, and checks that they left nothing behind.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
@@ -28,12 +28,12 @@ pub struct Test {
     pub run: fn() -> Result<()>,
     /// How long it may take.
     pub timeout: Duration,
-    /// Parts of lines in the kernel's log that it causes on purpose, complaints though they are.
+    /// Parts of lines in the kernel's log that it causes on purpose, and that would otherwise fail it.
     pub allowed: &'static [&'static str],
 }
 
-/// Makes a file's table of subtests. A time in seconds may follow a name, and then a list of
-/// complaints of the kernel's that the subtest is to cause.
+/// Makes a file's table of subtests. A name may be followed by a time limit in seconds, and by a list of lines
+/// in the kernel's log that the subtest causes on purpose.
 #[macro_export]
 macro_rules! tests {
     (@timeout) => { 60 };
@@ -56,15 +56,15 @@ macro_rules! tests {
 /// How one subtest ended.
 #[derive(Debug)]
 pub enum Outcome {
-    /// As it should.
+    /// It succeeded.
     Passed,
     /// It could not run, for a documented reason.
     Skipped(String),
-    /// Why it failed, line by line.
+    /// It failed: the reasons, line by line.
     Failed(Vec<String>),
 }
 
-/// With this in the environment, the first failure is the end: more is not asked of a driver in which a bug was
+/// With this in the environment, the run ends at the first failure. It is set for a driver in which a bug was
 /// planted.
 const FIRST_FAILURE_ENDS: &str = "PINBUF_FIRST_FAILURE_ENDS";
 
@@ -102,7 +102,7 @@ pub fn report(tests: &[&Test], check_leaks: bool) -> Result<ExitCode> {
     Ok(code)
 }
 
-/// What says "skipped" in what a child says.
+/// Marks a skip in the output of a child.
 const SKIP_MARK: &str = "\u{1}skip\u{1}";
 
 /// What the kernel still holds, and how the machine is set.
@@ -131,7 +131,7 @@ impl State {
         })
     }
 
-    /// Puts settings back that a test which was killed left behind.
+    /// Restores settings that a killed test left changed.
     fn restore(&self) -> Result<()> {
         if kernel::field("/proc/meminfo", "HugePages_Total")? != self.kernel.huge_pages[0] {
             kernel::write("/proc/sys/vm/nr_hugepages", self.kernel.huge_pages[0])?;
@@ -145,7 +145,7 @@ impl State {
         Ok(())
     }
 
-    /// What differs, for a person.
+    /// The differences, for people.
     fn differences(&self, before: &Self) -> Vec<String> {
         let mut found = Vec::new();
         macro_rules! compare {
@@ -235,7 +235,7 @@ impl Log {
 
     fn bad_lines(&mut self, allowed: &[&str]) -> Vec<String> {
         let mut found = Vec::new();
-        // The stack that comes next belongs to a line that was wanted.
+        // Whether the stack that follows belongs to a line that was expected.
         let mut wanted = false;
         let mut record = [0; 8192];
         loop {
@@ -274,15 +274,15 @@ pub struct Runner {
     check_leaks: bool,
     /// Of the tests' user, and of root.
     accounts: Accounts<2>,
-    /// What there was after the last one, if that was what there was before it: asking takes long on a
-    /// kernel with checkers. What comes late is then seen by the next one.
+    /// The state after the last test, if that was the state before it: reading it takes long on a kernel with
+    /// checkers. A change that comes late is then seen after the next test.
     clean: Option<State>,
-    /// A test cannot be killed: nothing more can be learnt, and most questions would hang too.
+    /// A test cannot be killed. No further test can succeed, and most would hang too.
     lost: bool,
 }
 
 impl Runner {
-    /// How long the kernel may take to let go of what a test held.
+    /// How long the kernel may take to release what a test held.
     const SETTLE: Duration = Duration::from_secs(3);
 
     /// Gets ready.
@@ -356,10 +356,10 @@ impl Runner {
             Ok(())
         })?;
         let group = child.pid();
-        // The child does the same; whoever is first.
+        // The child does the same; the order of the two does not matter.
         let _ = setpgid(group, group);
         let ended = child.end(test.timeout);
-        // A child that is still there is dropped, hence killed, by now.
+        // A child that still runs is dropped, hence killed, by now.
         let _ = killpg(group, Signal::SIGKILL);
         self.lost = ended.is_err()
             && waitpid(group, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive);
@@ -377,7 +377,7 @@ impl Runner {
         })
     }
 
-    /// Waits for all to be as it was, and says what never is.
+    /// Waits for the state before the test, and returns what still differs at the end.
     fn left_behind(&mut self, before: &State) -> Result<Vec<String>> {
         let deadline = Instant::now() + Self::SETTLE;
         loop {

@@ -186,7 +186,7 @@ fn assertions(header: &Header) -> String {
     text
 }
 
-/// What the compiler says; nothing if it is content.
+/// The compiler's errors; empty if there are none.
 fn compile(source: &str, options: &[&str]) -> String {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let file = directory.path().join("layout.c");
@@ -220,7 +220,7 @@ fn layouts_are_equal() {
     }
 }
 
-/// The check above does notice.
+/// The check above can fail.
 #[test]
 fn a_difference_is_noticed() {
     let mut header = pinbuf_header();

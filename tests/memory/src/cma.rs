@@ -104,7 +104,7 @@ fn area() -> Result<Range<Pfn>> {
     giga_page()
 }
 
-/// Allocates the whole area, or tells that it cannot be had.
+/// Allocates the whole area, or returns that it cannot be allocated.
 fn whole_area() -> Result<Option<Setting>> {
     let setting = Setting::set(POOL, 1)?;
     if kernel::number(POOL)? == 0 {
@@ -263,7 +263,7 @@ fn plain_reference_blocks() -> Result<()> {
     Ok(())
 }
 
-/// As in ZONE_MOVABLE: patience helps, and its lack shows.
+/// As in ZONE_MOVABLE: with retries it succeeds, without them it fails.
 fn held_for_a_moment() -> Result<()> {
     use std::time::Duration;
     let area = area()?;
@@ -299,7 +299,7 @@ fn held_for_a_moment() -> Result<()> {
     views_agree(&buffer, &[(memory, 0, memory.len())])
 }
 
-/// A page of 1 GiB that is itself the area has nowhere to go: `EBUSY`, and it stays usable.
+/// A page of 1 GiB that is itself the area cannot be moved: `EBUSY`, and it stays usable.
 fn gigantic_in_the_area() -> Result<()> {
     let area = area()?;
     let pool = whole_area()?.context("the area cannot be allocated")?;

@@ -130,7 +130,7 @@ pub fn transparent(pages: usize) -> Result<Memory> {
     }
     if !all_transparent(&memory)? {
         kernel::write("/proc/sys/vm/compact_memory", "1")?;
-        // What it could not do is seen below.
+        // What it did not do shows below.
         let _ = memory.advise(0, memory.len(), libc::MADV_COLLAPSE);
         check!(
             all_transparent(&memory)?,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What a discard under a live buffer does today: the process gets other pages, the buffer keeps
-//! the old ones, which nobody else can get meanwhile. What the driver reports of it while swap is on.
+//! What a discard under a live buffer does: the process gets other pages, and the buffer keeps the old ones,
+//! which nobody else gets meanwhile. And what the driver reports of it while swap is on.
 
 use std::os::fd::AsFd;
 
@@ -118,7 +118,7 @@ fn zero(memory: &Memory) -> Result<()> {
     same("the memory", 0, &seen, &vec![0; memory.len()])
 }
 
-/// The process sees zeroes, in pages of its own; the device goes on with the old ones.
+/// The process sees zeroes, in its own new pages; the device continues with the old ones.
 fn parts_ways(memory: &Memory, discard: impl Fn() -> Result<()>) -> Result<()> {
     let live = Live::new(memory)?;
     discard()?;
@@ -148,7 +148,7 @@ fn dont_need_locked() -> Result<()> {
     })
 }
 
-/// Given up, but not taken away while it is pinned: nobody parts.
+/// `MADV_FREE` does not take a pinned page away: process and buffer keep the same page.
 fn lazily_freed() -> Result<()> {
     let memory = Memory::small_pages(LEN)?;
     let live = Live::new(&memory)?;
@@ -235,8 +235,8 @@ fn moved_elsewhere() -> Result<()> {
     live.ends()
 }
 
-/// A balloon that takes and gives back, page by page, again and again: each round leaves the
-/// buffer's pages alone, and what a new buffer is given is what the process has.
+/// A balloon that takes pages and gives them back, again and again: no round changes the buffer's pages, and a
+/// new buffer gets the pages that the process has.
 fn balloon() -> Result<()> {
     let memory = Memory::shared(memfd(LEN, 0)?, LEN)?;
     memory.advise(0, LEN, libc::MADV_NOHUGEPAGE)?;
@@ -288,7 +288,7 @@ fn reported(device: &Device, buffer: &Buffer) -> Result<(usize, usize)> {
 }
 
 /// Pages that were read back from swap stay in the swap cache, mapped, where a buffer finds them. When their
-/// owner lets go of them, they are discarded.
+/// owner unmaps them, they are discarded.
 fn in_the_swap_cache() -> Result<()> {
     let _swap = SlowSwap::on(64 << 20)?;
     let device = Device::open()?;

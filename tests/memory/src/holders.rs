@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Others that hold on to pages for a while.
+//! Other users that hold on to pages for a while.
 
 use std::fs::File;
 use std::io;
@@ -25,7 +25,7 @@ pub struct Piped {
 }
 
 impl Piped {
-    /// Puts so many pages into a pipe, 16 at most.
+    /// Puts this number of pages into a pipe, 16 at most.
     pub fn pages(memory: &Memory, offset: usize, pages: usize) -> Result<Self> {
         let ends = pipe2(OFlag::O_CLOEXEC)?;
         let vector = libc::iovec {
@@ -49,7 +49,7 @@ impl Piped {
         Ok(Self { _ends: ends })
     }
 
-    /// Lets go of them later, in another thread.
+    /// Releases them later, in another thread.
     pub fn release_after(self, delay: Duration) -> JoinHandle<()> {
         std::thread::spawn(move || {
             std::thread::sleep(delay);
@@ -58,14 +58,14 @@ impl Piped {
     }
 }
 
-/// A disk that takes its time, so that direct I/O is in flight for as long.
+/// A slow disk, so that direct I/O is in flight for this long.
 #[derive(Debug)]
 pub struct SlowDisk(File);
 
 impl SlowDisk {
     const PATH: &'static str = "/dev/nullb0";
 
-    /// Makes one whose answers take so long.
+    /// Makes one with this delay.
     pub fn new(delay: Duration) -> Result<Self> {
         // One with another delay may be there.
         modprobe(&["-r", "null_blk"])?;

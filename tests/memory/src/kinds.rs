@@ -76,7 +76,7 @@ fn private_anonymous() -> Result<()> {
     Ok(())
 }
 
-/// Proves that the memory is hugetlb's, and tries it as a whole and from odd offsets.
+/// Proves that the memory belongs to hugetlb, and uses it as a whole and from odd offsets.
 fn hugetlb_works(memory: &Memory) -> Result<()> {
     memory.touch();
     let pfns = all_frames(memory)?;
@@ -329,7 +329,7 @@ fn same_page_merged() -> Result<()> {
         memory.read(page * PAGE, &mut seen);
         same("a twin", page * PAGE, &seen, &pattern(5, 0, PAGE))?;
     }
-    // Pinned pages are not merged again, although they are equal.
+    // Pinned pages are not merged again, although their contents are equal.
     for page in 0..16 {
         memory.write(page * PAGE, &pattern(5, 0, PAGE));
     }
@@ -347,7 +347,7 @@ fn same_page_merged() -> Result<()> {
     Ok(())
 }
 
-/// What was read and never written is the zero page, which nobody may write.
+/// A page that was only read is the zero page, which must never be written.
 fn zero_page() -> Result<()> {
     let memory = Memory::small_pages(16 * PAGE)?;
     memory.touch();
@@ -389,7 +389,7 @@ fn zero_page_huge() -> Result<()> {
     Ok(())
 }
 
-/// Runs it with locked memory, whose accounts have nothing to do with ours.
+/// Uses locked memory, which is accounted separately from pinned memory.
 fn locked_with(flags: u32) -> Result<()> {
     let memory = Memory::small_pages(SMALL)?;
     let before = kernel::vm_lck()?;
@@ -540,7 +540,7 @@ fn own_mapping() -> Result<()> {
     refused_anywhere("our own mapping, untouched", Errno::EFAULT, mapped.range())?;
     mapped.touch();
     refused_anywhere("our own mapping", Errno::EFAULT, mapped.range())?;
-    // No way round it: the file cannot be mapped privately.
+    // There is no alternative: the file cannot be mapped privately.
     let private = buffer.map_as(0, PAGE, RW, libc::MAP_PRIVATE).map(drop);
     check!(private.is_err(), "a private mapping of a buffer");
     Ok(())
@@ -665,7 +665,7 @@ fn hole_in_the_middle() -> Result<()> {
     refused("a range in the hole", Errno::EFAULT, &gap)
 }
 
-/// The child gets its copy at once; parent and buffer go on agreeing.
+/// The child gets its copy at once; parent and buffer still agree.
 fn fork_private_hugetlb() -> Result<()> {
     let _pool = HugePool::with_free(2)?;
     let memory = huge_private(1)?;
@@ -691,7 +691,7 @@ fn fork_private_hugetlb() -> Result<()> {
     views_agree(&buffer, &[(&memory, 0, HUGE)])
 }
 
-/// Without a page for the copy the fork fails, and parent and buffer go on agreeing.
+/// Without a page for the copy the fork fails, and parent and buffer still agree.
 fn fork_private_hugetlb_no_spare() -> Result<()> {
     let _pool = HugePool::with_free(1)?;
     let memory = huge_private(1)?;

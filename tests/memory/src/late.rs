@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A create that waits for pages, and what happens to its memory meanwhile: pages that it has or has not come to
-//! are discarded, marked or unmapped, it is killed, or nobody is there who could answer.
+//! A create that waits for pages, and what happens to its memory meanwhile: pages that it has pinned, or not
+//! reached yet, are discarded, marked or unmapped; it is killed; or nobody is left to answer.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -44,7 +44,7 @@ const GUARD: i32 = 102;
 /// Pages of the memory in most tests, and the one that is late.
 const PAGES: usize = 12;
 const LATE: usize = 6;
-/// A page that a create has pinned when it waits for the late one, and one that it has not come to.
+/// A page that a create has pinned when it waits for the late one, and one that it has not reached.
 const BEFORE: usize = 2;
 const BEHIND: usize = 9;
 
@@ -181,8 +181,8 @@ enum Takes {
     Reference,
 }
 
-/// While a create waits, a page that it has pinned and one that it has not come to are discarded. The buffer keeps
-/// the first as it was, and the second is waited for again.
+/// While a create waits, a page that it has pinned and one that it has not reached are discarded. The buffer
+/// keeps the first as it was, and the second is waited for again.
 fn discarded(
     memory: &Memory,
     size: usize,
@@ -250,7 +250,7 @@ fn dont_need_of_a_file_while_waiting() -> Result<()> {
     })
 }
 
-/// Expects that a create that waits for the late page fails by what is done then, and keeps nothing.
+/// Expects that a create that waits for the late page fails because of `then`, and keeps nothing.
 fn fails(
     memory: &Memory,
     size: usize,
@@ -292,7 +292,7 @@ fn guard_behind_a_late_page() -> Result<()> {
     refused("a guard", Errno::EFAULT, &[memory.range()])
 }
 
-/// The end of the userfaultfd wakes what waits, which finds no mapping.
+/// Closing the userfaultfd wakes the waiting call, which finds no mapping.
 fn unmapped_while_waiting() -> Result<()> {
     let memory = Memory::shared(memfd(PAGES * PAGE, 0)?, PAGES * PAGE)?;
     fails(&memory, PAGE, |_, _| Ok(memory.unmap(LATE * PAGE, PAGE)?))
@@ -320,7 +320,7 @@ fn waits(child: &Child) -> Result<bool> {
     Ok(false)
 }
 
-/// What must be as before when a create was killed.
+/// What must be as before after a create was killed.
 fn balance(device: &Device) -> Result<(i64, i64, i64, u64)> {
     let allowance = device.query()?.allowance_used;
     Ok((
@@ -373,7 +373,7 @@ fn handle() -> Result<()> {
     Ok(())
 }
 
-/// A create of several files in one thread, while another one has the faults and does not answer.
+/// One thread creates from several files, while another one has the faults and does not answer.
 fn killed_while_waiting() -> Result<()> {
     let _pool = HugePool::with_free(PAGES as i64)?;
     dies_of(Signal::SIGKILL, || {
@@ -390,7 +390,7 @@ fn killed_while_waiting() -> Result<()> {
     })
 }
 
-/// The thread that creates is the one that would have to answer: it waits for itself until it is killed.
+/// The thread that creates is the one that would have to answer: it waits until it is killed.
 fn own(signal: Signal, file: impl Fn() -> Result<OwnedFd>, size: usize) -> Result<()> {
     dies_of(signal, || {
         handle()?;

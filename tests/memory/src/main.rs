@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Tests pinbuf with every kind of memory, and with pages that must move first, as root in guests
-//! that are booted for it; prints KTAP.
+//! Tests pinbuf with every kind of memory, and with pages that must be moved first, as root in guests that are
+//! booted for it; prints KTAP.
 //!
-//! Each theme needs a guest of its own kind, which its run in `qemu-scripts/src/test/runs.rs` makes: a
-//! test that misses what it needs fails.
+//! Each theme needs a guest of its own kind, which its row in `qemu-scripts/src/test/runs.rs` makes: a test
+//! that lacks what it needs fails.
 
 mod cma;
 mod common;
@@ -56,7 +56,7 @@ impl Options {
     }
 }
 
-/// What the part of a subtest's name before its dot says.
+/// The part of a subtest's name before its dot.
 trait Themed {
     /// Its theme.
     fn theme(&self) -> &str;

@@ -38,7 +38,7 @@ tests! { "movable":
     by_several_processes_at_once within 120,
 }
 
-/// Blocks of the zone that can go offline now, without any buffer: each was, and is back.
+/// Blocks of the zone that can go offline now, without any buffer: each was tried, and is online again.
 fn willing_blocks() -> Result<Vec<Block>> {
     let mut willing = Vec::new();
     for block in Block::inside(&movable()?)? {
@@ -54,7 +54,7 @@ fn willing_blocks() -> Result<Vec<Block>> {
     Ok(willing)
 }
 
-/// Tries to take a block offline; the kernel goes on trying until it is told to stop.
+/// Tries to take a block offline; the kernel tries until it is told to stop.
 fn offline_patiently(block: Block) -> Result<bool> {
     offline_within(block, Duration::from_secs(30))
 }
@@ -100,8 +100,8 @@ fn fullest(pfns: &[Pfn], willing: &[Block]) -> Result<Option<(Block, usize)>> {
     Ok(found)
 }
 
-/// Memory of a kind in blocks that go offline. Some do not even without a buffer, as the kernel has
-/// put its own data there when it started; what they have room for is filled first.
+/// Memory of a kind in blocks that can go offline. Some blocks cannot even without a buffer, as the kernel has
+/// put its own data there when it started; these are filled first.
 struct Placed {
     memory: Option<Movable>,
     block: Block,
@@ -112,7 +112,7 @@ struct Placed {
 impl Placed {
     fn new(kind: Kind, len: usize, willing: &[Block]) -> Result<Self> {
         let mut fillers = Vec::new();
-        // As much as the zone holds: it may be that few blocks are willing at the moment.
+        // As much as the zone holds: few blocks may be able to go offline at the moment.
         let zone = movable()?;
         let most = (zone.end - zone.start) as usize * PAGE / len;
         for _ in 0..most {
@@ -323,7 +323,7 @@ fn hugetlb_without_spare() -> Result<()> {
     Ok(())
 }
 
-/// Only what is named moves.
+/// Only the pages that a range names are moved.
 fn part_of_it() -> Result<()> {
     let device = Device::open()?;
     for kind in [Kind::Anonymous, Kind::Shmem] {
@@ -399,7 +399,7 @@ fn gigantic() -> Result<()> {
     Ok(())
 }
 
-/// After release, new memory may use the zone again, and old memory may move back.
+/// After release, new memory may be in the zone again, and old memory may move back.
 fn used_again() -> Result<()> {
     let device = Device::open()?;
     let zone = movable()?;
@@ -436,7 +436,7 @@ fn patience() -> Result<Duration> {
     Ok(Duration::from_millis(4 * ((1 << retries) - 1)))
 }
 
-/// Makes a buffer of all of the memory: how long that took, and what came of it.
+/// Makes a buffer of all of the memory, and returns how long that took and the result.
 fn timed(device: &Device, memory: &Memory) -> (Duration, nix::Result<()>) {
     let start = Instant::now();
     let result = device.create(&[memory.range()]).map(drop);
@@ -497,7 +497,7 @@ fn several_at_once(callers: usize, rounds: usize) -> Result<()> {
         alone.as_millis(),
         worst.as_millis()
     );
-    // The pauses are bounded. GUP's own time is not, but seconds were never seen to become a minute.
+    // The pauses are bounded. GUP's own time is not; it was never seen to reach a minute.
     let most = patience()? + 20 * alone + Duration::from_secs(30);
     check!(
         worst <= most,

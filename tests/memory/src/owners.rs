@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Pages that are not the caller's own: the kernel's, a driver's, a file system's. None of them
-//! becomes part of a buffer, also where the mm core would pin it for long. A private copy of such a
-//! page is the caller's.
+//! Pages that do not belong to the caller: the kernel's, a driver's, a file system's. None of them becomes part
+//! of a buffer, even where the mm core would pin it for long. A private copy of such a page belongs to the
+//! caller.
 
 use std::fs::File;
 use std::io::Write;
@@ -36,7 +36,7 @@ fn is_pinnable(memory: &Memory) -> bool {
     pinbuf_test_importer::pin_cost(memory.addr(), PAGE as u64, PAGE as u64).is_ok()
 }
 
-/// Writes to shared memory of somebody else, and expects that it makes no buffer.
+/// Writes to shared memory that belongs to something else, and expects that it makes no buffer.
 fn refuses(what: &str, memory: &Memory) -> Result<()> {
     refused_anywhere(
         &format!("{what}, untouched"),
@@ -148,7 +148,7 @@ fn map_of_bpf() -> Result<()> {
     Ok(())
 }
 
-/// A module that the kernel has as one, for as long as the value lives.
+/// A module from the kernel's package, loaded while this value lives.
 struct Module(&'static str);
 
 impl Module {
@@ -260,10 +260,10 @@ fn file_on_ramfs() -> Result<()> {
     is_the_file_systems("a file on ramfs", &disk.0, true)
 }
 
-/// A piece of memory that the guest's command line made one that keeps its bytes (`memmap=`).
+/// A memory range that the guest's command line declares persistent (`memmap=`).
 const PMEM: &str = "/dev/pmem0";
 
-/// Loads the driver of such memory.
+/// Loads the driver for such memory.
 fn persistent() -> Result<[Module; 2]> {
     let modules = [Module::load("nd_e820")?, Module::load("nd_pmem")?];
     for _ in 0..100 {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Pages that cannot be moved at the moment, because somebody else holds a reference: within the
-//! driver's patience create succeeds, beyond it says `EBUSY` and keeps nothing. Without patience
-//! the same must fail, or the tests would prove nothing.
+//! Pages that cannot be moved at the moment, because another user holds a reference: within the driver's
+//! patience create succeeds, beyond it create returns `EBUSY` and keeps nothing. Without patience the same must
+//! fail, or the tests would prove nothing.
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -31,7 +31,7 @@ tests! { "passing":
     killed_while_patient within 120,
 }
 
-/// Pages of the memory that somebody holds.
+/// Pages of the memory that are held.
 const HELD: usize = 3;
 /// Well within the driver's patience of 1 + 2 + … + 512 ms, also where these are halved.
 const SHORT: Duration = Duration::from_millis(250);
@@ -51,7 +51,7 @@ fn patience() -> Result<Duration> {
     Ok(least(retries))
 }
 
-/// Expects that nothing can be had, and that nothing is kept.
+/// Expects that create fails, and that nothing is kept.
 fn busy(device: &Device, memory: &Memory) -> Result<Duration> {
     let (pins, pinned, buffers) = (kernel::pins()?, kernel::vm_pin()?, kernel::dma_bufs()?);
     let start = Instant::now();
@@ -88,14 +88,14 @@ fn checked(memory: &Memory) -> Result<()> {
     Ok(())
 }
 
-/// Held for a short time: success. Held for long: `EBUSY`. Held for a short time, but without
-/// patience: `EBUSY` at once. The kernel's counters tell that it tried, and failed, to move them.
+/// Held for a short time: success. Held for long: `EBUSY`. Held for a short time, but without retries: `EBUSY`
+/// at once. The kernel's counters show that it tried to move them, and failed.
 fn held_by_a_pipe(kind: Kind, len: usize, counters: &[&str]) -> Result<()> {
     let device = Device::open()?;
     let patience = patience()?;
     let mut told = String::new();
 
-    // Without patience.
+    // Without retries.
     let movable_memory = kind.memory(len)?;
     let memory = &movable_memory.memory;
     checked(memory)?;
@@ -108,7 +108,7 @@ fn held_by_a_pipe(kind: Kind, len: usize, counters: &[&str]) -> Result<()> {
     drop(setting);
     told += &format!("at once EBUSY in {} ms", took.as_millis());
 
-    // For long: as long as there is patience, and longer.
+    // For long: longer than the driver retries.
     let before: Vec<i64> = counters
         .iter()
         .map(|it| vmstat(it))
@@ -174,7 +174,8 @@ fn hugetlb() -> Result<()> {
     held_by_a_pipe(Kind::HugeShared, 2 * HUGE, &["pgmigrate_fail"])
 }
 
-/// Several holders, each gone when the next one is met: patience is for pages that are the same.
+/// Several holders, each of which releases its page when the next one is reached: retries are counted for the
+/// same pages.
 fn many_pages_one_by_one() -> Result<()> {
     let device = Device::open()?;
     let movable_memory = Kind::Anonymous.memory(2048 * PAGE)?;
@@ -216,8 +217,8 @@ fn present(memory: &Memory) -> Result<Vec<frames::Pfn>> {
         .collect())
 }
 
-/// Dirty shmem, while somebody drops caches and compacts memory all the time: pages of it are
-/// isolated at any moment, and come back.
+/// Dirty shmem, while another task drops caches and compacts memory all the time: its pages are isolated at any
+/// moment, and put back.
 fn caches_dropped() -> Result<()> {
     const PAGES: usize = 3000;
     let device = Device::open()?;
@@ -325,7 +326,7 @@ fn direct_io() -> Result<()> {
     Ok(())
 }
 
-/// However many pages are held, the time is bounded, and set by the parameter.
+/// However many pages are held, the time is bounded, and the parameter sets it.
 fn patience_has_an_end() -> Result<()> {
     let device = Device::open()?;
     let movable_memory = Kind::Anonymous.memory(64 * PAGE)?;
@@ -348,7 +349,7 @@ fn patience_has_an_end() -> Result<()> {
     Ok(())
 }
 
-/// A task that waits for pages to be let go can be killed.
+/// A task that waits for pages to be released can be killed.
 fn killed_while_patient() -> Result<()> {
     use nix::sys::signal::Signal;
     use pinbuf_test_harness::support::process::Child;
@@ -364,7 +365,7 @@ fn killed_while_patient() -> Result<()> {
         let result = device.create(&[memory.range()]);
         anyhow::bail!("create came back: {result:?}")
     })?;
-    // 65 s of patience in all; after two it sleeps for a second or more.
+    // 65 s of retries in all; after two of them it sleeps for a second or more.
     std::thread::sleep(Duration::from_secs(2));
     check!(child.runs()?, "the child is gone");
     let start = Instant::now();

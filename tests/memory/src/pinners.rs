@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Others that pin the same pages for long: vfio, io_uring's fixed buffers, another buffer. In a
-//! guest with an emulated IOMMU and the device `edu` behind it.
+//! Other long-term pins of the same pages: vfio, io_uring's fixed buffers, another buffer. In a guest with an
+//! emulated IOMMU and the device `edu` behind it.
 
 use std::time::Duration;
 
@@ -174,7 +174,7 @@ fn charged_apart() -> Result<()> {
     })
 }
 
-/// One who pins a part of the memory, with what the counters must show for it.
+/// A pin of a part of the memory, with the counts that it must cause.
 enum Pinner<'a> {
     Pinbuf(Buffer, i64),
     Vfio(&'a Container, u64, usize),
@@ -191,11 +191,11 @@ impl Random {
     }
 }
 
-/// `rounds` times one more or one less of three kinds of pinners, on parts that overlap as they
-/// come; the kernel's counters must be the sum of what lives after each, and no page may move.
+/// `rounds` times, one of three kinds of pins is added or removed, on parts that overlap at random. After each
+/// step the kernel's counters must be the sum over all live pins, and no page may have moved.
 ///
-/// Without `CAP_IPC_LOCK`, as io_uring counts nothing for who has it; it then shares the user's
-/// locked pages with pinbuf.
+/// Without `CAP_IPC_LOCK`, as io_uring counts nothing for a user that has it; it then shares the user's locked
+/// pages with pinbuf.
 fn rounds(memory: &Memory, rounds: usize, exact: bool) -> Result<()> {
     drop_ipc_lock()?;
     set_memlock(1 << 30)?;
@@ -286,7 +286,7 @@ fn rounds(memory: &Memory, rounds: usize, exact: bool) -> Result<()> {
             vfio.unmap(iova, len)?;
         }
     }
-    // A ring's last pieces go in the background.
+    // Parts of a ring are freed in the background.
     for _ in 0..200 {
         if counters.since()? == (0, 0, 0) {
             break;
@@ -312,14 +312,14 @@ fn random_rounds_shmem() -> Result<()> {
     rounds(&memory.memory, 200, true)
 }
 
-/// With huge pages io_uring counts whole pages, once for each ring, and in its own way; what is
-/// left in the end must be nothing still.
+/// With huge pages io_uring counts whole pages, once for each ring, in its own way; in the end nothing may be
+/// left.
 fn random_rounds_huge() -> Result<()> {
     let memory = memory_in_movable(Kind::HugeShared, 4 * HUGE)?;
     rounds(&memory.memory, 200, false)
 }
 
-/// The same pages held for the same short time: udmabuf and vfio give up, pinbuf does not.
+/// The same pages held for the same short time: udmabuf and vfio fail, pinbuf succeeds.
 fn same_load() -> Result<()> {
     const SHORT: Duration = Duration::from_millis(250);
     let vfio = Container::new()?;

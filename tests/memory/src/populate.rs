@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Pinning populates: memory that was never touched is allocated, what cannot be had is an error
-//! and no signal, and nothing beside it is touched.
+//! Pinning populates: memory that was never touched is allocated, memory that cannot be allocated is an error
+//! and no signal, and nothing besides the ranges is touched.
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -38,7 +38,7 @@ tests! { "populate":
     hugetlb_cgroup_runs_out within 120,
 }
 
-/// No write fault of the caller's own, no byte but zero.
+/// No write fault of the caller's own, and every byte is zero.
 fn without_a_write() -> Result<()> {
     let memory = Memory::small_pages(512 * PAGE)?;
     let file = memfd(512 * PAGE, 0)?;
@@ -148,7 +148,7 @@ fn plugged_blocks_hugetlb() -> Result<()> {
     Ok(())
 }
 
-/// The program goes on after it, with what there is.
+/// The program continues after it, with what could be allocated.
 fn pool_runs_out() -> Result<()> {
     let _pool = HugePool::with_free(3)?;
     let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_NORESERVE;
@@ -200,8 +200,7 @@ fn memlock_runs_out() -> Result<()> {
     in_child(|| {
         let device = Device::open()?;
         become_user(USER)?;
-        // Or else it may not look at its own page map.
-        // SAFETY: no memory is passed.
+        // Otherwise it may not read its own page map. SAFETY: no memory is passed.
         Errno::result(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1) })?;
         set_memlock(100 * PAGE)?;
         let memory = Memory::small_pages(101 * PAGE)?;
@@ -262,7 +261,7 @@ impl Group {
     }
 }
 
-/// Create goes over the group's limit: the kernel kills, as for any fault, and nothing stays.
+/// Create exceeds the group's limit: the kernel kills, as for any fault, and nothing is left behind.
 fn killed_by_cgroup(make: impl Fn(usize) -> Result<Memory>) -> Result<()> {
     const LIMIT: usize = 24 << 20;
     let group = Group::new("memory")?;
@@ -273,7 +272,7 @@ fn killed_by_cgroup(make: impl Fn(usize) -> Result<Memory>) -> Result<()> {
         group.join()?;
         let device = Device::open()?;
         let memory = make(4 * LIMIT)?;
-        // What fits is fine.
+        // What fits succeeds.
         drop(device.create(&[memory.part(0, LIMIT / 4)])?);
         let result = device.create(&[memory.range()]);
         anyhow::bail!("create came back: {result:?}")
@@ -287,7 +286,7 @@ fn killed_by_cgroup(make: impl Fn(usize) -> Result<Memory>) -> Result<()> {
     check!(kills > 0, "nobody was killed for want of memory");
     check_eq!(kernel::pins()?, pins, "pins after the kill");
     check_eq!(kernel::dma_bufs()?, buffers, "dma-bufs after the kill");
-    // What was in batches comes back late.
+    // Pages in the processors' lists are uncharged late.
     let mut left = 0;
     for _ in 0..100 {
         left = group.number("memory.current")?;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What a mapping promises holds for a create too: a guard or a marker of poison is an error, as it
-//! would be for an access, and a page that has not arrived is waited for. In large shared mappings,
-//! where a second way into the page cache would pay most and would miss all of it.
+//! What a mapping promises holds for a create too: a guard or a poison marker is an error, as it is for an
+//! access, and a page that has not arrived is waited for. In large shared mappings, where taking pages directly
+//! from the page cache would save most, and would ignore all of it.
 
 use std::os::fd::AsFd;
 
@@ -36,7 +36,7 @@ const NO_GUARD: i32 = 103;
 /// As large as a virtual machine's framebuffers are, and larger than a page table.
 const LARGE: usize = 64 << 20;
 
-/// Guards, anywhere in the memory, forbid a create of it, and nothing else.
+/// Guards, anywhere in the memory, forbid a create that includes them, and nothing else.
 fn guarded(memory: &Memory) -> Result<()> {
     let last = memory.len() - PAGE;
     for at in [0, 5 * PAGE, memory.len() / 2, last] {
@@ -132,7 +132,7 @@ fn waits_for(
     buffer.context("PINBUF_CREATE")
 }
 
-/// Pages in the file that a monitor has not got yet: postcopy migration with shared memory.
+/// The file's pages have not arrived at the monitor yet: postcopy migration with shared memory.
 fn late(memory: &Memory, size: usize, late: &[usize]) -> Result<()> {
     let len = memory.len();
     let data = pattern(43, 0, len);
@@ -146,7 +146,7 @@ fn late(memory: &Memory, size: usize, late: &[usize]) -> Result<()> {
     }
     let buffer = waits_for(memory, &faults, late, |addr| {
         let offset = (addr - memory.addr()) as usize;
-        // EEXIST, if somebody had filled the page with zeroes.
+        // EEXIST, if the page had been filled with zeroes.
         faults.copy(addr, &data[offset..offset + size])
     })?;
     let mut seen = vec![0; len];
@@ -172,8 +172,8 @@ fn late_huge_pages_of_a_file() -> Result<()> {
     late(&memory, HUGE, &[0, 3 * HUGE, 7 * HUGE])
 }
 
-/// Its mapping is another one of the same file, as a device model's in another process is: what has
-/// not arrived in the one that is watched has not arrived.
+/// The ranges are in another mapping of the same file, as those of a device model in another process are: a
+/// page that has not arrived in the watched mapping has not arrived.
 fn late_pages_of_another_process() -> Result<()> {
     let file = memfd(16 * PAGE, 0)?;
     let watched = Memory::shared(&file, 16 * PAGE)?;

@@ -93,8 +93,8 @@ fn clean_after_swap_in() -> Result<()> {
     survives(&memory, 8)
 }
 
-/// Memory that the program gave up (`MADV_FREE`) is dropped unless it is dirty, and what a device
-/// writes leaves no mark in a page table: the release has to leave one.
+/// Memory that the program gave up (`MADV_FREE`) is dropped unless it is dirty. A write of a device does not
+/// mark the page table, so the release has to mark the page.
 fn lazily_freed() -> Result<()> {
     let _swap = Swap::on(64 << 20)?;
     // The control: without a write, the kernel drops it.
@@ -124,7 +124,7 @@ fn shmem_never_written() -> Result<()> {
     survives(&memory, 12)
 }
 
-/// What the CPU wrote through the dma-buf's mapping leaves no mark in the memory's own page table.
+/// A write of the CPU through the dma-buf's mapping does not mark the memory's own page table.
 fn written_through_the_mapping() -> Result<()> {
     let _swap = Swap::on(64 << 20)?;
     let memory = Memory::shared(memfd(LEN, 0)?, LEN)?;
@@ -139,7 +139,7 @@ fn written_through_the_mapping() -> Result<()> {
     holds(&memory, 13)
 }
 
-/// What is pinned stays, whatever the kernel is told.
+/// Pinned pages stay, whatever the kernel is asked to do.
 fn not_swapped_while_pinned() -> Result<()> {
     let _swap = Swap::on(64 << 20)?;
     for memory in [
@@ -162,7 +162,7 @@ fn not_swapped_while_pinned() -> Result<()> {
     Ok(())
 }
 
-/// Parent and device keep agreeing, the child sees its own copy, and all of it survives swapping.
+/// Parent and device still agree, the child sees its own copy, and all of it survives swapping.
 fn fork_and_swap() -> Result<()> {
     let _swap = Swap::on(64 << 20)?;
     let memory = Memory::small_pages(LEN)?;

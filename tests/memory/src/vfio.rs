@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! vfio with an IOMMU of type 1, the other one who pins a virtual machine's memory. It needs a PCI
-//! device behind an (emulated) IOMMU: QEMU's `edu`, which no driver of Linux's takes.
+//! vfio with an IOMMU of type 1, the other usual pin of a virtual machine's memory. It needs a PCI device
+//! behind an (emulated) IOMMU: QEMU's `edu`, for which Linux has no driver.
 
 use std::fs::File;
 use std::mem::size_of;

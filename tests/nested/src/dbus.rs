@@ -95,7 +95,7 @@ impl Scanout {
     }
 }
 
-/// What QEMU tells.
+/// QEMU's calls.
 #[derive(Debug)]
 enum Event {
     /// This is on the screen from now on.

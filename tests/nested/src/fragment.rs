@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Memory whose free pages lie apart.
+//! Memory whose free pages are not adjacent.
 
 use std::fs::File;
 use std::io::Write;
@@ -21,10 +21,10 @@ pub struct Held {
     _pipes: Vec<(File, File)>,
 }
 
-/// Allocates so many bytes, page by page, and frees every other page of it again.
+/// Allocates this number of bytes, page by page, and frees every other page of it again.
 ///
-/// Pages of pipes, for the kernel cannot move them (it would, to make room in one piece), and
-/// takes the pages of a screen from the same lists.
+/// These are pages of pipes: the kernel cannot move them to make contiguous memory, and allocates the pages of
+/// a screen from the same lists.
 pub fn fragment(size: usize) -> Result<Held> {
     let (mut kept, mut given_up) = (Vec::new(), Vec::new());
     for _ in 0..size / PIPE / 2 {

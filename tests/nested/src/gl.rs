@@ -91,7 +91,7 @@ pub fn dbus_descriptor() -> Result<()> {
                 Ok(())
             },
         )?;
-        // Without any word from the guest's driver: these are the pages that the guest draws in.
+        // Without any call of the guest's driver: these are the pages that the guest draws in.
         let expected = machine.draw_quietly(if second { 21 } else { 20 })?;
         scanout.picture()?.compare(expected)?;
         note("a frame of which the guest told nobody: every pixel right");
@@ -301,7 +301,7 @@ fn closest(screen: &Picture, expected: Pattern) -> (usize, String) {
     }
 }
 
-/// The line that this project began with.
+/// The configuration that this project was started for.
 pub fn gtk_gl_on() -> Result<()> {
     gtk("gtk-gl", "on", true)
 }

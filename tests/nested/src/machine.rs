@@ -257,7 +257,7 @@ impl Machine {
         Self::start_qemu(&setup)
     }
 
-    /// Takes over what the guest shows from the machine that it comes from.
+    /// Takes over the screen's state from the machine that the guest comes from.
     pub fn shows_what(&mut self, source: &Self) {
         self.screen = source.screen;
     }

@@ -2,10 +2,10 @@
 
 //! A guest moves from one QEMU to another while its screen is a blob.
 //!
-//! With postcopy the guest continues in the target before its memory has come: QEMU registers the memory with
-//! userfaultfd, loads the devices, virtio-gpu's blobs among them, and asks the source for each page that is
-//! touched. Whoever pins the screen's pages at that moment has to wait for them. The kernel's udmabuf does not: it
-//! fills in zeroes, and QEMU fails when the page comes.
+//! With postcopy the guest continues in the target before its memory has arrived: QEMU registers the memory
+//! with userfaultfd, loads the devices, virtio-gpu's blobs among them, and requests each page that is touched
+//! from the source. A call that pins the screen's pages at that moment has to wait for them. The kernel's
+//! udmabuf does not: it fills in zeroes, and QEMU fails when the page arrives.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -401,8 +401,8 @@ pub fn postcopy_user() -> Result<()> {
     permit(None, 0)
 }
 
-/// What waiting costs, against a screen that is a copy of the guest's memory, and with a connection of its own for
-/// pages that are asked for.
+/// The cost of waiting, compared with a screen that is a copy of the guest's memory, and with a separate
+/// connection for requested pages.
 fn downtime(fragmented: bool, limits: &[(&str, u64)]) -> Result<()> {
     for &(limit, after) in limits {
         for (blob, preempt) in [(false, false), (true, false), (true, true)] {

@@ -69,7 +69,7 @@ fn check(extents: &Extents, model: &Model, lookups: &[usize]) {
     for page in lookups.chain(ends) {
         let seen = extents.iter_from(page);
         assert_eq!(seen.clone().next(), model.run_at(page), "page {page}");
-        // Also after a while, from a copy that was made on the way.
+        // Also after several runs, from a copy that was made in between.
         let mut on_the_way = seen.clone();
         on_the_way.next();
         let expected = model.from(page);
@@ -240,7 +240,7 @@ fn one_extent_needs_no_memory() {
     assert_eq!(extents.bytes(), EXTENT * AT_FIRST);
 }
 
-/// Sixteen bytes for each scattered page, and no more for memory in one piece, whatever its size.
+/// Sixteen bytes for each scattered page, and no more than that for contiguous memory of any size.
 #[test]
 #[cfg_attr(miri, ignore = "a million pages take hours")]
 fn what_it_costs() {

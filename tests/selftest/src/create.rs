@@ -491,7 +491,7 @@ fn one_gib() -> Result<()> {
     agree_sampled(&[&source, &cpu, &sg, &KernelView(&importer)], len, 203)
 }
 
-/// What the descriptor is like.
+/// The properties of the descriptor.
 fn descriptor() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::anonymous(3 * PAGE)?;
@@ -590,7 +590,7 @@ fn same_memory_twice() -> Result<()> {
     Ok(())
 }
 
-/// Nothing is lost however often it is done.
+/// Nothing is lost in any number of repetitions.
 fn again_and_again() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(64 * PAGE)?;
@@ -631,10 +631,10 @@ fn again_and_again() -> Result<()> {
 }
 
 /// A page has a limited number of references, each pin takes 1,024 of them, and the kernel warns when they run
-/// out: half of them are left to others. An error, and nothing in the log.
+/// out. The driver leaves half of them to others: an error, and nothing in the log.
 fn a_page_a_million_times() -> Result<()> {
     const COUNT: usize = pinbuf_uapi::MAX_RANGES as usize;
-    /// Buffers that have all that there is, together.
+    /// Buffers that together use all that the driver may take.
     const MOST: usize = (1 << 20) / COUNT;
     let device = Device::open()?;
     let memory = Memory::small_pages(2 * PAGE)?;
@@ -655,7 +655,7 @@ fn a_page_a_million_times() -> Result<()> {
         COUNT,
         "pages of a buffer"
     );
-    // Neither its neighbour nor others who want it for a moment are concerned.
+    // Neither its neighbour nor short-term references are affected.
     drop(device.create(&[memory.part(PAGE, PAGE)])?);
     let cost = pin_cost(memory.addr(), PAGE as u64, PAGE as u64)?;
     check_eq!(cost.pages, 1, "pages that somebody else pins");

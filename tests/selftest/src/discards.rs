@@ -126,7 +126,7 @@ fn holes() -> Result<()> {
     is_gone(&device, &buffer, &[(3, 3), (9, 1)])?;
     punch_hole(&file, 0, LEN)?;
     is_gone(&device, &buffer, &[(0, COUNT)])?;
-    // A buffer of what is there now has nothing to do with that.
+    // A buffer of the new pages is not affected.
     buffer_of(&device, &memory)?;
     is_gone(&device, &buffer, &[(0, COUNT)])
 }
@@ -174,7 +174,7 @@ fn truncated() -> Result<()> {
     is_gone(&device, &buffer, &[(10, COUNT - 10)])
 }
 
-/// The last that has the file lets go of it: nobody sees its memory but through the buffer.
+/// The last user of the file releases it: only the buffer still has its memory.
 fn the_file_is_gone() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::shared(memfd(LEN, 0)?, LEN)?;
@@ -192,7 +192,7 @@ fn the_file_is_not_gone() -> Result<()> {
     is_gone(&device, &buffer, &[])
 }
 
-/// What takes a mapping away, and not the file's page, leaves the memory shared.
+/// What removes a mapping, but not the file's page, leaves the memory shared.
 fn shared_memory_stays() -> Result<()> {
     let device = Device::open()?;
     let file = memfd(LEN, 0)?;
@@ -235,7 +235,7 @@ fn part_of_a_page() -> Result<()> {
     Ok(())
 }
 
-/// A hole in a part of a huge page of shmem clears that; one of all of it takes the page away.
+/// A hole in a part of a huge page of shmem clears that part; a hole of the whole page takes it away.
 fn shared_huge_pages() -> Result<()> {
     needs_transparent_huge_pages()?;
     let _setting = Setting::choice(
@@ -298,7 +298,7 @@ fn guard_pages() -> Result<()> {
     let buffer = buffer_of(&device, &memory)?;
     memory.advise(6 * PAGE, 2 * PAGE, MADV_GUARD_INSTALL)?;
     is_gone(&device, &buffer, &[(6, 2)])?;
-    // In front of shared memory they hide the page, which is still there.
+    // In shared memory they hide the page, which is still in the file.
     let file = memfd(LEN, 0)?;
     let memory = Memory::shared(&file, LEN)?;
     let buffer = buffer_of(&device, &memory)?;
@@ -306,7 +306,7 @@ fn guard_pages() -> Result<()> {
     is_gone(&device, &buffer, &[])
 }
 
-/// Memory that has moved is its owner's still.
+/// Memory that was moved still belongs to its owner.
 fn moved() -> Result<()> {
     let device = Device::open()?;
     let mut memory = Memory::small_pages(LEN)?;
@@ -340,7 +340,7 @@ fn the_process_ends() -> Result<()> {
     is_gone(&device, &buffer, &[(0, COUNT)])
 }
 
-/// A child has copies: the parent keeps the buffer's pages, whoever writes.
+/// A child has copies: the parent keeps the buffer's pages, whichever of the two writes.
 fn a_fork_of_private_memory() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(LEN)?;
@@ -485,7 +485,7 @@ fn hugetlb_files() -> Result<()> {
     let memory = Memory::shared(&file, 3 * HUGE)?;
     let buffer = buffer_of(&device, &memory)?;
     let part = device.create(&[memory.part(HUGE - PAGE, 2 * PAGE)])?;
-    // A hole of less than a huge page clears, one of a huge page takes it away.
+    // A hole of less than a huge page clears, a hole of a huge page takes it away.
     punch_hole(&file, HUGE + PAGE, PAGE)?;
     is_gone(&device, &buffer, &[])?;
     punch_hole(&file, HUGE, HUGE)?;
@@ -541,7 +541,7 @@ fn from_an_offset() -> Result<()> {
     for first in [2, 8] {
         memory.advise(first * PAGE, 4 * PAGE, libc::MADV_DONTNEED)?;
     }
-    // From a page, with room for a number of parts, to which page, and which parts.
+    // First page, room for parts, the page where the call ends, and the parts.
     let cases: [(usize, usize, usize, Parts); 8] = [
         (0, 0, 2, &[]),
         (0, 1, 8, &[(2, 4)]),
@@ -671,7 +671,7 @@ fn arguments() -> Result<()> {
 }
 
 /// Memory that is discarded under a buffer and filled anew, again and again: the pages that the buffers keep
-/// are bounded by the limit and the allowance, whatever the owner has left of them.
+/// are bounded by the limit and the allowance, whatever the owner still maps.
 fn amplification() -> Result<()> {
     const ALLOWANCE: usize = 8 << 20;
     const LIMIT: usize = 1 << 20;
@@ -721,8 +721,8 @@ fn amplification() -> Result<()> {
     })
 }
 
-/// A process that asks about a large buffer again and again can be killed at any time, and waits
-/// for nobody.
+/// A process that queries a large buffer again and again can be killed at any time, and no other task waits for
+/// it.
 fn killed() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(HUGE)?;

@@ -175,7 +175,7 @@ fn an_address_space_that_vhost_keeps() -> Result<()> {
     let vhost = link.ours.receive()?;
     link.ours.signal()?;
     child.join()?;
-    // Its process has ended: nobody sees the memory but a kernel thread.
+    // Its process has ended: only a kernel thread still uses the memory.
     is_gone(&device, &buffer, &[])?;
     drop(vhost);
     is_gone_soon(&device, &buffer)
@@ -316,7 +316,7 @@ fn locked_memory() -> Result<()> {
     is_gone(&device, &buffer, &[(1, 1)])
 }
 
-/// A removed segment is there as long as someone has it attached.
+/// A removed segment exists as long as it is attached.
 fn system_v() -> Result<()> {
     let device = Device::open()?;
     // SAFETY: a new segment.
@@ -339,7 +339,7 @@ fn system_v() -> Result<()> {
     is_gone(&device, &buffer, &[(0, COUNT)])
 }
 
-/// tmpfs that goes, and one that is only taken out of sight.
+/// A tmpfs that is unmounted while files on it are open.
 fn a_file_system_is_unmounted() -> Result<()> {
     let device = Device::open()?;
     let directory = std::env::temp_dir().join(format!("pinbuf-tmpfs-{}", std::process::id()));
@@ -486,7 +486,7 @@ fn huge_page_forked_before() -> Result<()> {
     is_gone(&device, &buffer, &[(0, FOLIO)])?;
     link.ours.signal()?;
     child.join()?;
-    // And after it: the child has copies, and the parent lets go of its own.
+    // And after it: the child has copies, and the parent unmaps its pages.
     let (memory, buffer) = transparent(&device, 1)?;
     let child = Child::run(|| link.theirs.wait())?;
     is_gone(&device, &buffer, &[])?;
@@ -548,7 +548,7 @@ fn broken_page_of_a_file() -> Result<()> {
     })?;
     println!("# {signal:?}, reported {:?}", reported(&device, &buffer)?);
     check_eq!(signal, Some(Signal::SIGBUS), "the owner's access");
-    // It is the file's still.
+    // It still belongs to the file.
     is_gone(&device, &buffer, &[])
 }
 
@@ -663,7 +663,8 @@ fn nothing_is_lost_in_turmoil() -> Result<()> {
     Ok(())
 }
 
-/// A call that fails in the middle of its list, or at its end, leaves the struct as it was: a caller can repeat it.
+/// A call that fails in the middle of its list, or at its end, leaves the struct as it was, so that a caller
+/// can repeat it.
 fn partial_answers() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(LEN)?;
@@ -760,7 +761,7 @@ fn longer_structs() -> Result<()> {
     Ok(())
 }
 
-/// The struct of the call before can be used again, with what the kernel filled in.
+/// The struct of the previous call can be used again, with the fields that the kernel filled in.
 fn info_with_old_answers() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(LEN)?;
@@ -778,8 +779,7 @@ fn info_with_old_answers() -> Result<()> {
     Ok(())
 }
 
-/// A list whose memory waits for a userfaultfd keeps nobody from using the buffer, and its caller can be
-/// killed.
+/// A list whose memory waits for a userfaultfd blocks no user of the buffer, and its caller can be killed.
 fn a_list_that_waits() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(LEN)?;

@@ -174,8 +174,8 @@ impl Subject {
         Ok(format!("{what} of {part:#x} at {at:#x}"))
     }
 
-    /// Compares what is reported with what is so: through a page that owner and buffer share, what is
-    /// written to the buffer is read from the memory.
+    /// Compares the report with the facts: through a page that owner and buffer share, a write to the buffer is
+    /// read from the memory.
     fn agrees(
         &self,
         device: &Device,

@@ -134,7 +134,7 @@ fn struct_too_long() -> Result<()> {
     Ok(())
 }
 
-/// Where no struct can be read from.
+/// Addresses that no struct can be read from.
 fn bad_struct_pointer() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::anonymous(3 * PAGE)?;
@@ -186,7 +186,7 @@ fn bad_struct_pointer() -> Result<()> {
     })
 }
 
-/// Where no answer can be written to.
+/// Addresses that no answer can be written to.
 fn answer_not_writable() -> Result<()> {
     let device = Device::open()?;
     let source = Memory::anonymous(PAGE)?;
@@ -399,7 +399,7 @@ fn hole() -> Result<()> {
         memory.unmap(page * PAGE, PAGE)?;
         let what = format!("a hole at page {page} of 64");
         refuses_ranges(&what, Errno::EFAULT, &[memory.range()])?;
-        // What is beside it can be had still.
+        // The pages besides it can still be pinned.
         let page = if page == 0 { 1 } else { 0 };
         drop(Device::open()?.create(&[memory.part(page * PAGE, 16 * PAGE)])?);
         check_eq!(memory.get(32 * PAGE), 5, "memory after a refusal");
@@ -498,7 +498,7 @@ fn not_accessible() -> Result<()> {
     refuses_ranges("PROT_NONE among others", Errno::EFAULT, &[memory.range()])
 }
 
-/// Where a program would get SIGBUS.
+/// Where an access would be SIGBUS.
 fn beyond_end_of_file() -> Result<()> {
     let file = memfd(2 * PAGE, 0)?;
     let memory = Memory::shared(&file, 4 * PAGE)?;
@@ -589,7 +589,7 @@ fn huge_pool_exhausted() -> Result<()> {
     let small = Memory::anonymous(PAGE)?;
     let ranges = [small.range(), memory.range()];
     refuses_ranges("small pages before them", Errno::EFAULT, &ranges)?;
-    // The program goes on, with what there is.
+    // The program continues, with the pages that could be allocated.
     let buffer = device.create(&[memory.part(0, 2 * HUGE)])?;
     memory.set(HUGE, 12);
     check_eq!(buffer.map()?.get(HUGE), 12, "the second huge page");
@@ -794,7 +794,7 @@ fn is_checked(device: &Device, file: &OwnedFd, memory: &Memory) -> Result<()> {
     Ok(())
 }
 
-/// Ranges that map something else than was said.
+/// Ranges that map something other than what was said.
 fn wrong_backing() -> Result<()> {
     let device = Device::open()?;
     let file = memfd(32 * PAGE, 0)?;
@@ -892,8 +892,8 @@ fn bad_backing() -> Result<()> {
     Ok(())
 }
 
-/// The same pages again and again: the kernel could not even map such a buffer, and it is refused
-/// before anything is pinned.
+/// The same pages again and again: the kernel could not even map such a buffer, and the call fails before
+/// anything is pinned.
 fn larger_than_memory() -> Result<()> {
     const COUNT: usize = pinbuf_uapi::MAX_RANGES as usize;
     let device = Device::open()?;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Devices that are not done yet: the CPU's access begins after them, and sees what they have written.
+//! Devices that are still at work: the CPU's access begins after they are done, and sees what they have
+//! written.
 //!
-//! vgem makes fences that a program signals. They get into a buffer by way of a sync file.
+//! vgem makes fences that a program signals. They are put into a buffer by a sync file.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -103,14 +104,14 @@ impl Fence<'_> {
             fence: self.1,
             flags: 0,
         };
-        // SAFETY: the kernel reads the struct. After ten seconds it says that the fence was signalled.
+        // SAFETY: the kernel reads the struct. An error after ten seconds says that the fence timed out.
         unsafe { fence_signal(self.0.card.as_fd().as_raw_fd(), &signal) }.context("signalling")?;
         Ok(())
     }
 }
 
-/// A device with a copy of the memory writes late: whatever access begins meanwhile waits for it, and then
-/// for its copy to be copied back.
+/// A device that has a copy of the memory writes late: an access of any kind that begins meanwhile waits for
+/// it, and then for its copy to be copied back.
 fn an_access_waits_for_a_device() -> Result<()> {
     const LEN: usize = 4 * PAGE;
     if !vgem::load()? {

@@ -30,7 +30,7 @@ tests! { "fork":
     grandchild_holds_it,
 }
 
-/// The child's private memory is its own; the buffer stays the parent's.
+/// The child's private memory belongs to it; the buffer stays the parent's.
 fn private_child_writes() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(8 * PAGE)?;
@@ -140,7 +140,7 @@ fn private_parent_writes() -> Result<()> {
     Ok(())
 }
 
-/// Parent and device keep agreeing.
+/// Parent and device still agree.
 fn private_device_writes() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(8 * PAGE)?;
@@ -412,7 +412,7 @@ fn many_children() -> Result<()> {
     Ok(())
 }
 
-/// The last one who has it is a process that its maker does not know.
+/// The last user is a process that the buffer's maker does not know.
 fn grandchild_holds_it() -> Result<()> {
     let link = Link::new()?;
     in_child(|| {

@@ -41,7 +41,7 @@ tests! { "held":
 /// Pages of a huge page.
 const FOLIO: usize = HUGE / PAGE;
 
-/// Pages that a buffer on the allowance counts for at least.
+/// The minimum number of pages that a buffer counts for on the allowance.
 const LEAST: usize = 8;
 
 /// Expects that all of the memory is in aligned folios of this number of pages.
@@ -77,7 +77,7 @@ fn allowance_of(pages: usize) -> Result<Setting> {
     Setting::parameter("allowance_mb", (pages * PAGE) >> 20)
 }
 
-/// Becomes an ordinary user without a limit's worth of locked memory.
+/// Becomes an ordinary user whose limit on locked memory is zero.
 fn become_user_of_an_allowance() -> Result<()> {
     become_user(USER)?;
     set_memlock(0)
@@ -381,7 +381,7 @@ fn many_small_buffers() -> Result<()> {
     })
 }
 
-/// A call that waits for a page, for as long as its caller wants, has what it pinned before charged.
+/// A call that waits for a page, for as long as its caller wants, is charged for what it has pinned.
 fn charged_while_create_waits() -> Result<()> {
     needs_transparent_huge_pages()?;
     let _setting = allowance_of(8 * FOLIO)?;
@@ -437,8 +437,8 @@ fn pages_of_huge_pages(pages: usize) -> Result<(Memory, Vec<Memory>)> {
     Ok((window, rest))
 }
 
-/// A call waits for the last page of a batch, for as long as its caller wants: all that it has pinned
-/// until then is charged. Its pins are all that keeps the rest of the huge pages.
+/// A call waits for the last page of a batch, for as long as its caller wants: it is charged for all that it
+/// has pinned until then. Only its pins keep the rest of the huge pages.
 fn charged_while_a_batch_waits() -> Result<()> {
     needs_transparent_huge_pages()?;
     for pages in [1, 5, BATCH / 4, BATCH] {
@@ -471,7 +471,7 @@ fn charged_while_a_batch_waits() -> Result<()> {
     Ok(())
 }
 
-/// Where the allowance has no room for them, the call fails, and does not wait with them.
+/// Where the allowance has no room for them, the call fails, and does not hold them while it waits.
 fn refused_before_a_batch_waits() -> Result<()> {
     needs_transparent_huge_pages()?;
     let _setting = allowance_of(8 * FOLIO)?;

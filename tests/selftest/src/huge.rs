@@ -38,7 +38,7 @@ tests! { "huge":
     transparent_with_a_page_replaced,
 }
 
-/// Makes a buffer of the ranges, compares all views of some pages, and tells what it is like.
+/// Makes a buffer of the ranges, compares all views of some pages, and returns its description.
 fn views_agree(memory: &Memory, parts: &[(usize, usize)]) -> Result<Info> {
     let device = Device::open()?;
     let ranges: Vec<Range> = parts
@@ -325,7 +325,7 @@ fn transparent_memory(pages: usize) -> Result<Memory> {
     for page in 0..pages {
         memory.set(page * HUGE, 1);
     }
-    // Whatever the first touch did not make huge, this does.
+    // This makes huge what the first touch did not.
     if let Err(error) = memory.advise(0, pages * HUGE, libc::MADV_COLLAPSE) {
         check_eq!(error, Errno::EAGAIN, "MADV_COLLAPSE");
     }
@@ -400,7 +400,8 @@ fn transparent_adjacent() -> Result<()> {
         memory.part(first * HUGE, HUGE),
         memory.part(second * HUGE, HUGE),
     ];
-    // Pins that the wrong page loses leave the sum as it is, and a count that nobody can pin any more.
+    // Pins that the wrong page loses leave the sum as it is, and leave a reference count that cannot be used up
+    // any more.
     for round in 0..3 {
         let buffer = device
             .create(&ranges)
@@ -413,8 +414,8 @@ fn transparent_adjacent() -> Result<()> {
     Ok(())
 }
 
-/// A transparent huge page is mapped page by page: where a page of it was replaced, the buffer has the page
-/// that the process has.
+/// A transparent huge page is mapped page by page: where one of its pages was replaced, the buffer has the new
+/// page of the process.
 fn transparent_with_a_page_replaced() -> Result<()> {
     kernel::needs_transparent_huge_pages()?;
     let memory = transparent_memory(1)?;
@@ -443,7 +444,7 @@ fn transparent_with_a_page_replaced() -> Result<()> {
     Ok(())
 }
 
-/// Part of a huge page is charged as what it is.
+/// Part of a huge page is charged as that part.
 fn transparent_in_part() -> Result<()> {
     kernel::needs_transparent_huge_pages()?;
     let memory = transparent_memory(2)?;

@@ -372,7 +372,7 @@ fn boundaries() -> Result<()> {
     Ok(())
 }
 
-/// A device that takes no whole page in one piece is refused: entries are whole pages.
+/// A device that takes less than a page in one piece is refused: entries are whole pages.
 fn too_small() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(4 * PAGE)?;
@@ -402,7 +402,7 @@ fn too_small() -> Result<()> {
     Ok(())
 }
 
-/// A device that reaches the first 4 GiB only: what lies beyond is bounced.
+/// A device that reaches only the first 4 GiB: the memory beyond is bounced.
 fn narrow_addresses() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(64 * PAGE)?;
@@ -457,13 +457,13 @@ fn two_at_once() -> Result<()> {
     };
     for seed in 10..14 {
         writer.write(written, 0, &pattern(seed, 0, 50 * PAGE))?;
-        // The CPU looks, which brings it to the reader, too.
+        // An access of the CPU brings it to the reader, too.
         let mut seen = vec![0; 50 * PAGE];
         buffer.synced(Sync::ReadWrite, || memory.read(0, &mut seen))?;
         same("the memory", 0, &seen, &pattern(seed, 0, 50 * PAGE))?;
         holds(&reader_view, seed, 0, 50 * PAGE)?;
     }
-    // Whoever goes first, the other one goes on.
+    // Whichever ends first, the other one continues.
     writer.unmap(written)?;
     source.write(0, &pattern(20, 0, 50 * PAGE))?;
     holds(&reader_view, 20, 0, 50 * PAGE)?;
@@ -539,7 +539,7 @@ fn two_writers_in_turn() -> Result<()> {
     Ok(())
 }
 
-/// Whether another device is in the way.
+/// Whether another mapping excludes this one.
 fn is_busy(error: &std::io::Error) -> bool {
     error.raw_os_error() == Some(libc::EBUSY)
 }
@@ -560,7 +560,7 @@ fn is_refused(buffer: &Buffer, limits: Limits, direction: Direction) -> Result<(
 
 const WRITES: [Direction; 2] = [Direction::FromDevice, Direction::Bidirectional];
 
-/// Where devices see copies, one of those that write would lose what it wrote: there is only one.
+/// Where devices see copies, one of several that write would lose what it wrote: there may be only one.
 fn a_second_writer() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(8 * PAGE)?;
@@ -585,7 +585,7 @@ fn a_second_writer() -> Result<()> {
                 "the same device, {second:?}: {again:?}"
             );
         }
-        // Those that read are fine, and see what it writes.
+        // Those that only read are accepted, and see what it writes.
         let (reader, read) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
         writer.write(written, 0, &pattern(71, 0, 8 * PAGE))?;
         buffer.synced(Sync::ReadWrite, || ())?;
@@ -594,7 +594,7 @@ fn a_second_writer() -> Result<()> {
             mapping: read,
         };
         holds(&view, 71, 0, 8 * PAGE)?;
-        // When it has gone, it is another's turn.
+        // When it has ended, another one may map.
         writer.unmap(written)?;
         for second in WRITES {
             let (next, mapping) = mapped(&buffer, Limits::NONE, second)?;
@@ -636,7 +636,7 @@ pub fn memory_to_bounce(pages: usize) -> Result<(Memory, Vec<Range>)> {
 /// the same, whichever comes first.
 fn a_second_writer_of_memory_beyond() -> Result<()> {
     if kernel::bounces_always()? {
-        // Both have.
+        // Both of them.
         return Ok(());
     }
     let Some((_memory, ranges)) = memory_beyond(8)? else {
@@ -695,7 +695,7 @@ fn a_second_writer_of_memory_partly_beyond() -> Result<()> {
 
 /// A page below 4 GiB.
 fn memory_below() -> Result<Option<Memory>> {
-    // What is taken meanwhile stays taken, so that the next page is another one.
+    // Pages that were allocated meanwhile stay allocated, so that the next page is another one.
     let mut others = Vec::new();
     while kernel::available()? > 512 << 20 {
         let memory = Memory::small_pages(16 << 20)?;
@@ -727,8 +727,8 @@ fn a_reader_that_goes_changes_nothing() -> Result<()> {
     holds(&Source::whole(&buffer, &memory), 75, 0, 8 * PAGE)
 }
 
-/// A map that is refused is as if it had never been: while it is tried, what the CPU (or a device
-/// that has the memory itself) writes must not be written over with a copy of what was there before.
+/// A map that is refused has no effect: while it is tried, a write of the CPU (or of a device that has the
+/// memory itself) must not be overwritten by a copy of the earlier contents.
 fn a_refused_writer_changes_nothing() -> Result<()> {
     if !kernel::bounces_always()? {
         return Ok(());
@@ -764,8 +764,8 @@ fn a_refused_writer_changes_nothing() -> Result<()> {
     Ok(())
 }
 
-/// A device that has the memory itself writes to it, and goes on while another one, which would have
-/// a copy, tries to map it: no copy of what was there before is written over that.
+/// A device that has the memory itself writes to it, and continues while another one, which would have a copy,
+/// tries to map it: no copy of the earlier contents overwrites that.
 fn a_refused_writer_loses_nothing_of_anothers() -> Result<()> {
     const PAGES: usize = 2048;
     if kernel::bounces_always()? {
@@ -809,8 +809,7 @@ fn a_refused_writer_loses_nothing_of_anothers() -> Result<()> {
     })
 }
 
-/// A thread that makes one access each time it is asked to, while the one that asks does something
-/// else.
+/// A thread that makes one access each time it is asked to, while the caller does something else.
 struct Cpu {
     /// How many accesses were asked for, and how many were made.
     asked: AtomicU64,
@@ -1094,8 +1093,7 @@ fn cpu_writes_beside_a_device_that_writes() -> Result<()> {
     Ok(())
 }
 
-/// While the CPU reads, a device writes; that the CPU is done does not give the device its old
-/// bytes back.
+/// While the CPU reads, a device writes. The end of the CPU's access does not restore the device's old bytes.
 fn a_read_keeps_what_a_device_writes() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(20 * PAGE)?;
@@ -1278,7 +1276,7 @@ fn kernel_mapping() -> Result<()> {
             memory.read(page * PAGE, &mut seen);
             same("the memory", page * PAGE, &seen, &pattern(71, 0, PAGE))?;
         }
-        // Behind the end there is nothing to read.
+        // Beyond the end there is nothing to read.
         let error = importer
             .vmap_read((order.len() * PAGE) as u64, &mut [0])
             .err();
@@ -1444,7 +1442,7 @@ fn unmap_in_any_order() -> Result<()> {
         let mut mappings = Vec::new();
         for index in 0..4 {
             let direction = match DIRECTIONS[index % 3] {
-                // One that writes is all that there may be.
+                // One mapping that writes is the maximum.
                 _ if index > 0 && bounces => Direction::ToDevice,
                 direction => direction,
             };
@@ -1500,7 +1498,7 @@ fn closed_while_mapped() -> Result<()> {
     Ok(())
 }
 
-/// The process that made the buffer is gone; a device, in another process, works on.
+/// The process that made the buffer has ended; a device, in another process, continues.
 fn exit_with_live_importer() -> Result<()> {
     let link = Link::new()?;
     let child = Child::run(|| {
@@ -1570,7 +1568,7 @@ fn killed_importer() -> Result<()> {
     agree(&[&Source::whole(&buffer, &memory), &view], 8 * PAGE)
 }
 
-/// What benchmarks compare with: the bare calls, which leave nothing either.
+/// The bare calls that benchmarks compare with leave nothing behind either.
 fn cost_of_bare_pins() -> Result<()> {
     let memory = Memory::small_pages(2048 * PAGE)?;
     let pins = kernel::pins()?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What the query and info calls tell.
+//! What the query and info calls return.
 
 use std::fs::File;
 use std::mem::size_of;
@@ -32,8 +32,8 @@ tests! { "info":
     kernel_memory_scattered,
 }
 
-/// Whether the kernel checks page tables, as only our debug kernel does: huge entries of frames
-/// are not for it.
+/// Whether the kernel checks page tables, as only our debug kernel does: it forbids huge entries of page
+/// frames.
 fn checks_page_tables() -> Result<bool> {
     let debug = kernel::read("/proc/sys/kernel/osrelease")?.contains("-pinbuf-debug");
     Ok(debug && !kernel::read("/proc/cmdline")?.contains("page_table_check=off"))
@@ -230,7 +230,7 @@ fn info_counts_mappings() -> Result<()> {
     Ok(())
 }
 
-/// Whatever is no dma-buf of ours is told apart.
+/// A descriptor that is not one of our dma-bufs is reported as such.
 fn foreign_descriptors() -> Result<()> {
     let device = Device::open()?;
     let file = memfd(PAGE, 0)?;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What is done again and again piles nothing up in the kernel: neither objects of its allocators, nor
-//! address space, nor open files.
+//! Repeated operations do not accumulate anything in the kernel: neither objects of its allocators, nor address
+//! space, nor open files.
 //!
-//! A reference that is never dropped shows in no counter of pins, charges or dma-bufs. The object that it
-//! keeps is one more for each round, in each of several repetitions; what allocators keep in stock comes to an
-//! end. On kernels with kmemleak that finds such objects, and KASAN keeps freed ones for a while.
+//! A reference that is never dropped shows in no counter of pins, charges or dma-bufs. But the object that it
+//! keeps is one more per round, in each of several repetitions, while the stocks of allocators stop growing. On
+//! kernels with kmemleak that finds such objects, and KASAN keeps freed ones for a while.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd};
@@ -29,11 +29,10 @@ tests! { "leaks":
     files,
 }
 
-/// How often what is done is repeated as a whole.
+/// How often the whole is repeated.
 const REPETITIONS: usize = 3;
 
-/// Does something `rounds` times, and that several times over; of nothing may there be one more a round each
-/// time.
+/// Does something `rounds` times, several times over. No count may grow by one per round each time.
 fn piles_nothing_up(rounds: usize, mut action: impl FnMut(usize) -> Result<()>) -> Result<()> {
     if Path::new("/sys/kernel/debug/kmemleak").exists() {
         return Ok(());
@@ -45,7 +44,7 @@ fn piles_nothing_up(rounds: usize, mut action: impl FnMut(usize) -> Result<()>) 
             action(repetition * rounds + round)?;
         }
         if repetition == 0 {
-            // What is made at the first time stays.
+            // Allocations of the first time stay.
             continue;
         }
         let after = kernel::objects()?;

@@ -89,7 +89,7 @@ fn duplicate_keeps_it() -> Result<()> {
     Ok(())
 }
 
-/// The buffer stays with its pages; the address means something else now.
+/// The buffer keeps its pages; the address maps something else now.
 fn memory_unmapped() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(16 * PAGE)?;
@@ -284,7 +284,7 @@ fn in_flight_between_processes() -> Result<()> {
     Ok(())
 }
 
-/// What a program that was executed says of the descriptor: it is there, or it is not.
+/// What an executed program reports of the descriptor: it is open, or it is not.
 const KEPT: i32 = 42;
 const CLOSED: i32 = 43;
 
@@ -295,7 +295,7 @@ pub fn after_exec(fd: i32) -> Result<()> {
         check_eq!(Errno::last(), Errno::EBADF, "the descriptor");
         std::process::exit(CLOSED);
     }
-    // SAFETY: it is open, and nothing else in this program knows it.
+    // SAFETY: it is open, and no other code in this program knows it.
     let buffer = Buffer::from_fd(unsafe { OwnedFd::from_raw_fd(fd) });
     let mapped = buffer.map()?;
     holds(
@@ -311,7 +311,7 @@ pub fn after_exec(fd: i32) -> Result<()> {
     std::process::exit(KEPT);
 }
 
-/// Makes a buffer and executes another program; returns what that says.
+/// Makes a buffer and executes another program; returns its report.
 fn exec(flags: u32) -> Result<i32> {
     let child = Child::run(|| {
         let device = Device::open()?;
@@ -412,7 +412,7 @@ fn maker_is_killed() -> Result<()> {
     Ok(())
 }
 
-/// Another thread takes the memory away during the call: success or EFAULT, and nothing is lost.
+/// Another thread unmaps the memory during the call: success or EFAULT, and nothing is lost.
 fn created_while_unmapped() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(256 * PAGE)?;
@@ -446,7 +446,7 @@ fn created_while_unmapped() -> Result<()> {
     Ok(())
 }
 
-/// A process that dies at any point of the call leaves nothing.
+/// A process that dies at any point of the call leaves nothing behind.
 fn killed_while_creating() -> Result<()> {
     let pins = kernel::pins()?;
     for round in 0..20 {
@@ -468,13 +468,13 @@ fn killed_while_creating() -> Result<()> {
     Ok(())
 }
 
-/// A call over much memory that is all there, for which nothing ever has to wait, ends soon after its
-/// process was killed.
+/// A call over much memory that is all present, which never has to wait, ends soon after its process was
+/// killed.
 fn killed_while_much_is_created() -> Result<()> {
     const LEN: usize = 64 << 20;
     let memory = Memory::small_pages(LEN)?;
     memory.touch_to_write();
-    // As often as a buffer may have it.
+    // As often as a buffer may contain it.
     let total = usize::try_from(kernel::field("/proc/meminfo", "MemTotal")?)? * 1024;
     let ranges = vec![memory.range(); (total / LEN).saturating_sub(1).min(64)];
     let device = Device::open()?;
@@ -522,7 +522,7 @@ fn load_module() -> Result<()> {
     Ok(())
 }
 
-/// Whatever of it is in use, the module stays.
+/// The module stays while any part of it is in use.
 fn module_in_use() -> Result<()> {
     let expect_busy = |what: &str| -> Result<()> {
         let result = remove_module();
@@ -552,7 +552,7 @@ fn module_in_use() -> Result<()> {
     pinbuf_test_harness::support::view::same("the memory", 0, &seen, &pattern(17, 0, 4 * PAGE))
 }
 
-/// Without users it goes, and works when it is back.
+/// Without users it can be unloaded, and works when it is loaded again.
 fn module_goes_and_comes() -> Result<()> {
     let parameters = ["allowance_mb", "allowance_system_mb", "pin_retries"];
     let path = |name| format!("/sys/module/pinbuf/parameters/{name}");

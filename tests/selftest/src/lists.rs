@@ -248,7 +248,7 @@ fn in_order() -> Result<()> {
     list(&memory, &single_pages(&pages))
 }
 
-/// All or nothing, wherever in a list the trouble is, and however it is pinned.
+/// All or nothing, wherever in a list the error is, and whichever way it is pinned.
 fn one_range_that_cannot_be_pinned() -> Result<()> {
     let device = Device::open()?;
     let file = memfd(PAGES * PAGE, 0)?;

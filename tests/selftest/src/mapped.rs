@@ -38,7 +38,7 @@ tests! { "mapped":
 /// More pages than one call of GUP pins.
 const PAGES: usize = 700;
 
-/// Compares the first words of all pages of a buffer and memory, both ways.
+/// Compares the first words of all pages of a buffer and of memory, both ways.
 fn is_of(buffer: &Buffer, memory: &Memory, offset: usize, len: usize) -> Result<()> {
     let mapped = buffer.map()?;
     check_eq!(mapped.len(), len, "the buffer's size");
@@ -61,7 +61,7 @@ fn agrees(memory: &Memory, offset: usize, len: usize) -> Result<()> {
     is_of(&buffer, memory, offset, len)
 }
 
-/// Whether the memory is refused, as memory that cannot be written.
+/// Expects that the memory is refused, as memory that cannot be written.
 fn is_refused(memory: &Memory) -> Result<()> {
     let result = Device::open()?.create(&[memory.range()]).map(drop);
     check_eq!(result, Err(Errno::EFAULT), "PINBUF_CREATE");
@@ -163,7 +163,7 @@ fn hugetlb_from_any_page_to_any() -> Result<()> {
     Ok(())
 }
 
-/// What has no page gets one, which is zero.
+/// A hole gets a page, which is zero.
 fn holes() -> Result<()> {
     let file = memfd(PAGES * PAGE, 0)?;
     let memory = Memory::shared(&file, PAGES * PAGE)?;
@@ -239,7 +239,7 @@ fn written_through_another_mapping() -> Result<()> {
     is_of(&buffer, &writer, 0, PAGES * PAGE)
 }
 
-/// Who has a writable mapping keeps it, and what can be done with it.
+/// A writable mapping stays writable, and can be pinned.
 fn sealed_against_new_mappings() -> Result<()> {
     let file = memfd(PAGES * PAGE, libc::MFD_ALLOW_SEALING)?;
     let memory = Memory::shared(&file, PAGES * PAGE)?;

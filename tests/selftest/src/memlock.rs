@@ -51,7 +51,7 @@ fn no_allowance() -> Result<Setting> {
     Setting::parameter("allowance_mb", 0)
 }
 
-/// The device, and memory of so many pages; as a user with a limit of so many.
+/// The device, and memory of this number of pages; as a user with this limit.
 fn user_with(uid: u32, limit: usize, pages: usize) -> Result<(Device, Memory)> {
     let device = Device::open()?;
     become_user(uid)?;
@@ -59,14 +59,14 @@ fn user_with(uid: u32, limit: usize, pages: usize) -> Result<(Device, Memory)> {
     Ok((device, Memory::anonymous(pages * PAGE)?))
 }
 
-/// Expects a buffer of so many pages.
+/// Expects a buffer of this number of pages.
 fn gets(device: &Device, memory: &Memory, pages: usize) -> Result<Buffer> {
     device
         .create(&[memory.part(0, pages * PAGE)])
         .with_context(|| format!("create with {pages} pages"))
 }
 
-/// Expects that so many pages are too many.
+/// Expects that this number of pages is too large.
 fn too_many(device: &Device, memory: &Memory, pages: usize, when: &str) -> Result<()> {
     let error = device.create(&[memory.part(0, pages * PAGE)]).err();
     check_eq!(
@@ -147,7 +147,7 @@ fn set_soft_memlock(soft: usize, hard: usize) -> Result<()> {
     setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard).context("setting RLIMIT_MEMLOCK")
 }
 
-/// A page of which the limit has only a part is not within it.
+/// A page of which only a part is within the limit is not within it.
 fn limit_within_a_page() -> Result<()> {
     let _setting = no_allowance()?;
     in_child(|| {
@@ -176,7 +176,7 @@ fn the_soft_limit_counts() -> Result<()> {
     })
 }
 
-/// What one user has pinned leaves the limit of another one as it is.
+/// One user's pins do not reduce the limit of another one.
 fn users_have_limits_of_their_own() -> Result<()> {
     let _setting = no_allowance()?;
     let first = Holder::new(USER, 16, 16)?;
@@ -233,7 +233,7 @@ fn across_processes() -> Result<()> {
         drop(gets(&device, &memory, 5)?);
         Ok(())
     })?;
-    // Another user has all of his.
+    // Another user still has all of its limit.
     in_child(|| {
         let (device, memory) = user_with(OTHER_USER, 16, 16)?;
         drop(gets(&device, &memory, 16)?);
@@ -249,7 +249,7 @@ fn given_back_at_exit() -> Result<()> {
     let _setting = no_allowance()?;
     for _ in 0..5 {
         let holder = Holder::new(USER, 16, 16)?;
-        // Killed: nothing of its own runs any more.
+        // Killed: it runs no code of its own any more.
         drop(holder);
     }
     Holder::new(USER, 16, 16)?.release()
@@ -286,7 +286,7 @@ fn given_back_by_another_process() -> Result<()> {
     free(16)
 }
 
-/// Whoever opened the device, its caller is charged.
+/// Not the user that opened the device is charged, but the caller.
 fn charged_to_who_calls() -> Result<()> {
     let _setting = no_allowance()?;
     let device = Device::open()?;
@@ -307,7 +307,7 @@ fn charged_to_who_calls() -> Result<()> {
     buffer.release()
 }
 
-/// A process that changes its user meanwhile gives back to the one it took from.
+/// A process that changes its user meanwhile gives back to the user that was charged.
 fn charged_to_who_called() -> Result<()> {
     let _setting = no_allowance()?;
     in_child(|| {
@@ -317,7 +317,7 @@ fn charged_to_who_called() -> Result<()> {
         become_user(USER)?;
         drop(buffer);
         set_memlock(16 * PAGE)?;
-        // Had it been given back to this user, more than 16 could be had, or fewer.
+        // If it had been given back to this user, more than 16 would be possible, or fewer.
         let all = gets(&device, &memory, 16)?;
         too_many(&device, &memory, 1, "after the change of user")?;
         drop(all);
@@ -339,7 +339,7 @@ fn overlap_counts_twice() -> Result<()> {
     })
 }
 
-/// What is charged is what was named, in pages, not the huge pages that it lies in.
+/// The pages that were named are charged, not the huge pages that they lie in.
 fn huge_pages_count_as_pages() -> Result<()> {
     let _pool = HugePool::with_free(2)?;
     let _setting = no_allowance()?;
@@ -388,7 +388,7 @@ fn capability_lifts_it() -> Result<()> {
         let info = device.describe(&large)?;
         check_eq!(info.charge, CHARGE_NONE, "what 1000 of 16 are charged to");
         check_eq!(kernel::vm_pin()?, 1010 * PAGE as i64, "VmPin");
-        // They take no room of processes of the same user that lack the capability.
+        // They do not reduce the limit of the user's processes that lack the capability.
         in_child(|| {
             drop_ipc_lock()?;
             too_many(&device, &memory, 17, "when all 16 are left")?;
@@ -398,7 +398,7 @@ fn capability_lifts_it() -> Result<()> {
     })
 }
 
-/// Anyone has every capability in a user namespace of his own.
+/// Every user has all capabilities in a user namespace of its own.
 fn capability_of_a_namespace_does_not() -> Result<()> {
     let _setting = no_allowance()?;
     in_child(|| {
@@ -466,7 +466,7 @@ fn allowance() -> Result<()> {
     })
 }
 
-/// The limit comes first; what does not fit is the allowance's.
+/// The limit is used first; the allowance is charged for what does not fit into it.
 fn allowance_is_for_what_is_beyond() -> Result<()> {
     let _setting = Setting::parameter("allowance_mb", 1)?;
     in_child(|| {
@@ -498,7 +498,7 @@ fn allowance_is_for_what_is_beyond() -> Result<()> {
         );
         Ok(())
     })?;
-    // The allowance is the user's, not a process's.
+    // The allowance belongs to the user, not to a process.
     let holder = Holder::new(USER, 0, 200)?;
     in_child(|| {
         let (device, memory) = user_with(USER, 0, 100)?;
@@ -657,7 +657,7 @@ fn shown_as_vm_pin() -> Result<()> {
     Ok(())
 }
 
-/// Several processes of a user try for all they can get, and together never have more.
+/// Several processes of a user try to get as much as possible, and together never have more.
 fn never_over_the_limit() -> Result<()> {
     const LIMIT: usize = 16;
     const SHARE: i64 = 100;
@@ -673,8 +673,7 @@ fn never_over_the_limit() -> Result<()> {
         .map(|index| {
             Child::run(|| {
                 let (device, memory) = user_with(USER, LIMIT, LIMIT)?;
-                // Until each has had its share, however the scheduler has it: the harness bounds
-                // the time.
+                // Until each has had its share, whatever the scheduler does: the harness bounds the time.
                 let (mut round, mut mine) = (0, 0);
                 while mine < SHARE {
                     let pages = 1 + (round * 7 + index * 5) % LIMIT;

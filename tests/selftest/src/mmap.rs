@@ -507,7 +507,7 @@ fn pages_cannot_be_dropped() -> Result<()> {
     Ok(())
 }
 
-/// The mapping has no pages of its own to pin: who needs that takes the memory itself.
+/// The mapping has no pages of its own to pin: a user that needs pins takes the original memory.
 fn not_pinnable() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::anonymous(PAGE)?;
@@ -614,7 +614,7 @@ fn populate() -> Result<()> {
     Ok(())
 }
 
-/// Touches every page and tells how many faults that took.
+/// Touches every page and returns the number of faults.
 fn faults_of(mapped: &Memory) -> Result<i64> {
     let before = kernel::faults()?;
     mapped.touch();

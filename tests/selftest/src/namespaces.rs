@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! User namespaces: what belongs to one user of the host is bounded together, whichever users it
-//! makes of itself.
+//! User namespaces: whatever belongs to one user of the host is bounded as a whole, however many users it
+//! creates.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -29,14 +29,14 @@ tests! { "namespaces":
     a_container_with_the_host_s_users,
 }
 
-/// The first of the users that a namespace's maker is lent, and how many they are.
+/// The first subordinate user of a namespace's maker, and how many there are.
 const LENT: u32 = 100_000;
 const COUNT: u32 = 1000;
 
-/// Pages that everybody's limit has room for.
+/// Pages that are within everybody's limit.
 const LIMIT: usize = 16;
 
-/// Lets another process go on once its namespace knows its users.
+/// Lets another process continue once the users of its namespace are set.
 fn lend_users(child: &Child, link: &End, map: &str) -> Result<()> {
     link.wait()?;
     for kind in ["uid", "gid"] {
@@ -115,7 +115,7 @@ fn buffer_of(uid: u32, device: &Device, pages: usize) -> Result<Option<Buffer>> 
     Ok(fd.map(Buffer::from_fd))
 }
 
-/// Tries as each of the namespace's users, and returns what they got.
+/// Tries as each of the namespace's users, and returns how much each of them got.
 fn buffers_of_all(device: &Device, users: u32, pages: usize) -> Result<Vec<Buffer>> {
     let mut buffers = Vec::new();
     for uid in 1..=users {
@@ -148,7 +148,7 @@ fn subordinates_share_a_limit() -> Result<()> {
         link.say(buffers.len() as u64)?;
         link.wait()?;
         drop(buffers);
-        // What one gave back is another's.
+        // What one user gave back is available to another.
         let again = buffers_of_all(device, 10, LIMIT)?;
         check_eq!(again.len(), 1, "users who get all of it");
         Ok(())

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Memory that is found broken after it was pinned: nobody gets to use it from then on, and its
-//! neighbours are as they were.
+//! Memory that is found broken after it was pinned: nobody gets to use it from then on, and its neighbours are
+//! not affected.
 //!
-//! `MADV_HWPOISON` breaks it. Once it is free it is put right again ([`Broken`]): the kernel gives out
-//! a huge page of which a part is broken, and another test would find that.
+//! `MADV_HWPOISON` breaks it. Once it is free it is repaired ([`Broken`]): the kernel gives out a huge page of
+//! which a part is broken, and another test would get that.
 
 use std::os::fd::AsFd;
 use std::process::Command;
@@ -37,14 +37,14 @@ tests! { "poison":
 /// `KPF_HWPOISON`.
 const BROKEN: u64 = 1 << 19;
 
-/// Fills memory with what tells each page.
+/// Fills memory with values that identify each page.
 fn fill(memory: &Memory) {
     for offset in (0..memory.len()).step_by(PAGE) {
         memory.set(offset, stamp(31, offset as u64));
     }
 }
 
-/// While it lives, `SIGBUS` is no more than noticed: whoever has a page mapped that breaks gets one.
+/// While it lives, `SIGBUS` has no effect: a process that maps a page that breaks gets one.
 struct Survive(SigAction);
 
 impl Survive {
@@ -65,8 +65,7 @@ impl Drop for Survive {
     }
 }
 
-/// Frames that were broken, which are put right when this is dropped: everybody must have let go of
-/// them by then.
+/// Broken frames, which are repaired when this is dropped: nobody may use them by then.
 pub(crate) struct Broken(Vec<frames::Pfn>);
 
 impl Broken {
@@ -95,7 +94,7 @@ impl Broken {
             pfn &= !(HUGE / PAGE - 1) as u64;
         }
         self.0.push(pfn);
-        // That a pinned page cannot be got rid of is an error; it is marked all the same.
+        // The error says that a pinned page cannot be removed; it is marked all the same.
         let result = {
             let _survive = Survive::new()?;
             memory.advise(offset, PAGE, libc::MADV_HWPOISON)
@@ -118,7 +117,7 @@ impl Drop for Broken {
     }
 }
 
-/// What touching a page of a mapping comes to.
+/// The result of touching a page of a mapping.
 fn signal_at(mapped: &Memory, offset: usize) -> Result<Option<Signal>> {
     signal_of(|| {
         std::hint::black_box(mapped.get(offset));
@@ -244,8 +243,7 @@ fn mapped_before() -> Result<()> {
     is_broken(&buffer, 5 * PAGE..6 * PAGE, PAGE)
 }
 
-/// One page of many, wherever it is: the last one, and one behind all that a look at a few thousand pages
-/// would see.
+/// One page of many, wherever it is: the last one, and one beyond the first few thousand pages.
 fn far_behind() -> Result<()> {
     const PAGES: usize = 9000;
     let device = Device::open()?;
@@ -292,7 +290,7 @@ fn while_it_is_faulted() -> Result<()> {
         let mapped = Memory::map_aligned(HUGE, HUGE, RW, libc::MAP_SHARED, fd, 0)?;
         let bad = 1 + (stamp(32, round as u64) % 510) as usize;
         let barrier = Barrier::new(3);
-        // Any order has its turn.
+        // So that either may be first.
         let wait = |thread: usize| {
             barrier.wait();
             for _ in 0..stamp(33 + thread as u64, round as u64) % 3000 {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Memory whose faults a program answers: a create that waits for an answer holds nobody up, and
-//! can be killed.
+//! Memory whose faults a program answers: a create that waits for an answer blocks no other call, and can be
+//! killed.
 
 use std::time::{Duration, Instant};
 
@@ -59,8 +59,8 @@ fn answered() -> Result<()> {
     )
 }
 
-/// A process that calls create on memory whose second half nobody answers for. What it pinned
-/// until then, it pinned.
+/// A process that calls create on memory whose second half is never answered for. The pages before are pinned
+/// already.
 fn stuck(link: &Link, held: usize) -> Result<Child> {
     let child = Child::run(|| {
         let device = Device::open()?;
@@ -82,7 +82,7 @@ fn stuck(link: &Link, held: usize) -> Result<Child> {
     Ok(child)
 }
 
-/// Expects that a create is quick, though another is stuck.
+/// Expects that a create is quick while another one waits.
 fn quick_create() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::anonymous(64 * PAGE)?;
@@ -123,7 +123,7 @@ fn stuck_holds_nobody_up() -> Result<()> {
     quick_create()
 }
 
-/// So it is for another thread of the same process.
+/// The same for another thread of the process.
 fn stuck_thread_holds_no_thread_up() -> Result<()> {
     let link = Link::new()?;
     let child = Child::run(|| {

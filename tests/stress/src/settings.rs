@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What the command line says to the subtests.
+//! The command line's settings for subtests.
 
 use std::sync::OnceLock;
 use std::time::Duration;

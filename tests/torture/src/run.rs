@@ -25,7 +25,7 @@ struct Failure {
     reason: String,
     /// How many of the list's steps were done, the one that failed among them.
     done: usize,
-    /// The process is still there: the kernel is no longer what it was.
+    /// The process cannot be killed: the kernel is no longer usable.
     hangs: bool,
 }
 
@@ -102,7 +102,7 @@ fn shorten(seed: u64, mut list: List) -> Result<(List, usize)> {
     Ok((list, runs))
 }
 
-/// Runs the steps of a seed, or those that are named; a failure is made short and told in full.
+/// Runs the steps of a seed, or those that are named. The list of a failure is shortened and printed.
 pub fn seed(seed: u64, count: usize, only: &[usize]) -> Result<()> {
     let numbered = generate(seed, count).into_iter().enumerate();
     let list: List = numbered
@@ -122,7 +122,7 @@ pub fn seed(seed: u64, count: usize, only: &[usize]) -> Result<()> {
     let mut list = list;
     list.truncate(failure.done);
     let (short, runs) = if failure.hangs {
-        // No other run would tell anything: a processor is lost.
+        // Further runs would show nothing: a processor is lost.
         let last = list.len().saturating_sub(20);
         (list.split_off(last), 0)
     } else {
@@ -141,7 +141,7 @@ pub fn seed(seed: u64, count: usize, only: &[usize]) -> Result<()> {
             .map(|(number, step)| format!("  {number}: {step:x?}")),
     );
     if failure.hangs {
-        // Whatever comes next may hang, too.
+        // A further run may hang, too.
         for line in &lines {
             println!("# {line}");
         }

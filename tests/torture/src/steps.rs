@@ -30,7 +30,7 @@ pub struct Spot {
     pub pick: u16,
     /// Where in it.
     pub edge: Edge,
-    /// So many pages away from that.
+    /// This number of pages away from that.
     pub shift: i16,
 }
 
@@ -54,11 +54,11 @@ pub enum Edge {
 /// How far something reaches.
 #[derive(Clone, Copy, Debug)]
 pub enum Extent {
-    /// So many pages.
+    /// This number of pages.
     Pages(u16),
     /// To the end of the mapping that it begins in.
     Rest,
-    /// So many blocks of 2 MiB.
+    /// This number of blocks of 2 MiB.
     Blocks(u8),
     /// 1 GiB.
     Giga,

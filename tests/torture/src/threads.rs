@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Several threads change and read the same part of the address space. Which of them is first, nobody
-//! knows: what is seen must be a page of a buffer that is mapped there by some thread, unchanged, or
-//! nothing.
+//! Several threads change and read the same part of the address space. Their order is unknown: what is seen
+//! must be a page of a buffer that some thread mapped there, unchanged, or nothing.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -110,7 +109,7 @@ fn read(arena: &Arena, buffers: &[Stamped], rng: &mut Rng) -> Result<bool> {
     Ok(seen.is_ok())
 }
 
-/// Does all that for so long.
+/// Does all of that for this long.
 pub fn run(seed: u64, seconds: Duration) -> Result<()> {
     let arena = Arena::new(0, SIZE)?;
     let huge = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What there is, and what should be: the process's mappings beside a model of them. The model says of
-//! every address of the arena which word is there and what access it allows.
+//! The process's mappings, and a model of them. The model says for every address of the arena which word is
+//! there and which access is allowed.
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
@@ -188,14 +188,14 @@ impl World {
         })
     }
 
-    /// Does a step and looks at a sample of the arena. The number chooses the sample.
+    /// Executes a step and checks a sample of the arena. The number chooses the sample.
     pub fn step(&mut self, number: usize, step: &Step) -> Result<()> {
         self.apply(step)?;
         let mut rng = Rng::with_seed(self.seed ^ (number as u64) << 20);
         self.sample(&mut rng)
     }
 
-    /// Looks at everything, then at what is left when all is closed.
+    /// Checks everything, then what is left after all is closed.
     pub fn end(&mut self) -> Result<()> {
         self.layout_is_right()?;
         let starts: Vec<usize> = self.mappings.keys().copied().collect();

@@ -34,7 +34,7 @@ impl Device {
         Self::open_with(OFlag::O_RDWR)
     }
 
-    /// Opens it as told.
+    /// Opens it with these flags.
     pub fn open_with(flags: OFlag) -> Result<Self> {
         let fd = open(PATH, flags | OFlag::O_CLOEXEC, Mode::empty())
             .with_context(|| format!("opening {PATH}"))?;
@@ -115,7 +115,7 @@ impl Device {
         ioctl(self, pinbuf_uapi::DISCARDS, argument).map(drop)
     }
 
-    /// The parts of a buffer that its owner does not see any more, asked for `at_once` a call.
+    /// The discarded parts of a buffer, requested with room for `at_once` parts per call.
     pub fn discards(&self, buffer: &Buffer, at_once: usize) -> Result<Vec<Discard>> {
         let mut all = Vec::new();
         let len = buffer.len()? as u64;
@@ -144,7 +144,7 @@ impl Device {
         Ok(all)
     }
 
-    /// What there is to know about a buffer.
+    /// All that `PINBUF_INFO` says of a buffer.
     pub fn describe(&self, buffer: &Buffer) -> Result<Info> {
         self.info(buffer.as_fd().as_raw_fd()).context("PINBUF_INFO")
     }

@@ -14,7 +14,7 @@ use super::{kernel, Memory, PAGE};
 /// The number of a page frame.
 pub type Pfn = u64;
 
-/// What `/proc/self/pagemap` tells of a page.
+/// What `/proc/self/pagemap` says of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
     /// Nothing there.
@@ -172,12 +172,12 @@ impl Block {
             .collect())
     }
 
-    /// Takes it offline, once; an error says that the kernel could not.
+    /// Tries once to take it offline; an error says that the kernel could not.
     pub fn offline(self) -> Result<()> {
         kernel::write(self.path(), "offline")
     }
 
-    /// Puts it back, where pages can be moved.
+    /// Brings it back online, for pages that can be moved.
     pub fn online(self) -> Result<()> {
         kernel::write(self.path(), "online_movable")
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What the kernel tells about itself, and settings that are put back.
+//! What the kernel reports about itself, and settings that are restored.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -73,12 +73,12 @@ pub fn pins() -> Result<i64> {
     Ok(acquired - released)
 }
 
-/// What this process pinned, as `VmPin` tells it, in bytes.
+/// What this process pinned, as `VmPin` says, in bytes.
 pub fn vm_pin() -> Result<i64> {
     Ok(field("/proc/self/status", "VmPin")? * 1024)
 }
 
-/// What this process locked, as `VmLck` tells it, in bytes.
+/// What this process locked, as `VmLck` says, in bytes.
 pub fn vm_lck() -> Result<i64> {
     Ok(field("/proc/self/status", "VmLck")? * 1024)
 }
@@ -157,7 +157,7 @@ impl Counters {
     }
 }
 
-/// How many there are of all that the kernel counts.
+/// Counts of all objects that the kernel counts.
 pub fn objects() -> Result<BTreeMap<String, i64>> {
     let mut counts = BTreeMap::new();
     let slabs = read("/proc/slabinfo")?;
@@ -165,8 +165,8 @@ pub fn objects() -> Result<BTreeMap<String, i64>> {
     for line in slabs.lines().skip(2) {
         let mut words = line.split_whitespace();
         if let (Some(name), Some(count)) = (words.next(), words.next()) {
-            // Of the kernel's addresses that are free again, stacks of processes say, there are many before
-            // they are given back together.
+            // The kernel frees address ranges, those of tasks' stacks for example, in large batches: many wait
+            // at any time.
             if name == "vmap_area" {
                 continue;
             }
@@ -197,8 +197,8 @@ pub fn has_transparent_huge_pages() -> bool {
     Path::new("/sys/kernel/mm/transparent_hugepage").exists()
 }
 
-/// Skips the test if the kernel has no transparent huge pages, which it has to show by refusing advice
-/// about them too. The reason names the kernel: only those that are known to have none may skip.
+/// Skips the test if the kernel has no transparent huge pages. It must then refuse advice about them too. The
+/// reason names the kernel: only kernels that are known to have none may skip.
 pub fn needs_transparent_huge_pages() -> Result<()> {
     if has_transparent_huge_pages() {
         return Ok(());
@@ -216,13 +216,13 @@ pub fn needs_transparent_huge_pages() -> Result<()> {
     )))
 }
 
-/// Faults of this process that needed no input.
+/// Page faults of this process without I/O.
 pub fn faults() -> Result<i64> {
     let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF)?;
     Ok(usage.minor_page_faults())
 }
 
-/// Memory that can be had, in bytes.
+/// Available memory, in bytes.
 pub fn available() -> Result<usize> {
     Ok(usize::try_from(field("/proc/meminfo", "MemAvailable")?)? << 10)
 }
@@ -284,7 +284,7 @@ impl HugePool {
     const SMALL: &'static str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
     const LARGE: &'static str = "/sys/kernel/mm/hugepages/hugepages-1048576kB";
 
-    /// Makes just so many free huge pages of 2 MiB.
+    /// Makes this number of free huge pages of 2 MiB, and no more.
     pub fn with_free(count: i64) -> Result<Self> {
         let total = number(format!("{}/nr_hugepages", Self::SMALL))?;
         let free = number(format!("{}/free_hugepages", Self::SMALL))?;

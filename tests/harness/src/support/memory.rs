@@ -155,7 +155,7 @@ impl Memory {
         self.part(0, self.len)
     }
 
-    /// `len` bytes of it at `offset`, which may lie outside.
+    /// `len` bytes at `offset`, which may lie outside.
     pub fn part(&self, offset: usize, len: usize) -> Range {
         Range {
             addr: self.addr() + offset as u64,
@@ -398,7 +398,7 @@ pub fn punch_hole(fd: impl AsFd, offset: usize, len: usize) -> Result<()> {
     Ok(())
 }
 
-/// Bytes that tell page, offset and `seed`: another page or another seed gives others.
+/// Bytes that depend on the page, the offset and `seed`.
 pub fn pattern(seed: u64, offset: u64, len: usize) -> Vec<u8> {
     let first = offset / 8;
     let last = (offset + len as u64).div_ceil(8);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Child processes, and what they say and hand over.
+//! Child processes, their messages, and the descriptors that they pass.
 
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, Read, Write};
@@ -19,7 +19,7 @@ use nix::sys::socket::{recvmsg, sendmsg, ControlMessage, ControlMessageOwned, Ms
 use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 use nix::unistd::{fork, pipe, setgroups, setresgid, setresuid, ForkResult, Gid, Pid, Uid};
 
-/// How long a child may take for what takes no time.
+/// The time limit for a child whose work takes no time.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A user that nothing else runs as.
@@ -36,7 +36,7 @@ pub struct Child {
     done: Option<WaitStatus>,
 }
 
-/// What a child's error looks like on its way to the parent.
+/// The format of a child's error on its way to the parent.
 fn describe(result: std::thread::Result<Result<()>>) -> Option<String> {
     match result {
         Ok(Ok(())) => None,
@@ -79,7 +79,7 @@ impl Child {
         }
     }
 
-    /// Its number.
+    /// Its pid.
     pub fn pid(&self) -> Pid {
         self.pid
     }
@@ -137,7 +137,7 @@ impl Child {
         self.join_within(PATIENCE)
     }
 
-    /// Waits for so long.
+    /// Waits for this long.
     pub fn join_within(self, patience: Duration) -> Result<()> {
         match self.end(patience)? {
             (WaitStatus::Exited(_, 0), _) => Ok(()),
@@ -148,8 +148,8 @@ impl Child {
 }
 
 impl Child {
-    /// How long a killed child may take to end. One that hangs in the kernel never does, and its test
-    /// has to fail all the same.
+    /// How long a killed child may take to end. A child that hangs in the kernel never ends, and its test must
+    /// fail all the same.
     const LAST_WORDS: Duration = Duration::from_secs(10);
 }
 
@@ -206,8 +206,8 @@ pub fn set_memlock(bytes: usize) -> Result<()> {
     setrlimit(Resource::RLIMIT_MEMLOCK, bytes, bytes).context("setting RLIMIT_MEMLOCK")
 }
 
-/// Two ends over which processes take turns and hand descriptors over. Create it before a fork;
-/// the parent uses one end and the child the other.
+/// Two ends through which processes take turns and pass descriptors. Create it before a fork; the parent uses
+/// one end and the child the other.
 #[derive(Debug)]
 pub struct Link {
     /// The parent's end.
@@ -235,29 +235,29 @@ impl Link {
 }
 
 impl End {
-    /// Lets the other side go on.
+    /// Signals the other side to continue.
     pub fn signal(&self) -> Result<()> {
         self.say(0)
     }
 
-    /// Waits until the other side says so.
+    /// Waits for the other side's signal.
     pub fn wait(&self) -> Result<()> {
         self.hear().map(drop)
     }
 
-    /// From now on the other side may take as long as it likes.
+    /// From now on, the other side may take any time.
     pub fn wait_for_ever(&self) -> Result<()> {
         self.0.set_read_timeout(None).context("without a limit")
     }
 
-    /// Says a number.
+    /// Sends a number.
     pub fn say(&self, value: u64) -> Result<()> {
         (&self.0)
             .write_all(&value.to_ne_bytes())
             .context("telling the other process")
     }
 
-    /// Hears a number.
+    /// Receives a number.
     pub fn hear(&self) -> Result<u64> {
         let mut value = [0; 8];
         (&self.0)
@@ -266,7 +266,7 @@ impl End {
         Ok(u64::from_ne_bytes(value))
     }
 
-    /// Hands a descriptor over.
+    /// Sends a descriptor.
     pub fn send(&self, fd: BorrowedFd<'_>) -> Result<()> {
         let fds = [fd.as_raw_fd()];
         let control = [ControlMessage::ScmRights(&fds)];
@@ -276,7 +276,7 @@ impl End {
         Ok(())
     }
 
-    /// Takes a descriptor.
+    /// Receives a descriptor.
     pub fn receive(&self) -> Result<OwnedFd> {
         let mut byte = [0];
         let mut data = [IoSliceMut::new(&mut byte)];

@@ -30,7 +30,7 @@ impl Turn {
         unsafe { AtomicU64::from_ptr(self.0.at(0).cast()) }
     }
 
-    /// A child. If it fails, nobody waits for it.
+    /// A child. After it failed, nothing waits for it.
     pub fn child(&self, action: impl FnOnce() -> Result<()>) -> Result<Child> {
         Child::run(|| {
             let result = action();
@@ -51,8 +51,8 @@ impl Turn {
         self.number().load(Ordering::Acquire)
     }
 
-    /// Waits for a number, or a larger one, without giving the processor away: whoever gets it changes the page tables
-    /// that it uses, which drops stale translations.
+    /// Waits for this number, or a larger one, without giving up the processor: another task would change the
+    /// page tables in use, which drops stale translations.
     pub fn wait(&self, number: u64) -> Result<()> {
         let deadline = Instant::now() + Self::PATIENCE;
         while self.get() < number {

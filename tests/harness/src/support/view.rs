@@ -8,15 +8,15 @@ use pinbuf_test_importer::{Direction, Importer, Mapping};
 use super::memory::{pattern, stamp, Memory, PAGE};
 use super::{Buffer, Sync};
 
-/// One way to reach a buffer's bytes, with what it takes before and after.
+/// One way to reach a buffer's bytes, with the calls that it needs before and after an access.
 pub trait View {
-    /// What to call it.
+    /// Its name.
     fn name(&self) -> String;
-    /// Does something between what access takes before and after; writing includes reading.
+    /// Accesses the bytes between the calls that it needs; writing includes reading.
     fn bracket(&self, write: bool, action: &mut dyn FnMut() -> Result<()>) -> Result<()>;
-    /// Reads inside of a bracket.
+    /// Reads between these calls.
     fn get(&self, offset: usize, data: &mut [u8]) -> Result<()>;
-    /// Writes inside of a bracket.
+    /// Writes between these calls.
     fn put(&self, offset: usize, data: &[u8]) -> Result<()>;
 
     /// Reads at an offset of the buffer.
@@ -201,7 +201,7 @@ pub fn same(what: &str, offset: usize, seen: &[u8], expected: &[u8]) -> Result<(
             seen.len()
         );
     }
-    // As a whole first: a byte at a time is slow.
+    // All at once first: comparing byte by byte is slow.
     if seen == expected {
         return Ok(());
     }

@@ -96,7 +96,7 @@ pub mod alloc {
             &mut self.inner.spare_capacity_mut()[..room]
         }
 
-        /// Takes so many values as there.
+        /// Declares that the next `additional` values are there.
         ///
         /// # Safety
         ///

@@ -38,7 +38,7 @@ impl User {
         }
     }
 
-    /// Calls `action` as this process, whose memory it then is. Returns what became of both.
+    /// Calls `action` as a process whose memory this is. Returns its result, and the memory afterwards.
     pub fn call<T>(self, action: impl FnOnce(UserPtr) -> T) -> (T, Self) {
         USER.set(self);
         let result = action(UserPtr::from_addr(Self::BASE));
@@ -84,7 +84,7 @@ pub struct UserSlice {
 }
 
 impl UserSlice {
-    /// `length` bytes at an address, which nobody has looked at yet.
+    /// `length` bytes at an address, not checked yet.
     pub fn new(start: UserPtr, length: usize) -> Self {
         Self {
             start: start.0,
@@ -150,7 +150,7 @@ impl UserSliceReader {
     pub fn read<T: FromBytes>(&mut self) -> Result<T> {
         let mut bytes = vec![0; size_of::<T>()];
         self.read_slice(&mut bytes)?;
-        // SAFETY: So many bytes are there, and all of them are values of the type.
+        // SAFETY: This number of bytes is there, and all of them are values of the type.
         Ok(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
     }
 }

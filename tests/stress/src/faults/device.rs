@@ -100,7 +100,7 @@ impl Scattered {
     }
 }
 
-/// A mapping that does not outlive the look at it.
+/// A mapping that is undone at once.
 struct Mapped<'a>(&'a Importer, Mapping);
 
 impl Drop for Mapped<'_> {
@@ -154,7 +154,7 @@ fn device_mapping() -> Result<()> {
     )
 }
 
-/// A mapping into the kernel that does not outlive the look at it.
+/// A mapping into the kernel that is undone at once.
 struct InKernel<'a>(&'a Importer);
 
 impl Drop for InKernel<'_> {
@@ -196,8 +196,8 @@ fn kernel_mapping() -> Result<()> {
     )
 }
 
-/// The kernel's own access, with a device that has mapped the buffer. The copies are the importer's:
-/// after the second the access has begun, or ended, all the same, which nothing counts.
+/// The kernel's own access, with a device that has mapped the buffer. The user copies are the importer's: after
+/// the second one the access has begun, or ended, in any case, which nothing counts.
 fn cpu_access() -> Result<()> {
     let injector = Injector::new()?;
     let it = Scattered::new(20)?;

@@ -51,7 +51,7 @@ impl Fault {
 /// How many faults a call meets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Burst {
-    /// One.
+    /// One fault.
     Single,
     /// One, and every later one.
     Lasting,
@@ -88,7 +88,7 @@ const CHECKERS: [&str; 3] = [
     "debug_objects_cache",
 ];
 
-/// Lets allocations from all caches fail but from the checkers' own. Has no effect by itself.
+/// Lets allocations from all caches fail except for the checkers' own. Has no effect by itself.
 fn mark_caches() -> Result<()> {
     for entry in std::fs::read_dir("/sys/kernel/slab")? {
         let path = entry?.path();
@@ -171,7 +171,7 @@ impl Injector {
         Ok(injector)
     }
 
-    /// From now on this kind alone is injected.
+    /// From now on only this kind is injected.
     pub fn select(&self, fault: Fault) -> Result<()> {
         for other in Fault::ALL {
             // No caller is below 1: a kind that requires one there never gets to counting.
@@ -186,8 +186,8 @@ impl Injector {
         Ok(())
     }
 
-    /// Makes the call with its `n`-th fault of this kind injected, and perhaps those after it; whether
-    /// it came to that many.
+    /// Makes the call with its `n`-th fault of this kind injected, and perhaps those after it. Returns whether
+    /// the call met that many.
     pub fn during<T>(
         &self,
         fault: Fault,

@@ -25,7 +25,7 @@ const PAGES: usize = 600;
 /// A call for any file that reads an `int`, with one access: zero changes nothing.
 pub const FIONBIO: u32 = 0x5421;
 
-/// What faults in so many allocations do.
+/// What faults do in this number of allocations.
 pub fn failing(errors: &[Errno], slabs: usize, pages: usize) -> [Expected<'_>; 4] {
     [
         Expected::single(Fault::Slab, errors).failing(slabs),
@@ -35,7 +35,7 @@ pub fn failing(errors: &[Errno], slabs: usize, pages: usize) -> [Expected<'_>; 4
     ]
 }
 
-/// The same where nobody hears of them.
+/// The same where no caller sees them.
 pub fn recovering(slabs: usize, pages: usize) -> [Expected<'static>; 4] {
     [
         Expected::single(Fault::Slab, &[]).recovering(slabs),
@@ -105,7 +105,7 @@ fn touched_by_the_kernel() -> Result<()> {
     .sweep(&injector, &failing(&[Errno::EFAULT], 0, 2))
 }
 
-/// The kernel tries again when user space faults and there is no memory: nobody sees an error.
+/// The kernel retries a fault of user space without memory: nobody sees an error.
 fn touched_by_the_process() -> Result<()> {
     let injector = Injector::new()?;
     let (memory, buffer) = buffer()?;

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Each allocation, each user copy and each pin that a call makes fails in turn, one a call: the error
-//! must be the one that `uapi/pinbuf.h` names, nothing may be left behind, and the same call must work
-//! afterwards.
+//! Each allocation, each user copy and each pin of a call fails in turn, one per call: the error must be the
+//! one that `uapi/pinbuf.h` names, nothing may be left behind, and the same call must succeed afterwards.
 
 pub mod create;
 pub mod device;

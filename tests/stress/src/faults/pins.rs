@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! `PINBUF_CREATE` when the function that pins fails: each call of `pin_user_pages_fast` in turn, it
-//! alone or all from it on, with every kind of error that it has.
+//! `PINBUF_CREATE` when the function that pins fails: each call of `pin_user_pages_fast` in turn, it alone or
+//! all from it on, with every kind of error that it has.
 //!
-//! The kernel's fault injection does not do this; the test importer does, with kprobes, on any kernel.
-//! How often the driver calls it is the driver's own business: numbers of faults are lower bounds.
+//! The kernel's fault injection does not do this; the test importer does, with kprobes, on any kernel. The
+//! contract does not say how often the driver calls it: numbers of faults are lower bounds.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -40,7 +40,7 @@ tests! { "faults":
 /// More than a batch of the driver's.
 const MANY: usize = 600;
 
-/// New tries: few, so that a lasting failure is given up after milliseconds.
+/// Retries: few, so that a lasting failure ends after milliseconds.
 const RETRIES: u32 = 3;
 
 /// How a pin fails.
@@ -72,12 +72,12 @@ impl Failure {
     }
 }
 
-/// What passes by itself, at least now and then.
+/// Errors that may pass.
 const PASSING: [i32; 4] = [libc::ENOMEM, libc::EAGAIN, libc::EBUSY, 0];
-/// What does not.
+/// Errors that do not.
 const FINAL: [i32; 2] = [libc::EFAULT, libc::EHWPOISON];
 
-/// What comes of failures that are not made up for.
+/// The results of failures that are not compensated for.
 fn refused(calls: usize, errors: &[Errno]) -> Allowed<'_> {
     Allowed {
         errors,
@@ -87,8 +87,8 @@ fn refused(calls: usize, errors: &[Errno]) -> Allowed<'_> {
     }
 }
 
-/// All failures, with what the contract says of each. `calls` is how many calls the driver cannot do
-/// without.
+/// All failures, with what the contract says of each. `calls` is the minimum number of calls that the driver
+/// needs.
 fn contract(calls: usize) -> Vec<(Failure, Allowed<'static>)> {
     const EFAULT: &[Errno] = &[Errno::EFAULT];
     const EBUSY: &[Errno] = &[Errno::EBUSY];
@@ -125,7 +125,7 @@ fn contract(calls: usize) -> Vec<(Failure, Allowed<'static>)> {
         all.push((single(error), once));
         all.push((lasting(error), refused(EFAULT)));
     }
-    // Of a fatal signal, which nobody lives to see.
+    // Of a fatal signal, whose task sees no result.
     all.push((single(libc::EINTR), refused(EINTR)));
     all.push((lasting(libc::EINTR), refused(EINTR)));
     all
@@ -173,7 +173,7 @@ where
         Ok(())
     }
 
-    /// With patience, and without.
+    /// With retries, and without.
     fn sweep_all_pins(&self, calls: usize) -> Result<()> {
         let patient = Setting::parameter("pin_retries", RETRIES)?;
         self.sweep_pins(&contract(calls))?;
@@ -186,7 +186,7 @@ where
 /// The retries of a call, in terms of those for the same pages: as `DESIGN.md` says.
 const IN_ALL: u64 = 4;
 
-/// Pages of which each can be had at the second try: a call tries again so often, and no more.
+/// Each of these pages can be pinned at the second try: a call retries up to its limit, and no more.
 fn pins_that_fail_again_and_again() -> Result<()> {
     let _patient = Setting::parameter("pin_retries", RETRIES)?;
     let pins = FailingPins::new()?;
@@ -209,8 +209,8 @@ fn pins_that_fail_again_and_again() -> Result<()> {
     Ok(())
 }
 
-/// Only the thread that asked for it has its pins failing, and only until it says so; and what it gets
-/// is what it asked for.
+/// Only the thread that asked for it has its pins failing, and only until it ends that; and they fail as it
+/// asked for.
 fn pins_fail_for_one_thread() -> Result<()> {
     let pins = FailingPins::new()?;
     let device = Device::open()?;
@@ -431,8 +431,8 @@ fn pins_of_missing_pages() -> Result<()> {
     Ok(())
 }
 
-/// A limit that has room for the buffer and nothing else: the same call, after one that failed, only
-/// works if all of the charge was given back.
+/// A limit with room for the buffer and nothing else: the same call, after one that failed, succeeds only if
+/// all of the charge was given back.
 fn pins_within_memlock() -> Result<()> {
     let device = Device::open()?;
     let memory = filled(Memory::small_pages(MANY * PAGE)?);

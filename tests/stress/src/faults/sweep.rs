@@ -8,33 +8,34 @@ use nix::errno::Errno;
 use super::inject::{Burst, Fault, Injector};
 use pinbuf_test_harness::support::{check, check_eq, kernel};
 
-/// More faults than any of the calls here has.
+/// More faults than any of these calls has.
 const ENDLESS: usize = 20_000;
 
 /// A call, what it needs before and what must hold after it.
 pub struct Call<Prepare, Make, Verify> {
     /// What to call it.
     pub name: &'static str,
-    /// Makes what the call is given, anew for each time.
+    /// Prepares the arguments of the call, anew each time.
     pub prepare: Prepare,
     /// The call, and nothing else: faults are injected into all that it does.
     pub make: Make,
-    /// Looks at what the call returned when it succeeded.
+    /// Checks what the call returned when it succeeded.
     pub verify: Verify,
 }
 
-/// What to expect of a kind of fault.
+/// What is expected of a kind of fault.
 #[derive(Clone, Copy, Debug)]
 pub struct Expected<'a> {
     /// The kind.
     pub fault: Fault,
-    /// How many.
+    /// Single faults, or lasting ones.
     pub burst: Burst,
     /// The errors that it may cause.
     pub errors: &'a [Errno],
-    /// So many at least cause one; fewer mean that they are not injected where they should be.
+    /// At least this number of faults cause an error; fewer mean that they are not injected where they should
+    /// be.
     pub failed: usize,
-    /// So many more, at least, are made up for.
+    /// At least this number of further faults are compensated for.
     pub recovered: usize,
 }
 
@@ -58,12 +59,12 @@ impl<'a> Expected<'a> {
         }
     }
 
-    /// So many at least cause an error.
+    /// At least this number cause an error.
     pub const fn failing(self, failed: usize) -> Self {
         Self { failed, ..self }
     }
 
-    /// So many at least are made up for.
+    /// At least this number are compensated for.
     pub const fn recovering(self, recovered: usize) -> Self {
         Self { recovered, ..self }
     }
@@ -74,9 +75,9 @@ impl<'a> Expected<'a> {
 pub struct Allowed<'a> {
     /// The errors that they may cause.
     pub errors: &'a [Errno],
-    /// So many at least cause one.
+    /// At least this number cause one.
     pub failed: usize,
-    /// So many more, at least, are made up for.
+    /// At least this number of further faults are compensated for.
     pub recovered: usize,
     /// Whether each of them causes one.
     pub heard: bool,
@@ -109,10 +110,10 @@ where
     Make: Fn(&Given) -> nix::Result<Made>,
     Verify: Fn(&Given, &Made) -> Result<()>,
 {
-    /// Makes the call with its first fault of each kind, the second one, and so on, until it succeeds
-    /// without meeting one.
+    /// Makes the call with its first fault of each kind, the second one, and so on, until it succeeds without
+    /// meeting one.
     pub fn sweep(&self, injector: &Injector, all: &[Expected<'_>]) -> Result<()> {
-        // What is done once in a kernel's or a program's life is done now.
+        // Everything that is done once per boot or per process is done now.
         let given = (self.prepare)()?;
         let made = (self.make)(&given).with_context(|| format!("{} without faults", self.name))?;
         (self.verify)(&given, &made)?;
@@ -141,9 +142,9 @@ where
         })
     }
 
-    /// Makes the call with its first fault, the second one, and so on, until it succeeds without
-    /// meeting one. `inject` makes the call that it is given with the n-th fault, and tells whether it
-    /// came to that many.
+    /// Makes the call with its first fault, the second one, and so on, until it succeeds without meeting one.
+    /// `inject` makes the call that it is given with the n-th fault, and returns whether the call met that
+    /// many.
     pub fn one_by_one(
         &self,
         what: &str,

@@ -26,13 +26,13 @@ tests! { "races":
 /// Memory that takes a while to pin: none of it is there.
 const LEN: usize = 2048 * PAGE;
 
-/// Makes and drops buffers until something else ends it; holds some meanwhile.
+/// Makes and drops buffers until the process ends; holds some meanwhile.
 fn create_forever(device: &Device, memory: &Memory) -> Result<Infallible> {
     let mut held = Vec::new();
     loop {
         match device.create(&[memory.range()]) {
             Ok(buffer) => held.push((buffer.map()?, buffer)),
-            // Being killed. What is returned then nobody sees.
+            // The call was killed: nobody sees its result.
             Err(Errno::EINTR) => {}
             Err(error) => bail!("create: {error}"),
         }
@@ -61,7 +61,7 @@ fn children(
         );
         died.up();
     }
-    // The last of them may still be letting go, which the harness waits for.
+    // The kernel may still be releasing the last of them, which the harness waits for.
     println!(
         "# {} children; {} pinned pages are being let go",
         died.get(),
@@ -82,12 +82,12 @@ fn exit() -> Result<()> {
                     scope.spawn(|| {
                         let Err(error) = create_forever(&device, &memory);
                         eprintln!("{error:#}");
-                        // SAFETY: ends the process, which is not to look well.
+                        // SAFETY: ends the process without any cleanup.
                         unsafe { libc::_exit(1) }
                     });
                 }
                 std::thread::sleep(delay);
-                // SAFETY: ends the process, without a look at its threads.
+                // SAFETY: ends the process, whatever its threads do.
                 unsafe { libc::_exit(0) }
             })
         })

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Create against huge pages that are replaced by small ones and back. A huge page is pinned once,
-//! which is right only if what was pinned is one: were it concluded from the mapping, the buffer
-//! would go on behind a small page with whatever lies there.
+//! Create against huge pages that are replaced by small ones and back. A huge page is pinned once, which is
+//! right only if the pinned page is one: if the driver concluded it from the mapping, the buffer would continue
+//! behind a small page with foreign pages.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -21,7 +21,7 @@ tests! { "races":
     hugetlb_replaced within 120,
 }
 
-/// Huge pages that are fought over.
+/// Huge pages that are replaced.
 const BLOCKS: usize = 4;
 const LEN: usize = BLOCKS * HUGE;
 const PAGES_A_BLOCK: usize = HUGE / PAGE;
@@ -49,7 +49,7 @@ impl Known {
         })
     }
 
-    /// Whether this is the file's page of that number, by what it holds and by where it is.
+    /// Whether this is the file's page of that number, by its contents and its frame.
     fn is(&self, page: usize, holds: u64, frame: u64) -> bool {
         holds == stamp(self.seed, page as u64) && self.frames[page] == frame
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Devices that map and unmap, against synchronisation, the faults of user mappings, and buffers that
-//! are closed by whoever has them last.
+//! Devices that map and unmap, against synchronisation, faults of user mappings, and buffers whose last user
+//! may be any of them.
 
 use std::os::fd::AsFd;
 use std::sync::{Arc, RwLock};
@@ -28,7 +28,7 @@ const MOST: usize = 2;
 struct Current(RwLock<Arc<Buffer>>);
 
 impl Current {
-    /// A reference of one's own, perhaps the last one in the end.
+    /// A reference of one's own, which may be the last one.
     fn get(&self) -> Arc<Buffer> {
         Arc::clone(&self.0.read().expect("a thread panicked"))
     }
@@ -55,7 +55,7 @@ fn buffer(device: &Device, memory: &Memory, rng: &mut Rng) -> Result<Buffer> {
     device.create(&ranges).context("create")
 }
 
-/// Maps a few times, one over the other, reads a word, and unmaps some: closing does the rest.
+/// Maps a few times, at the same time, reads a word, and unmaps some: closing does the rest.
 fn device_at_work(current: &Current, maps: &Count, rng: &mut Rng) -> Result<()> {
     let buffer = current.get();
     let importer = Importer::attach(buffer.as_fd(), Limits::NONE).context("attaching")?;

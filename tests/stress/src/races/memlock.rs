@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Processes of one user that want more than there is: never more than the limit together, and all
-//! of it is there again in the end.
+//! Processes of one user that want more than there is: never more than the limit together, and all of it is
+//! available again in the end.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Instant;
@@ -41,12 +41,12 @@ impl Shared {
         unsafe { &*word }
     }
 
-    /// Pages that buffers hold for sure: counted after create, and not any more before close.
+    /// Pages that buffers certainly hold: added after create, and subtracted before close.
     fn held(&self) -> &AtomicI64 {
         self.number(0)
     }
 
-    /// The most of them at once.
+    /// The maximum of them at any time.
     fn most(&self) -> &AtomicI64 {
         self.number(1)
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Create against what other threads do to the same memory: every page of a buffer that comes out
-//! was the caller's, at that address, at some moment of the call.
+//! Create against other threads that change the same memory: every page of a buffer was the caller's, at that
+//! address, at some moment of the call.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -30,16 +30,16 @@ tests! { "races":
     fork,
 }
 
-/// What create says of a hole.
+/// What create returns for a hole.
 const HOLE: &[Errno] = &[Errno::EFAULT];
 
-/// Pages of the memory that is fought over.
+/// Pages of the memory that is changed.
 const PAGES: usize = 512;
 
 /// Milliseconds for a word that is being written to be complete: its writer may not be running.
 const PATIENCE: u32 = 2000;
 
-/// What came out of creates.
+/// Counts of the results.
 #[derive(Debug, Default)]
 struct Outcomes {
     buffers: Count,
@@ -47,8 +47,8 @@ struct Outcomes {
 }
 
 impl Outcomes {
-    /// Looks at each page of a buffer, whose first page is number `first` of what was fought over;
-    /// create may have been refused instead.
+    /// Checks each page of a buffer, whose first page is number `first` of the memory; create may have been
+    /// refused instead.
     fn take(
         &self,
         result: nix::Result<Buffer>,
@@ -86,7 +86,7 @@ impl Outcomes {
         Ok(())
     }
 
-    /// Expects both, so that there was a race, and tells how often.
+    /// Expects both results, so that there was a race, and prints the counts.
     fn both(&self) -> Result<()> {
         self.tell();
         check!(self.refused.get() > 0, "create was never refused");
@@ -103,15 +103,15 @@ impl Outcomes {
     }
 }
 
-/// Memory that holes may be made in: it lies where the kernel puts nothing else, so that what is
-/// mapped meanwhile, by whomever, does not land in them.
+/// Memory that may get holes: it lies where the kernel places nothing, so that no other mapping appears in
+/// them.
 fn low_memory() -> Result<Memory> {
     let memory = Memory::low(PAGES * PAGE)?;
     memory.advise(0, memory.len(), libc::MADV_NOHUGEPAGE)?;
     Ok(memory)
 }
 
-/// Writes to every page who it is.
+/// Writes its number to every page.
 fn stamped(memory: &Memory, seed: u64) {
     for page in 0..memory.len() / PAGE {
         memory.set(page * PAGE, stamp(seed, page as u64));
@@ -124,7 +124,7 @@ fn part(rng: &mut Rng) -> (usize, usize) {
     (first, rng.usize(1..=PAGES - first))
 }
 
-/// Makes a buffer of a part, and looks at each page of it, unless there was a hole in it.
+/// Makes a buffer of a part, and checks each page of it, unless there was a hole.
 fn create(
     device: &Device,
     memory: &Memory,
@@ -164,7 +164,7 @@ fn munmap() -> Result<()> {
     outcomes.both()
 }
 
-/// Moved away, and back: the pages stay who they are.
+/// Moved away, and back: the pages keep their numbers.
 fn mremap() -> Result<()> {
     let device = Device::open()?;
     let (memory, aside) = (low_memory()?, low_memory()?);
@@ -305,7 +305,7 @@ fn of_file(
     Ok(outcomes)
 }
 
-/// What is gone is allocated anew; a page that was pinned before it went is the file's no more.
+/// What was punched out is allocated anew; a page that was pinned before does not belong to the file any more.
 fn punched_file() -> Result<()> {
     let lose = |file: &OwnedFd, rng: &mut Rng| {
         let (first, pages) = part(rng);

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Calls against each other and against what else can happen meanwhile, with random delays, for a
-//! while. What may come out is checked every time; that nothing is left behind, by the harness, in
-//! the end.
+//! Calls against each other and against other events, with random delays, for a while. Results are checked each
+//! time, and in the end the harness checks that nothing is left behind.
 
 pub mod death;
 pub mod hugetlb;
@@ -19,10 +18,10 @@ use fastrand::Rng;
 
 use crate::settings::Settings;
 
-/// Something that is done again and again, with a name.
+/// An action that is repeated, with a name.
 pub type Worker<'a> = (&'static str, &'a (dyn Fn(&mut Rng) -> Result<()> + Sync));
 
-/// Does what all workers do, each in a thread of its own, until the time is over or one fails.
+/// Runs all workers, each in its own thread, until the time is over or one fails.
 pub fn race(workers: &[Worker<'_>]) -> Result<()> {
     let Settings { seconds, seed, .. } = Settings::get();
     let end = Instant::now() + seconds;
@@ -88,12 +87,12 @@ impl Count {
         self.add(1);
     }
 
-    /// So many times more.
+    /// Adds this number.
     pub fn add(&self, times: usize) {
         self.0.fetch_add(times as u64, Ordering::Relaxed);
     }
 
-    /// How often in all.
+    /// The sum.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
