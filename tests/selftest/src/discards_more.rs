@@ -16,7 +16,9 @@ use nix::unistd::{ftruncate, Pid};
 use pinbuf_test_importer::{Direction, Importer, Limits};
 use pinbuf_uapi::{Discard, Discards, STATE_DISCARDED};
 
-use crate::discards::{buffer_of, is_gone, transparent, COUNT, FOLIO, LEN, MADV_COLLAPSE};
+use crate::discards::{
+    buffer_of, forked_before, huge_file, is_gone, transparent, COUNT, FOLIO, LEN, MADV_COLLAPSE,
+};
 use crate::poison::Broken;
 use pinbuf_test_harness::support::device::ioctl;
 use pinbuf_test_harness::support::frames::{all_frames, flags, THP};
@@ -194,29 +196,11 @@ fn a_private_file_is_truncated() -> Result<()> {
     is_gone(&device, &buffer, &[(6, COUNT - 6)])
 }
 
-/// A huge page of a file, with a buffer.
-fn huge_file(device: &Device) -> Result<(std::os::fd::OwnedFd, Memory, Buffer, Setting)> {
-    needs_transparent_huge_pages()?;
-    let setting = Setting::choice(
-        "/sys/kernel/mm/transparent_hugepage/shmem_enabled",
-        "advise",
-    )?;
-    let file = memfd(HUGE, 0)?;
-    let memory = Memory::map_aligned(HUGE, HUGE, RW, libc::MAP_SHARED, Some(file.as_fd()), 0)?;
-    memory.advise(0, HUGE, libc::MADV_HUGEPAGE)?;
-    let buffer = buffer_of(device, &memory)?;
-    check!(
-        flags(all_frames(&memory)?[0])? & THP != 0,
-        "there is no huge page"
-    );
-    Ok((file, memory, buffer, setting))
-}
-
 /// A truncation that ends within a huge page clears the rest of it and leaves it in the file: when the file
 /// grows again, it is the same memory.
 fn truncated_within_a_huge_page() -> Result<()> {
     let device = Device::open()?;
-    let (file, memory, buffer, _setting) = huge_file(&device)?;
+    let (file, memory, buffer, _setting) = huge_file(&device, 1)?;
     ftruncate(&file, 8 * PAGE as i64)?;
     let mapped = buffer.map()?;
     check_eq!(mapped.get(9 * PAGE), 0, "the buffer beyond the end");
@@ -238,7 +222,7 @@ fn truncated_within_a_huge_page() -> Result<()> {
 /// Two holes that meet within a huge page, as large as that together.
 fn a_hole_ends_within_a_huge_page() -> Result<()> {
     let device = Device::open()?;
-    let (file, memory, buffer, _setting) = huge_file(&device)?;
+    let (file, memory, buffer, _setting) = huge_file(&device, 1)?;
     punch_hole(&file, 0, 100 * PAGE)?;
     punch_hole(&file, 100 * PAGE, HUGE - 100 * PAGE)?;
     is_gone(&device, &buffer, &[])?;
@@ -457,17 +441,12 @@ fn some_pages_forked_before() -> Result<()> {
     memory.advise(0, HUGE, libc::MADV_HUGEPAGE)?;
     memory.touch_to_write();
     memory.advise(0, HUGE / 2, libc::MADV_DONTFORK)?;
-    let link = Link::new()?;
-    let child = Child::run(|| link.theirs.wait())?;
-    let buffer = device.create(&[memory.range()])?;
-    is_gone(&device, &buffer, &[])?;
-    memory.advise(10 * PAGE, 5 * PAGE, libc::MADV_DONTNEED)?;
-    memory.advise(HUGE / 2 + 10 * PAGE, 5 * PAGE, libc::MADV_DONTNEED)?;
+    let discard = || {
+        memory.advise(10 * PAGE, 5 * PAGE, libc::MADV_DONTNEED)?;
+        Ok(memory.advise(HUGE / 2 + 10 * PAGE, 5 * PAGE, libc::MADV_DONTNEED)?)
+    };
     let parts = [(10, 5), (FOLIO / 2 + 10, 5)];
-    is_gone(&device, &buffer, &parts)?;
-    link.ours.signal()?;
-    child.join()?;
-    is_gone(&device, &buffer, &parts)
+    forked_before(&device, &memory, discard, &parts)
 }
 
 /// The child keeps the huge page mapped that the parent had; the buffer has copies.
@@ -478,16 +457,11 @@ fn huge_page_forked_before() -> Result<()> {
     let memory = Memory::map_aligned(HUGE, HUGE, RW, flags, None, 0)?;
     memory.advise(0, HUGE, libc::MADV_HUGEPAGE)?;
     memory.touch_to_write();
-    let link = Link::new()?;
-    let child = Child::run(|| link.theirs.wait())?;
-    let buffer = device.create(&[memory.range()])?;
-    is_gone(&device, &buffer, &[])?;
-    memory.advise(0, HUGE, libc::MADV_DONTNEED)?;
-    is_gone(&device, &buffer, &[(0, FOLIO)])?;
-    link.ours.signal()?;
-    child.join()?;
+    let discard = || Ok(memory.advise(0, HUGE, libc::MADV_DONTNEED)?);
+    forked_before(&device, &memory, discard, &[(0, FOLIO)])?;
     // And after it: the child has copies, and the parent unmaps its pages.
     let (memory, buffer) = transparent(&device, 1)?;
+    let link = Link::new()?;
     let child = Child::run(|| link.theirs.wait())?;
     is_gone(&device, &buffer, &[])?;
     memory.unmap(0, HUGE)?;
@@ -502,15 +476,8 @@ fn hugetlb_forked_before() -> Result<()> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
     let memory = Memory::map(2 * HUGE, RW, flags, None, 0)?;
     memory.touch_to_write();
-    let link = Link::new()?;
-    let child = Child::run(|| link.theirs.wait())?;
-    let buffer = device.create(&[memory.range()])?;
-    is_gone(&device, &buffer, &[])?;
-    memory.advise(0, HUGE, libc::MADV_DONTNEED)?;
-    is_gone(&device, &buffer, &[(0, FOLIO)])?;
-    link.ours.signal()?;
-    child.join()?;
-    is_gone(&device, &buffer, &[(0, FOLIO)])
+    let discard = || Ok(memory.advise(0, HUGE, libc::MADV_DONTNEED)?);
+    forked_before(&device, &memory, discard, &[(0, FOLIO)])
 }
 
 fn broken_private_page() -> Result<()> {
@@ -588,7 +555,7 @@ fn nothing_is_lost_in_turmoil() -> Result<()> {
     let (mut huge, huge_buffer) = transparent(&device, 2)?;
     let mut small = Memory::small_pages(4 * LEN)?;
     let small_buffer = buffer_of(&device, &small)?;
-    let (file, shared, shared_buffer, _setting) = huge_file(&device)?;
+    let (file, shared, shared_buffer, _setting) = huge_file(&device, 1)?;
     let end = AtomicBool::new(false);
     let asked = std::thread::scope(|scope| -> Result<u64> {
         let poll = scope.spawn(|| -> Result<u64> {
