@@ -23,35 +23,18 @@ mod watch;
 
 use std::process::ExitCode;
 
-use anyhow::{bail, Result};
+use anyhow::Result;
 use clap::Parser;
-use pinbuf_test_harness::{report, Test};
+use pinbuf_test_harness::{Choice, Test};
 
 /// Tests programs that use udmabuf on pinbuf, and reports in KTAP.
 #[derive(Debug, Parser)]
 struct Options {
-    /// Run these themes only: the part of a name before its dot
-    themes: Vec<String>,
-
-    /// Of these, run only subtests whose name contains one of these
-    #[arg(long, value_name = "SUBSTR")]
-    filter: Vec<String>,
+    #[command(flatten)]
+    choice: Choice,
 }
 
-impl Options {
-    fn wants(&self, test: &Test) -> bool {
-        // Where SELinux is in force AppArmor is not, and the other way round.
-        let unasked = self.themes.is_empty() && theme(test) != "selinux";
-        (unasked || self.themes.iter().any(|wanted| wanted == theme(test)))
-            && (self.filter.is_empty() || self.filter.iter().any(|part| test.name.contains(part)))
-    }
-}
-
-fn theme(test: &Test) -> &str {
-    test.name.split('.').next().unwrap_or_default()
-}
-
-fn tests() -> impl Iterator<Item = &'static Test> {
+fn tests() -> impl Iterator<Item = &'static Test> + Clone {
     [
         qemu::TESTS,
         vulkan::TESTS,
@@ -69,14 +52,13 @@ fn tests() -> impl Iterator<Item = &'static Test> {
 }
 
 fn main() -> Result<ExitCode> {
-    let options = Options::parse();
-    for wanted in &options.themes {
-        if !tests().any(|test| theme(test) == wanted) {
-            bail!("there is no theme `{wanted}`");
-        }
-    }
+    let Options { choice } = Options::parse();
+    // Where SELinux is in force AppArmor is not, and the other way round.
+    let all = tests().filter(|test| !choice.themes.is_empty() || test.theme() != "selinux");
+    let Some(chosen) = choice.of(all)? else {
+        return Ok(ExitCode::SUCCESS);
+    };
     process::no_udmabuf()?;
     udev::install()?;
-    let chosen: Vec<&Test> = tests().filter(|test| options.wants(test)).collect();
-    report(&chosen, true)
+    choice.report(&chosen)
 }

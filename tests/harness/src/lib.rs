@@ -5,7 +5,9 @@
 //! log); KTAP; and the parts that tests are built from.
 
 pub mod accounts;
+pub mod choice;
 pub mod runner;
 pub mod support;
 
-pub use runner::{report, Test};
+pub use choice::Choice;
+pub use runner::Test;

@@ -32,6 +32,13 @@ pub struct Test {
     pub allowed: &'static [&'static str],
 }
 
+impl Test {
+    /// The part of its name before the dot.
+    pub fn theme(&self) -> &'static str {
+        self.name.split('.').next().unwrap_or_default()
+    }
+}
+
 /// Makes a file's table of subtests. A name may be followed by a time limit in seconds, and by a list of lines
 /// in the kernel's log that the subtest causes on purpose.
 #[macro_export]
@@ -69,7 +76,7 @@ pub enum Outcome {
 const FIRST_FAILURE_ENDS: &str = "PINBUF_FIRST_FAILURE_ENDS";
 
 /// Runs `tests` one after the other and reports in KTAP on standard output.
-pub fn report(tests: &[&Test], check_leaks: bool) -> Result<ExitCode> {
+pub(crate) fn report(tests: &[&Test], check_leaks: bool) -> Result<ExitCode> {
     println!("KTAP version 1");
     println!("1..{}", tests.len());
     let mut runner = Runner::new(check_leaks)?;

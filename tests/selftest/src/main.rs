@@ -35,33 +35,20 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Parser;
 
-use pinbuf_test_harness::{report, Test};
+use pinbuf_test_harness::{Choice, Test};
 
 /// Tests pinbuf inside a guest, and reports in KTAP.
 #[derive(Debug, Parser)]
 struct Options {
-    /// Print the names of the subtests and do nothing
-    #[arg(long)]
-    list: bool,
-
-    /// Run only subtests whose name contains one of these
-    #[arg(long, value_name = "SUBSTR")]
-    filter: Vec<String>,
-
-    /// Leave out subtests whose name contains this
-    #[arg(long, value_name = "SUBSTR")]
-    without: Vec<String>,
-
-    /// Do not check what a subtest left behind
-    #[arg(long)]
-    no_leak_checks: bool,
+    #[command(flatten)]
+    choice: Choice,
 
     /// Used by the tests themselves: what a program sees after execve
     #[arg(long, hide = true, value_name = "FD")]
     after_exec: Option<i32>,
 }
 
-fn tests() -> impl Iterator<Item = &'static Test> {
+fn tests() -> impl Iterator<Item = &'static Test> + Clone {
     [
         create::TESTS,
         discards::TESTS,
@@ -102,18 +89,8 @@ fn main() -> Result<ExitCode> {
     if let Some(fd) = options.after_exec {
         return lifetime::after_exec(fd).map(|()| ExitCode::SUCCESS);
     }
-    let chosen: Vec<&Test> = tests()
-        .filter(|test| {
-            let named = |parts: &[String]| parts.iter().any(|part| test.name.contains(part));
-            (options.filter.is_empty() || named(&options.filter)) && !named(&options.without)
-        })
-        .collect();
-    if options.list {
-        for test in chosen {
-            println!("{}", test.name);
-        }
-        return Ok(ExitCode::SUCCESS);
+    match options.choice.of(tests())? {
+        Some(chosen) => options.choice.report(&chosen),
+        None => Ok(ExitCode::SUCCESS),
     }
-
-    report(&chosen, !options.no_leak_checks)
 }

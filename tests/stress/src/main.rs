@@ -28,18 +28,18 @@ mod suspend;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{bail, Result};
+use anyhow::Result;
 use clap::Parser;
 
-use pinbuf_test_harness::{report, Test};
+use pinbuf_test_harness::{Choice, Test};
 
 use settings::Settings;
 
 /// Makes pinbuf's calls fail and race, and reports in KTAP.
 #[derive(Debug, Parser)]
 struct Options {
-    /// Run these themes only: the part of a name before its dot
-    themes: Vec<String>,
+    #[command(flatten)]
+    choice: Choice,
 
     /// How long each race goes on
     #[arg(long, value_name = "N", default_value_t = 10)]
@@ -53,36 +53,12 @@ struct Options {
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
 
-    /// Print the names of the subtests and do nothing
-    #[arg(long)]
-    list: bool,
-
-    /// Of these, run only subtests whose name contains one of these
-    #[arg(long, value_name = "SUBSTR")]
-    filter: Vec<String>,
-
-    /// Do not look for what a subtest left behind
-    #[arg(long)]
-    no_leak_checks: bool,
-
     /// Uses /dev/udmabuf until it is killed, as a program under the shim
     #[arg(long, hide = true, value_name = "SEED")]
     udmabuf_client: Option<u64>,
 }
 
-/// The part of a subtest's name before its dot.
-fn theme(test: &Test) -> &str {
-    test.name.split('.').next().unwrap_or_default()
-}
-
-impl Options {
-    fn wants(&self, test: &Test) -> bool {
-        (self.themes.is_empty() || self.themes.iter().any(|wanted| wanted == theme(test)))
-            && (self.filter.is_empty() || self.filter.iter().any(|part| test.name.contains(part)))
-    }
-}
-
-fn tests() -> impl Iterator<Item = &'static Test> {
+fn tests() -> impl Iterator<Item = &'static Test> + Clone {
     [
         faults::create::TESTS,
         faults::device::TESTS,
@@ -109,37 +85,29 @@ fn main() -> Result<ExitCode> {
     if let Some(seed) = options.udmabuf_client {
         return kills::client(seed).map(|()| ExitCode::SUCCESS);
     }
-    for wanted in &options.themes {
-        if !tests().any(|test| theme(test) == wanted) {
-            bail!("there is no theme `{wanted}`");
-        }
-    }
+    let Some(chosen) = options.choice.of(tests())? else {
+        return Ok(ExitCode::SUCCESS);
+    };
     let seconds = Duration::from_secs(options.seconds);
     // Their time is what the setting up takes at most; a race's own comes on top, and that of kills, of which
     // each takes 50 ms, or more than a second with checkers on a busy machine.
-    let own = |test: &Test| match theme(test) {
+    let own = |test: &Test| match test.theme() {
         "kills" => Duration::from_secs(2) * u32::try_from(options.kills).unwrap_or(u32::MAX),
         _ => seconds,
     };
-    let chosen: Vec<Test> = tests()
-        .filter(|test| options.wants(test))
+    let chosen: Vec<Test> = chosen
+        .into_iter()
         .map(|test| Test {
             timeout: test.timeout + own(test),
             ..*test
         })
         .collect();
-    if options.list {
-        for test in &chosen {
-            println!("{}", test.name);
-        }
-        return Ok(ExitCode::SUCCESS);
-    }
     let seed = options.seed.unwrap_or_else(|| fastrand::u64(..));
     println!(
         "# --seed {seed} --seconds {} --kills {}",
         options.seconds, options.kills
     );
-    if chosen.iter().any(|test| theme(test) == "suspend") {
+    if chosen.iter().any(|test| test.theme() == "suspend") {
         suspend::leave_shares()?;
     }
     Settings {
@@ -148,5 +116,5 @@ fn main() -> Result<ExitCode> {
         seed,
     }
     .set();
-    report(&chosen.iter().collect::<Vec<_>>(), !options.no_leak_checks)
+    options.choice.report(&chosen.iter().collect::<Vec<_>>())
 }

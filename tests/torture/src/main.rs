@@ -24,7 +24,7 @@ use anyhow::Result;
 use clap::Parser;
 
 use pinbuf_test_harness::support::kernel::{self, HugePool, Setting};
-use pinbuf_test_harness::{report, tests, Test};
+use pinbuf_test_harness::{tests, Choice, Test};
 
 use settings::Settings;
 
@@ -47,17 +47,8 @@ struct Options {
     #[arg(long, value_name = "N,…", value_delimiter = ',')]
     only: Vec<usize>,
 
-    /// Print the names of the subtests and do nothing
-    #[arg(long)]
-    list: bool,
-
-    /// Run only subtests whose name contains one of these
-    #[arg(long, value_name = "SUBSTR")]
-    filter: Vec<String>,
-
-    /// Do not look for what a subtest left behind
-    #[arg(long)]
-    no_leak_checks: bool,
+    #[command(flatten)]
+    choice: Choice,
 }
 
 /// Pages of 2 MiB that buffers are made of.
@@ -98,24 +89,18 @@ fn threads() -> Result<()> {
 
 fn main() -> Result<ExitCode> {
     let options = Options::parse();
+    let Some(chosen) = options.choice.of(TESTS.iter())? else {
+        return Ok(ExitCode::SUCCESS);
+    };
     let seconds = Duration::from_secs(options.seconds);
     // Their time is what comes on top of the subtest's own.
-    let chosen: Vec<Test> = TESTS
-        .iter()
-        .filter(|test| {
-            options.filter.is_empty() || options.filter.iter().any(|part| test.name.contains(part))
-        })
+    let chosen: Vec<Test> = chosen
+        .into_iter()
         .map(|test| Test {
             timeout: test.timeout + seconds,
             ..*test
         })
         .collect();
-    if options.list {
-        for test in &chosen {
-            println!("{}", test.name);
-        }
-        return Ok(ExitCode::SUCCESS);
-    }
     println!("# --seed {} --steps {}", options.seed, options.steps);
     Settings {
         seconds,
@@ -124,5 +109,5 @@ fn main() -> Result<ExitCode> {
         only: options.only,
     }
     .set();
-    report(&chosen.iter().collect::<Vec<_>>(), !options.no_leak_checks)
+    options.choice.report(&chosen.iter().collect::<Vec<_>>())
 }
