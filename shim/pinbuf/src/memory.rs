@@ -6,6 +6,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
+use nix::errno::Errno;
 use nix::libc::c_void;
 use nix::sys::mman::{self, MapFlags, ProtFlags};
 
@@ -39,7 +40,8 @@ impl Memory {
     pub(crate) fn anonymous(len: usize, align: usize, extra: MapFlags) -> Result<Self> {
         let flags = MapFlags::MAP_PRIVATE | extra;
         Self::place(len, align, |at, fixed| {
-            // SAFETY: with MAP_FIXED, `place` gives addresses that it has reserved.
+            // SAFETY: nothing that exists is replaced: `place` gives no other flag for an address than
+            // MAP_FIXED_NOREPLACE.
             unsafe { mman::mmap_anonymous(at, nonzero(len)?, PROT, flags | fixed) }
                 .map_err(Error::system("mmap"))
         })
@@ -51,18 +53,26 @@ impl Memory {
     pub(crate) fn shared(fd: impl AsFd, len: usize, align: usize) -> Result<Self> {
         Self::place(len, align, |at, fixed| {
             let flags = MapFlags::MAP_SHARED | fixed;
-            // SAFETY: with MAP_FIXED, `place` gives addresses that it has reserved.
+            // SAFETY: nothing that exists is replaced: `place` gives no other flag for an address than
+            // MAP_FIXED_NOREPLACE.
             unsafe { mman::mmap(at, nonzero(len)?, PROT, flags, fd.as_fd(), 0) }
                 .map_err(Error::system("mmap"))
         })
     }
 
     /// Maps at a multiple of `align`, a power of two.
+    ///
+    /// A reservation finds free addresses for that, and is given back as a whole before they are used:
+    /// where `MAP_FIXED` fails in the file's own `mmap`, the kernel leaves a hole in what it was to
+    /// replace, another thread's mapping may get that, and unmapping the reservation would unmap the
+    /// other one.
     fn place(
         len: usize,
         align: usize,
         map: impl Fn(Option<NonZeroUsize>, MapFlags) -> Result<NonNull<c_void>>,
     ) -> Result<Self> {
+        /// How often another thread may take the addresses first.
+        const TRIES: usize = 100;
         if align <= crate::page_size() {
             // INVARIANT: mapped by the caller's closure, and known nowhere else.
             return Ok(Self {
@@ -70,33 +80,25 @@ impl Memory {
                 len,
             });
         }
-        let reserved = len.checked_add(align).ok_or(Error::TooLarge)?;
+        let reserved = nonzero(len.checked_add(align).ok_or(Error::TooLarge)?)?;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: without an address nothing that exists is replaced.
-        let start =
-            unsafe { mman::mmap_anonymous(None, nonzero(reserved)?, ProtFlags::PROT_NONE, flags) }
-                .map_err(Error::system("mmap"))?;
-        let first = start.as_ptr() as usize;
-        let aligned = first.next_multiple_of(align);
-        let unmap = |from: usize, to: usize| {
-            if let (Some(at), true) = (NonNull::new(from as *mut c_void), from < to) {
-                // SAFETY: a part of what was reserved above, which nothing uses.
-                let _ = unsafe { mman::munmap(at, to - from) };
-            }
-        };
-        match map(NonZeroUsize::new(aligned), MapFlags::MAP_FIXED) {
-            Ok(address) => {
-                unmap(first, aligned);
-                unmap(
-                    aligned + len.next_multiple_of(crate::page_size()),
-                    first + reserved,
-                );
+        let mut tries = 0;
+        loop {
+            // SAFETY: without an address nothing that exists is replaced.
+            let start =
+                unsafe { mman::mmap_anonymous(None, reserved, ProtFlags::PROT_NONE, flags) }
+                    .map_err(Error::system("mmap"))?;
+            // SAFETY: what was reserved above, which nothing uses.
+            unsafe { mman::munmap(start, reserved.get()) }.map_err(Error::system("munmap"))?;
+            let aligned = (start.as_ptr() as usize).next_multiple_of(align);
+            tries += 1;
+            match map(NonZeroUsize::new(aligned), MapFlags::MAP_FIXED_NOREPLACE) {
+                Err(Error::System {
+                    errno: Errno::EEXIST,
+                    ..
+                }) if tries < TRIES => {}
                 // INVARIANT: mapped by the caller's closure, and known nowhere else.
-                Ok(Self { address, len })
-            }
-            Err(error) => {
-                unmap(first, first + reserved);
-                Err(error)
+                result => return result.map(|address| Self { address, len }),
             }
         }
     }
@@ -185,6 +187,9 @@ pub(crate) fn check_aligned(value: u64) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     #[test]
@@ -204,5 +209,39 @@ mod tests {
             assert_eq!(memory.read_at(len - 3, &mut end), Err(outside));
             assert!(memory.write_at(usize::MAX, b"x").is_err());
         }
+    }
+
+    /// Where the kernel calls a file's own `mmap`, it has unmapped already what is at a fixed
+    /// address: when that fails, there is a hole, and another thread's mapping may be in it.
+    #[test]
+    fn a_mapping_that_fails_leaves_those_of_others_alone() {
+        const LEN: usize = 8 << 20;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // A socket cannot be mapped.
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    assert!(Memory::shared(&socket, LEN, 2 << 20).is_err());
+                }
+            });
+            let end = Instant::now() + Duration::from_secs(1);
+            let mut lost = 0;
+            while Instant::now() < end {
+                let len = nonzero(LEN).unwrap();
+                // SAFETY: without an address nothing that exists is replaced.
+                let at = unsafe { mman::mmap_anonymous(None, len, ProtFlags::PROT_NONE, flags) };
+                let at = at.unwrap();
+                std::thread::yield_now();
+                // SAFETY: the mapping of above, if it is still there. That changes nothing.
+                let kept = unsafe { mman::mprotect(at, LEN, ProtFlags::PROT_NONE) };
+                lost += u32::from(kept.is_err());
+                // SAFETY: as above; no other thread maps something and keeps it.
+                unsafe { mman::munmap(at, LEN) }.unwrap();
+            }
+            stop.store(true, Ordering::Relaxed);
+            assert_eq!(lost, 0, "mappings of another thread are gone");
+        });
     }
 }
