@@ -4,7 +4,7 @@
 
 use core::ffi::c_int;
 use core::fmt::{self, Write};
-use core::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::ffi::{c_char, CStr};
 
 use crate::sys;
@@ -16,6 +16,15 @@ const FILE: u32 = 2;
 static TARGET: AtomicU32 = AtomicU32::new(OFF);
 /// With [`FILE`], a terminated string that lives as long as the process.
 static PATH: AtomicPtr<c_char> = AtomicPtr::new(core::ptr::null_mut());
+/// With [`STDERR`], the file that descriptor 2 was when the library was loaded: a program that has closed it may get
+/// that number for its memory or data, into which no line must be written.
+static FILE_OF_STDERR: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
+
+/// The device and the inode number of what descriptor 2 is, if it is open.
+fn file_of_stderr() -> Option<[u64; 2]> {
+    let stat = sys::fstat(2).ok()?;
+    Some([stat.st_dev, stat.st_ino])
+}
 
 extern "C" {
     /// `getenv` that knows nothing in set-user-ID programs.
@@ -32,7 +41,7 @@ pub fn init() {
     // SAFETY: a string of the environment.
     match unsafe { CStr::from_ptr(value) }.to_bytes() {
         b"" | b"0" => {}
-        b"1" | b"stderr" => TARGET.store(STDERR, Ordering::Relaxed),
+        b"1" | b"stderr" => use_stderr(),
         _ => {
             // A copy, since the program may change its environment. It is made at load time only,
             // where malloc may be used; without memory there is no log.
@@ -44,6 +53,22 @@ pub fn init() {
             }
         }
     }
+}
+
+/// Logs to descriptor 2, as long as it is what it is now.
+fn use_stderr() {
+    if let Some(file) = file_of_stderr() {
+        for (to, word) in FILE_OF_STDERR.iter().zip(file) {
+            to.store(word, Ordering::Relaxed);
+        }
+        TARGET.store(STDERR, Ordering::Release);
+    }
+}
+
+/// Is descriptor 2 what it was?
+fn is_stderr() -> bool {
+    let known = FILE_OF_STDERR.each_ref();
+    file_of_stderr() == Some(known.map(|word| word.load(Ordering::Relaxed)))
 }
 
 /// Is a log asked for?
@@ -78,7 +103,7 @@ pub fn line(message: fmt::Arguments<'_>) {
     line.text[line.len] = b'\n';
     let text = &line.text[..=line.len];
     match TARGET.load(Ordering::Acquire) {
-        STDERR => sys::write(2, text),
+        STDERR if is_stderr() => sys::write(2, text),
         FILE => {
             if let Some(fd) = open_file() {
                 sys::write(fd, text);
@@ -92,7 +117,13 @@ pub fn line(message: fmt::Arguments<'_>) {
 
 fn open_file() -> Option<c_int> {
     let path = PATH.load(Ordering::Relaxed);
-    let flags = libc::O_WRONLY | libc::O_APPEND | libc::O_CREAT | libc::O_CLOEXEC | libc::O_NOCTTY;
+    // Nobody may read from a FIFO: then the line is lost, and the program does not wait.
+    let flags = libc::O_WRONLY
+        | libc::O_APPEND
+        | libc::O_CREAT
+        | libc::O_CLOEXEC
+        | libc::O_NOCTTY
+        | libc::O_NONBLOCK;
     // SAFETY: a terminated string that is never freed.
     let fd = unsafe { libc::syscall(libc::SYS_openat, libc::AT_FDCWD, path, flags, 0o666) };
     (fd >= 0).then_some(fd as c_int)
@@ -107,3 +138,68 @@ macro_rules! log {
     };
 }
 pub(crate) use log;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Checks something in a child, whose descriptors and variables are its own.
+    fn in_child(check: impl FnOnce() -> bool) -> bool {
+        // SAFETY: the child makes system calls only.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: calls without conditions.
+            unsafe {
+                libc::alarm(10);
+                libc::_exit((!check()).into())
+            }
+        }
+        let mut status = -1;
+        // SAFETY: the status is written.
+        unsafe { libc::waitpid(child, &mut status, 0) };
+        status == 0
+    }
+
+    #[test]
+    fn lines_go_to_the_standard_error_of_the_start_only() {
+        let memfd = || {
+            sys::close(2);
+            // SAFETY: a terminated name.
+            unsafe { libc::memfd_create(c"log".as_ptr(), 0) == 2 }
+        };
+        let written = || sys::fstat(2).is_ok_and(|stat| stat.st_size > 0);
+        assert!(in_child(|| {
+            let opened = memfd();
+            use_stderr();
+            line(format_args!("a line"));
+            opened && written()
+        }));
+        assert!(in_child(|| {
+            use_stderr();
+            let opened = memfd();
+            line(format_args!("a line"));
+            opened && !written()
+        }));
+        assert!(in_child(|| {
+            sys::close(2);
+            use_stderr();
+            !enabled()
+        }));
+    }
+
+    #[test]
+    fn a_fifo_without_a_reader_is_not_waited_for() {
+        let path = std::env::temp_dir().join(format!("pinbuf-log-{}", std::process::id()));
+        let path = std::ffi::CString::new(path.into_os_string().into_encoded_bytes()).unwrap();
+        // SAFETY: a terminated string.
+        assert_eq!(unsafe { libc::mkfifo(path.as_ptr(), 0o600) }, 0);
+        assert!(in_child(|| {
+            PATH.store(path.as_ptr().cast_mut(), Ordering::Relaxed);
+            TARGET.store(FILE, Ordering::Release);
+            line(format_args!("a line"));
+            true
+        }));
+        // SAFETY: a terminated string.
+        assert_eq!(unsafe { libc::unlink(path.as_ptr()) }, 0);
+    }
+}
