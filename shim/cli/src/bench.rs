@@ -188,7 +188,7 @@ impl Bench {
             bail!("--size and --repeat must be greater than zero");
         }
         if let (Some(side), Some(memory)) = (self.side, self.memory) {
-            println!(
+            say!(
                 "{}",
                 serde_json::to_string(&measure(side, memory, bytes, self.repeat)?)?
             );
@@ -209,7 +209,7 @@ impl Bench {
             rows,
         };
         if self.json {
-            println!("{}", text::json(&report)?);
+            text::print_json(&report)?;
         } else {
             print(&report);
         }

@@ -121,7 +121,7 @@ impl Doctor {
         }
         findings.extend(refusals(self.pid));
         if self.json {
-            println!("{}", text::json(&findings)?);
+            text::print_json(&findings)?;
         } else {
             print(&findings);
         }

@@ -126,7 +126,7 @@ impl Info {
         }
         let buffers: Vec<Buffer> = buffers.into_values().collect();
         if self.json {
-            println!("{}", text::json(&buffers)?);
+            text::print_json(&buffers)?;
         } else {
             print(&buffers);
             if unreadable > 0 {

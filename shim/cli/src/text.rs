@@ -4,11 +4,14 @@
 //! UTF-8, and characters that a terminal acts on. All output passes through here.
 
 use std::fmt;
+use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use anyhow::Result;
 use serde::Serialize;
+
+use crate::OWN_ERROR;
 
 /// The text of a byte string: each byte that is not part of UTF-8 becomes `\x` and two digits.
 pub fn of_bytes(bytes: &[u8]) -> String {
@@ -45,7 +48,7 @@ pub fn escaped(line: &str) -> String {
 }
 
 /// JSON, with everything that a terminal acts on escaped as JSON escapes it.
-pub fn json(value: &impl Serialize) -> Result<String> {
+fn json(value: &impl Serialize) -> Result<String> {
     Ok(json_escaped(&serde_json::to_string_pretty(value)?))
 }
 
@@ -71,12 +74,30 @@ pub fn json_line(value: &impl Serialize) -> Result<String> {
 
 /// Prints a line.
 pub fn print_line(line: fmt::Arguments<'_>) {
-    println!("{}", escaped(&line.to_string()));
+    print(&escaped(&line.to_string()));
+}
+
+/// Prints JSON, from [`json`]. (Its line breaks are the layout's.)
+pub fn print_json(value: &impl Serialize) -> Result<()> {
+    print(&json(value)?);
+    Ok(())
+}
+
+/// Prints text that is escaped already. Where that fails, nothing can be said to the reader any more: the
+/// program ends, silently if the reader has gone, as `head` does.
+fn print(text: &str) {
+    if let Err(error) = writeln!(io::stdout(), "{text}") {
+        if error.kind() != io::ErrorKind::BrokenPipe {
+            print_error(format_args!("cannot write to standard output: {error}"));
+        }
+        std::process::exit(OWN_ERROR.into());
+    }
 }
 
 /// Prints a line on standard error, with the name of this program before it.
 pub fn print_error(line: fmt::Arguments<'_>) {
-    eprintln!("pinbuf: {}", escaped(&line.to_string()));
+    // There is no other place to report a failure.
+    let _ = writeln!(io::stderr(), "pinbuf: {}", escaped(&line.to_string()));
 }
 
 /// Prints a line.

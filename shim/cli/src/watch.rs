@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{bail, Result};
+use anyhow::{bail, Context, Result};
 use clap::Args;
 use pinbuf::{Device, Discard, DiscardState, DmaBuf};
 use serde::Serialize;
@@ -139,9 +139,15 @@ impl Watch {
             }
             for (inode, change) in &now {
                 let before = known.get(inode).map_or(&[][..], Vec::as_slice);
-                if change.parts != before && self.print(change).is_err() {
+                if change.parts == before {
+                    continue;
+                }
+                match self.print(change) {
                     // Nobody reads any more.
-                    return Ok(ExitCode::SUCCESS);
+                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                        return Ok(ExitCode::SUCCESS);
+                    }
+                    printed => printed.context("cannot write to standard output")?,
                 }
             }
             asked = true;
