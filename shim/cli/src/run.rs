@@ -6,6 +6,8 @@ use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{bail, Context, Result};
 use clap::Args;
@@ -38,6 +40,23 @@ pub struct Run {
         value_name = "COMMAND"
     )]
     command: Vec<OsString>,
+}
+
+/// Whether the program was started with SIGPIPE ignored, as services of systemd are. Rust's runtime ignores it before
+/// `main`, and gives a command the default.
+static PIPE_IGNORED: AtomicBool = AtomicBool::new(false);
+
+#[used]
+#[link_section = ".init_array"]
+static INIT: extern "C" fn() = note_signals;
+
+extern "C" fn note_signals() {
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: the action is written, and none is set.
+    let result = unsafe { libc::sigaction(libc::SIGPIPE, ptr::null(), action.as_mut_ptr()) };
+    // SAFETY: written, or zeroes.
+    let handler = unsafe { action.assume_init() }.sa_sigaction;
+    PIPE_IGNORED.store(result == 0 && handler == libc::SIG_IGN, Ordering::Relaxed);
 }
 
 impl Run {
@@ -87,6 +106,15 @@ impl Run {
                 std::path::absolute(log)?
             };
             command.env("PINBUF_SHIM_LOG", log);
+        }
+        if PIPE_IGNORED.load(Ordering::Relaxed) {
+            let ignore = || {
+                // SAFETY: no handler is installed.
+                unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+                Ok(())
+            };
+            // SAFETY: a system call; and there is no fork here.
+            unsafe { command.pre_exec(ignore) };
         }
         let error = command.exec();
         complain!("{}: {error}", of_path(&program.path));

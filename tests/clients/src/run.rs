@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
 
 use anyhow::{ensure, Context, Result};
 use nix::mount::{mount, MsFlags};
@@ -19,6 +20,8 @@ tests!("run":
     passes_arguments_and_status_on,
     tells_missing_from_not_executable,
     keeps_what_is_preloaded_already,
+    keeps_signals_that_are_ignored,
+    ends_without_a_panic_if_nobody_reads,
     logs_what_is_made_and_what_is_refused,
     says_that_the_device_is_missing,
     says_that_the_module_is_not_loaded,
@@ -109,6 +112,40 @@ fn keeps_what_is_preloaded_already() -> Result<()> {
         end.out == "/usr/lib/pinbuf/libudmabuf_shim.so:libm.so.6\n",
         "{end:?}"
     );
+    Ok(())
+}
+
+fn keeps_signals_that_are_ignored() -> Result<()> {
+    for trap in ["trap '' PIPE HUP", "trap '' HUP", ":"] {
+        let ignored = "grep SigIgn /proc/self/status";
+        let script = format!("{trap}; {ignored}; exec pinbuf run -- {ignored}");
+        let end = shell(&script).by_kvm_user().end()?;
+        let lines: Vec<&str> = end.out.lines().collect();
+        ensure!(lines.len() == 2 && lines[0] == lines[1], "{trap}: {end:?}");
+    }
+    Ok(())
+}
+
+fn ends_without_a_panic_if_nobody_reads() -> Result<()> {
+    for words in ["doctor", "doctor --json", "info", "info --json"] {
+        // The reader has gone; and the disk is full.
+        let (reader, writer) = nix::unistd::pipe()?;
+        drop(reader);
+        let full = fs::File::options().write(true).open("/dev/full")?;
+        for (out, said) in [
+            (writer.into(), ""),
+            (
+                Stdio::from(full),
+                "pinbuf: cannot write to standard output: ",
+            ),
+        ] {
+            let words: Vec<&str> = ["pinbuf"].into_iter().chain(words.split(' ')).collect();
+            let mut command = Start::program(&words).command();
+            let end = End::from(command.stdout(out).stderr(Stdio::piped()).output()?);
+            let is_said = end.err.starts_with(said) && end.err.is_empty() == said.is_empty();
+            ensure!(end.status == Some(125) && is_said, "{words:?}: {end:?}");
+        }
+    }
     Ok(())
 }
 
