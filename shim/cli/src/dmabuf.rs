@@ -102,15 +102,18 @@ fn descriptor(thread: &Path, number: u32) -> Option<Descriptor> {
     if !target.as_os_str().as_bytes().starts_with(PREFIX) {
         return None;
     }
+    // Read before the file system is asked: that of another user (FUSE) may never answer. Only a dma-buf's fdinfo has
+    // these fields.
+    let text = fs::read(thread.join(format!("fdinfo/{number}"))).ok()?;
+    let fields = fields(&text)?;
     if statfs(&link).ok()?.filesystem_type() != DMA_BUF_MAGIC {
         return None;
     }
     let device = fs::metadata(&link).ok()?.dev();
-    let text = fs::read(thread.join(format!("fdinfo/{number}"))).ok()?;
     Some(Descriptor {
         number,
         device,
-        ..fields(&text)?
+        ..fields
     })
 }
 

@@ -12,7 +12,7 @@ use clap::Args;
 use pinbuf::{ChargedTo, Device, DmaBuf, Region};
 use serde::Serialize;
 
-use crate::dmabuf::{self, Mapping};
+use crate::dmabuf::{self, Descriptor, Mapping};
 use crate::text::{self, complain, say};
 use crate::watch::{self, Part};
 
@@ -183,13 +183,12 @@ impl Found {
                 let (buffer, place) = self.holder(descriptor.inode, pid);
                 buffer.bytes = descriptor.bytes;
                 buffer.set_name(&descriptor.name);
-                let ours = descriptor.exporter == dmabuf::PINBUF;
-                buffer.exporter = Some(descriptor.exporter);
+                buffer.exporter = Some(descriptor.exporter.clone());
                 buffer.holders[place].descriptors.insert(descriptor.number);
+                let ours = descriptor.exporter == dmabuf::PINBUF;
                 // Another thread's number would be looked for in the first one's table.
                 if ours && !own_table && buffer.pinned.is_none() {
-                    buffer.pinned =
-                        device.and_then(|device| describe(device, pid, descriptor.number));
+                    buffer.pinned = device.and_then(|device| describe(device, pid, &descriptor));
                 }
             }
             // Threads share their mappings; one that has ended has none.
@@ -249,8 +248,8 @@ fn filesystem_of_own(device: &Device) -> Option<u64> {
 }
 
 /// Asks pinbuf about another process's buffer, through a copy of its descriptor.
-fn describe(device: &Device, pid: u32, number: u32) -> Option<Pinned> {
-    let buffer = DmaBuf::from_fd(copy(pid, number)?).ok()?;
+fn describe(device: &Device, pid: u32, descriptor: &Descriptor) -> Option<Pinned> {
+    let buffer = copy(pid, descriptor)?;
     let info = buffer.info(device).ok()?;
     let discarded = buffer.discarded(device).ok();
     Some(Pinned {
@@ -271,7 +270,8 @@ fn describe(device: &Device, pid: u32, number: u32) -> Option<Pinned> {
     })
 }
 
-pub fn copy(pid: u32, number: u32) -> Option<OwnedFd> {
+/// A copy of a process's descriptor of a buffer; none if the number is another file's meanwhile.
+pub fn copy(pid: u32, descriptor: &Descriptor) -> Option<DmaBuf> {
     // SAFETY: no memory is involved.
     let process = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if process < 0 {
@@ -279,10 +279,14 @@ pub fn copy(pid: u32, number: u32) -> Option<OwnedFd> {
     }
     // SAFETY: the kernel has just returned it, so nobody else owns it.
     let process = unsafe { OwnedFd::from_raw_fd(process as i32) };
+    let (process, number) = (process.as_raw_fd(), descriptor.number);
     // SAFETY: no memory is involved.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) };
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process, number, 0) };
     // SAFETY: as above.
-    (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    let fd = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) })?;
+    let buffer = DmaBuf::from_fd(fd).ok()?;
+    let inode = nix::sys::stat::fstat(buffer.as_fd()).ok()?.st_ino;
+    (inode == descriptor.inode).then_some(buffer)
 }
 
 pub fn size(bytes: u64) -> String {

@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use clap::Args;
-use pinbuf::{Device, Discard, DiscardState, DmaBuf};
+use pinbuf::{Device, Discard, DiscardState};
 use serde::Serialize;
 
-use crate::dmabuf;
+use crate::dmabuf::{self, Descriptor};
 use crate::info::{command, copy, processes, size};
 use crate::text::{self, complain};
 
@@ -198,7 +198,7 @@ fn ask(device: &Device, pid: u32, found: &mut BTreeMap<u64, Change>) -> Result<(
             continue;
         }
         // It may be closed at any time.
-        let parts = parts(device, pid, descriptor.number);
+        let parts = parts(device, pid, &descriptor);
         let Some(parts) = parts else { continue };
         let bytes = |state| -> u64 {
             let of = parts.iter().filter(|part| part.state == state);
@@ -222,9 +222,8 @@ fn ask(device: &Device, pid: u32, found: &mut BTreeMap<u64, Change>) -> Result<(
 }
 
 /// The parts of another process's buffer that are discarded, asked through a copy of its descriptor.
-fn parts(device: &Device, pid: u32, number: u32) -> Option<Vec<Part>> {
-    let buffer = DmaBuf::from_fd(copy(pid, number)?).ok()?;
-    let discards = buffer.discarded(device).ok()?;
+fn parts(device: &Device, pid: u32, descriptor: &Descriptor) -> Option<Vec<Part>> {
+    let discards = copy(pid, descriptor)?.discarded(device).ok()?;
     Some(discards.iter().map(Part::from).collect())
 }
 

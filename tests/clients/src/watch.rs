@@ -3,10 +3,12 @@
 //! `pinbuf watch`, and what `pinbuf info` and the shim's log say of discarded memory.
 
 use std::io::{BufRead, BufReader};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
 use pinbuf_test_harness::support::memory::{memfd, punch_hole};
@@ -23,6 +25,7 @@ tests!("watch":
     shows_them_in_info,
     reports_changes_as_they_come,
     passes_nothing_raw_to_the_terminal,
+    keeps_buffers_apart_that_share_a_number,
     ends_with_its_process,
     the_shim_logs_them_once,
 );
@@ -202,6 +205,41 @@ fn passes_nothing_raw_to_the_terminal() -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// A number may be another buffer's by the time that its descriptor is copied.
+fn keeps_buffers_apart_that_share_a_number() -> Result<()> {
+    const ROUNDS: usize = 50;
+    // Lower than the buffers' own numbers, so that it is asked first.
+    let shared = OwnedFd::from(std::fs::File::open("/dev/null")?);
+    let (holed, whole) = (Frame::new()?, Frame::new()?);
+    holed.discard(0, COUNT)?;
+    let number = shared.as_raw_fd();
+    ensure!(number < holed.buffer.as_fd().as_raw_fd());
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for frame in [&holed, &whole].into_iter().cycle() {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                // SAFETY: no memory is involved; the number is this function's.
+                unsafe { libc::dup2(frame.buffer.as_fd().as_raw_fd(), number) };
+                thread::sleep(Duration::from_micros(500));
+            }
+        });
+        let all: Result<Vec<_>> = (0..ROUNDS).map(|_| once()).collect();
+        stop.store(true, Ordering::Relaxed);
+        let (inode, all) = (holed.inode()?, all?);
+        for (found, change) in all.iter().flatten() {
+            ensure!(
+                *found == inode && change["parts"] == json!([part(0, COUNT)]),
+                "of buffer {inode} alone something is discarded: {change:#?}"
+            );
+        }
+        ensure!(all.concat().len() > ROUNDS / 2, "too few lines: {all:#?}");
+        Ok(())
+    })
 }
 
 fn ends_with_its_process() -> Result<()> {
