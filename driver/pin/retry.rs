@@ -16,8 +16,8 @@
 //! half; each retry asks for an eighth of the pages, and after a success the number doubles again;
 //! and all retries but the last are made by one caller at a time ([`super::turn`]).
 //!
-//! After the last retry, the driver tries to pin the pages where they are, for a moment. If that
-//! succeeds, they could not be migrated (`EBUSY`); otherwise the kernel is out of memory
+//! After the last retry, the driver tries to pin the first page where it is, for a moment. If that
+//! succeeds, the pages could not be migrated (`EBUSY`); otherwise the kernel is out of memory
 //! (`ENOMEM`).
 
 use super::turn::Turn;
@@ -108,7 +108,8 @@ impl Patience {
             self.turn = self.turn.take().or_else(Turn::take);
             in_turn = self.turn.is_some();
         }
-        let brief = pages::pin_user_pages(mm, addr, max.min(self.most), How::Short, out);
+        // One page, because this faults pages in too: see `pin_once`.
+        let brief = pages::pin_user_pages(mm, addr, 1, How::Short, out);
         out.clear();
         match brief {
             Ok(()) => Err(EBUSY),
