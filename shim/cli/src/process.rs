@@ -2,10 +2,12 @@
 
 //! Looking at a process: did the shim reach it?
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::PathBuf;
+use std::mem::MaybeUninit;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -59,14 +61,11 @@ impl Process {
         let (mut pinbuf_open, mut udmabuf_open) = (false, false);
         let (pinbuf, udmabuf) = (number_of("pinbuf"), number_of("udmabuf"));
         for entry in fs::read_dir(path("fd"))? {
-            match fs::metadata(entry?.path()) {
-                // By its number: a name is the view of another /dev, or that of some other file.
-                Ok(file) if file.file_type().is_char_device() => {
-                    pinbuf_open |= Some(file.rdev()) == pinbuf;
-                    udmabuf_open |= Some(file.rdev()) == udmabuf;
-                }
-                // Descriptors come and go meanwhile.
-                _ => {}
+            // By its number: a name is the view of another /dev, or that of some other file. Descriptors come and go
+            // meanwhile.
+            if let Some(number) = character_device(&entry?.path()) {
+                pinbuf_open |= Some(number) == pinbuf;
+                udmabuf_open |= Some(number) == udmabuf;
             }
         }
         let (pinbufs_buffers, udmabufs_buffers) = buffers(pid)?;
@@ -85,6 +84,29 @@ impl Process {
             credentials: Credentials::of(&pid.to_string())?,
         })
     }
+}
+
+/// The number of the character device that a path leads to. The file system is not asked for what the kernel knows: that
+/// of another user (FUSE) may never answer.
+fn character_device(path: &Path) -> Option<u64> {
+    let path = CString::new(path.as_os_str().as_bytes()).ok()?;
+    let mut found = MaybeUninit::<libc::statx>::zeroed();
+    let (flags, mask) = (libc::AT_STATX_DONT_SYNC, libc::STATX_TYPE);
+    // SAFETY: a terminated string, and a struct to write to.
+    let result = unsafe {
+        libc::statx(
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            flags,
+            mask,
+            found.as_mut_ptr(),
+        )
+    };
+    // SAFETY: integers, which are zero where nothing was written.
+    let found = unsafe { found.assume_init() };
+    let is_device = u32::from(found.stx_mode) & libc::S_IFMT == libc::S_IFCHR;
+    let (major, minor) = (found.stx_rdev_major, found.stx_rdev_minor);
+    (result == 0 && is_device).then(|| libc::makedev(major, minor))
 }
 
 /// How many buffers of pinbuf's and of udmabuf's a process has descriptors of.
@@ -169,6 +191,15 @@ mod tests {
         assert!(!process.secure && !process.shim && !process.udmabuf_open);
         assert_eq!((process.pinbufs_buffers, process.udmabufs_buffers), (0, 0));
         assert!(Process::find(u32::MAX).is_err());
+    }
+
+    #[test]
+    fn devices_are_known_by_their_numbers() {
+        let null = nix::sys::stat::makedev(1, 3);
+        assert_eq!(character_device(Path::new("/dev/null")), Some(null));
+        for other in ["/", "/proc/version", "/no/such/file"] {
+            assert_eq!(character_device(Path::new(other)), None, "{other}");
+        }
     }
 
     #[test]
