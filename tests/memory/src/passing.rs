@@ -16,6 +16,8 @@ use crate::frames::{self, all_frames, movable, within};
 use crate::holders::{Piped, SlowDisk};
 use pinbuf_test_harness::support::kernel::{vmstat, Setting};
 use pinbuf_test_harness::support::memory::{memfd, HUGE, PAGE};
+use pinbuf_test_harness::support::process::PATIENCE;
+use pinbuf_test_harness::support::uffd::Faults;
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
 
@@ -29,6 +31,7 @@ tests! { "passing":
     caches_dropped within 120,
     patience_has_an_end within 120,
     killed_while_patient within 120,
+    does_not_wait_with_what_is_not_charged,
 }
 
 /// Pages of the memory that are held.
@@ -324,6 +327,35 @@ fn direct_io() -> Result<()> {
         check_eq!(kernel::pins()?, pins, "pins after all");
     }
     Ok(())
+}
+
+/// After the last retry, the driver tries to pin the page where it is. It must not try that with several pages: if one
+/// of them is missing, its owner could make the call wait forever, and the pages before it keep huge pages in place
+/// that are not charged.
+fn does_not_wait_with_what_is_not_charged() -> Result<()> {
+    let device = Device::open()?;
+    let movable_memory = Kind::Anonymous.memory(64 * PAGE)?;
+    let memory = &movable_memory.memory;
+    checked(memory)?;
+    // The first page is a batch of its own.
+    let _piped = Piped::pages(memory, PAGE, 1)?;
+    memory.advise(5 * PAGE, PAGE, libc::MADV_DONTNEED)?;
+    let faults = Faults::of_part(memory, 5 * PAGE, PAGE)?;
+    let _setting = Setting::parameter("pin_retries", 0)?;
+    let result = std::thread::scope(|scope| {
+        let caller = scope.spawn(|| busy(&device, memory));
+        let start = Instant::now();
+        while !caller.is_finished() && start.elapsed() < PATIENCE / 4 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let finished = caller.is_finished();
+        // Nobody waits for a userfaultfd that is closed.
+        drop(faults);
+        let result = caller.join().expect("the caller panicked");
+        check!(finished, "create waits, with what it must not have");
+        result
+    });
+    result.map(drop)
 }
 
 /// However many pages are held, the time is bounded, and the parameter sets it.
