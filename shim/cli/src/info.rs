@@ -84,8 +84,8 @@ struct Pinned {
 #[derive(Debug, Default)]
 struct Found {
     buffers: BTreeMap<u64, Buffer>,
-    /// Mappings of what is called like a dma-buf, and whether the kernel says that it is one.
-    mapped: Vec<(u32, Mapping, Option<bool>)>,
+    /// Mappings of what is called like a dma-buf.
+    mapped: Vec<(u32, Mapping)>,
     /// The device number of the dma-bufs' file system.
     filesystem: Option<u64>,
 }
@@ -196,10 +196,8 @@ impl Found {
                 mapped = dmabuf::mappings(&thread).unwrap_or_default();
             }
         }
-        self.mapped.extend(mapped.into_iter().map(|mapping| {
-            let known = dmabuf::is_buffer(pid, &mapping);
-            (pid, mapping, known)
-        }));
+        self.mapped
+            .extend(mapped.into_iter().map(|mapping| (pid, mapping)));
         Ok(())
     }
 
@@ -208,10 +206,12 @@ impl Found {
         if !self.mapped.is_empty() && self.filesystem.is_none() {
             self.filesystem = device.and_then(filesystem_of_own);
         }
-        for (pid, mapping, known) in std::mem::take(&mut self.mapped) {
+        for (pid, mapping) in std::mem::take(&mut self.mapped) {
+            // The file system itself is asked last: that of another user (FUSE) may never answer.
             let same = self.filesystem.map(|device| device == mapping.device);
+            let known = same.or_else(|| dmabuf::is_buffer(pid, &mapping));
             // Where nothing can be proved, it is better to list what is none than to hide what is one.
-            if !known.or(same).unwrap_or(true) {
+            if !known.unwrap_or(true) {
                 continue;
             }
             let (buffer, place) = self.holder(mapping.inode, pid);
