@@ -203,7 +203,7 @@ fn leaves(what: &str, make: impl Fn() -> Result<Memory>) -> Result<()> {
     let whole = whole_area()?;
     check!(
         whole.is_some(),
-        "the area cannot be allocated beside a buffer"
+        "the area cannot be allocated while a buffer lives"
     );
     let mapped = buffer.map()?;
     for offset in (0..memory.len()).step_by(PAGE) {

@@ -321,7 +321,7 @@ fn same_page_merged() -> Result<()> {
     check_eq!(
         with_flag(&after[16..], KSM)?,
         16,
-        "merged pages beside the buffer"
+        "merged pages besides the buffer"
     );
     views_agree(&buffer, &[(&memory, 0, 16 * PAGE)])?;
     let mut seen = vec![0; PAGE];

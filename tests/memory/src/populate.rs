@@ -283,7 +283,7 @@ fn killed_by_cgroup(make: impl Fn(usize) -> Result<Memory>) -> Result<()> {
         "ended by {status:?}: {said}"
     );
     let kills = group.event("memory.events", "oom_kill")?;
-    check!(kills > 0, "nobody was killed for want of memory");
+    check!(kills > 0, "no process was killed for lack of memory");
     check_eq!(kernel::pins()?, pins, "pins after the kill");
     check_eq!(kernel::dma_bufs()?, buffers, "dma-bufs after the kill");
     // Pages in the processors' lists are uncharged late.

@@ -57,7 +57,7 @@ fn version(machine: &mut Machine) -> Result<u64> {
     let answer = machine.qmp.execute("query-version", json!({}))?;
     answer["qemu"]["major"]
         .as_u64()
-        .context("QEMU tells no version")
+        .context("QEMU reports no version")
 }
 
 /// A client gets the descriptor of the screen, maps it, and compares every pixel.
@@ -94,7 +94,7 @@ pub fn dbus_descriptor() -> Result<()> {
         // Without any call of the guest's driver: these are the pages that the guest draws in.
         let expected = machine.draw_quietly(if second { 21 } else { 20 })?;
         scanout.picture()?.compare(expected)?;
-        note("a frame of which the guest told nobody: every pixel right");
+        note("a frame that the guest did not announce: every pixel right");
     }
     machine.buffers()?;
     machine.quit()
@@ -158,7 +158,7 @@ fn copied(setup: Setup, exporter: &str) -> Result<()> {
     let (wrong, _) = picture.wrong(quiet)?;
     ensure!(wrong > 0, "that is the guest's memory, without blob");
     note(&format!(
-        "a frame of which the guest told nobody is not there: {wrong} pixels differ"
+        "a frame that the guest did not announce is not there: {wrong} pixels differ"
     ));
     machine.quit()
 }

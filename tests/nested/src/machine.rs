@@ -238,7 +238,7 @@ pub fn refusal(setup: &Setup) -> Result<String> {
     let said = fs::read_to_string(directory.join("messages"))?;
     match status {
         Some(status) if !status.success() => Ok(said),
-        _ => bail!("QEMU started, which it was not to do: {said}"),
+        _ => bail!("QEMU started, although it should have refused: {said}"),
     }
 }
 

@@ -181,7 +181,7 @@ fn private_not_inherited() -> Result<()> {
     let signal = signal_of(|| {
         memory.get(0);
     })?;
-    check_eq!(signal, Some(Signal::SIGSEGV), "the child's look at it");
+    check_eq!(signal, Some(Signal::SIGSEGV), "the child's access");
     memory.write(0, &pattern(8, 0, 8 * PAGE));
     holds(
         &Mapped {
@@ -230,7 +230,7 @@ fn private_huge_pages_not_inherited() -> Result<()> {
     let signal = signal_of(|| {
         memory.get(0);
     })?;
-    check_eq!(signal, Some(Signal::SIGSEGV), "the child's look at it");
+    check_eq!(signal, Some(Signal::SIGSEGV), "the child's access");
     memory.set(HUGE - 8, 12);
     check_eq!(mapped.get(HUGE - 8), 12, "what the parent wrote");
     Ok(())

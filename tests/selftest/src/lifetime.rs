@@ -80,7 +80,7 @@ fn duplicate_keeps_it() -> Result<()> {
     check_eq!(
         device.describe(&copy)?.pages,
         4,
-        "pages, told of the duplicate"
+        "pages, as reported for the duplicate"
     );
     copy.map()?.set(0, 2);
     check_eq!(memory.get(0), 2, "what was written");

@@ -180,7 +180,7 @@ fn the_soft_limit_counts() -> Result<()> {
 fn users_have_limits_of_their_own() -> Result<()> {
     let _setting = no_allowance()?;
     let first = Holder::new(USER, 16, 16)?;
-    let second = Holder::new(OTHER_USER, 16, 16).context("beside another user's")?;
+    let second = Holder::new(OTHER_USER, 16, 16).context("besides another user's")?;
     first.release()?;
     second.release()
 }
@@ -190,8 +190,8 @@ fn limit_zero() -> Result<()> {
     in_child(|| {
         let (device, memory) = user_with(USER, 0, 1)?;
         too_many(&device, &memory, 1, "of none")?;
-        check_eq!(device.query()?.memlock_bytes, 0, "the limit as told");
-        check_eq!(device.query()?.allowance_bytes, 0, "the allowance as told");
+        check_eq!(device.query()?.memlock_bytes, 0, "the reported limit");
+        check_eq!(device.query()?.allowance_bytes, 0, "the reported allowance");
         Ok(())
     })
 }
@@ -377,7 +377,11 @@ fn capability_lifts_it() -> Result<()> {
     in_child(|| {
         let device = Device::open()?;
         set_memlock(16 * PAGE)?;
-        check_eq!(device.query()?.memlock_bytes, u64::MAX, "the limit as told");
+        check_eq!(
+            device.query()?.memlock_bytes,
+            u64::MAX,
+            "the reported limit"
+        );
         let memory = Memory::anonymous(1000 * PAGE)?;
         // Also what would be within the limit.
         let small = gets(&device, &memory, 10)?;
@@ -417,7 +421,7 @@ fn capability_of_a_namespace_does_not() -> Result<()> {
         check_eq!(
             device.query()?.memlock_bytes,
             4 * PAGE as u64,
-            "the limit as told"
+            "the reported limit"
         );
         drop(gets(&device, &memory, 4)?);
         Ok(())
@@ -429,7 +433,7 @@ fn allowance() -> Result<()> {
     in_child(|| {
         let (device, memory) = user_with(USER, 0, 300)?;
         let query = device.query()?;
-        check_eq!(query.allowance_bytes, 1 << 20, "the allowance as told");
+        check_eq!(query.allowance_bytes, 1 << 20, "the reported allowance");
         check_eq!(query.allowance_used, 0, "the allowance used");
         too_many(&device, &memory, 257, "of an allowance of 256")?;
         let first = gets(&device, &memory, 200)?;
@@ -524,7 +528,7 @@ fn allowance_of_all_users() -> Result<()> {
         check_eq!(
             query.allowance_system,
             1 << 20,
-            "what all users may have, as told"
+            "the reported allowance of all users"
         );
         check_eq!(query.allowance_used, 0, "used by this user");
         too_many(&device, &memory, 57, "when another user has 200 of all 256")?;
@@ -569,7 +573,7 @@ fn allowance_of_a_namespace() -> Result<()> {
         check_eq!(
             used,
             200 * PAGE as u64,
-            "the allowance used, as told inside"
+            "the allowance used, as reported inside"
         );
         too_many(&device, &memory, 57, "when 56 are left")?;
         link.theirs.signal()?;
@@ -605,9 +609,9 @@ fn allowance_of_a_namespace() -> Result<()> {
     check_eq!(
         used_by(USER)?,
         200 * PAGE as u64,
-        "used by who made the namespace"
+        "used by the namespace's maker"
     );
-    check_eq!(used_by(OTHER_USER)?, 0, "used by who lent it a user");
+    check_eq!(used_by(OTHER_USER)?, 0, "used by the host user behind it");
     link.ours.signal()?;
     child.join()
 }

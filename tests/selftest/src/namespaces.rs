@@ -150,15 +150,15 @@ fn subordinates_share_a_limit() -> Result<()> {
         drop(buffers);
         // What one user gave back is available to another.
         let again = buffers_of_all(device, 10, LIMIT)?;
-        check_eq!(again.len(), 1, "users who get all of it");
+        check_eq!(again.len(), 1, "users that get all of it");
         Ok(())
     })?;
     let Ok(count) = link.hear() else {
         return child.join();
     };
     check_eq!(count, 5, "buffers of 3 pages each, of {LIMIT} pages");
-    host_user_gets(USER, LIMIT, 1).context("who made the namespace")?;
-    host_user_gets(USER, LIMIT + 4, 5).context("who made it, with a larger limit")?;
+    host_user_gets(USER, LIMIT, 1).context("the namespace's maker")?;
+    host_user_gets(USER, LIMIT + 4, 5).context("its maker, with a larger limit")?;
     host_user_gets(OTHER_USER, LIMIT, LIMIT).context("another user")?;
     link.signal()?;
     child.join()?;
@@ -235,9 +235,9 @@ fn nested_namespaces() -> Result<()> {
         if inner.ours.wait().is_err() {
             return nested.join();
         }
-        check!(buffer_of(8, device, 5)?.is_none(), "5 pages beside 12");
+        check!(buffer_of(8, device, 5)?.is_none(), "5 pages besides 12");
         let four = buffer_of(9, device, 4)?;
-        check!(four.is_some(), "4 pages beside 12");
+        check!(four.is_some(), "4 pages besides 12");
         link.signal()?;
         link.wait()?;
         drop(four);
@@ -247,7 +247,7 @@ fn nested_namespaces() -> Result<()> {
     if link.wait().is_err() {
         return child.join();
     }
-    host_user_gets(USER, LIMIT, 0).context("who made the outer namespace")?;
+    host_user_gets(USER, LIMIT, 0).context("the outer namespace's maker")?;
     link.signal()?;
     child.join()?;
     host_user_gets(USER, LIMIT, LIMIT).context("at the end")
@@ -290,7 +290,7 @@ fn containers_share_no_limit() -> Result<()> {
             link.wait()?;
             drop(buffers);
             let again = buffers_of_all(device, 10, LIMIT)?;
-            check_eq!(again.len(), 1, "users who get all of it");
+            check_eq!(again.len(), 1, "users that get all of it");
             Ok(())
         })?;
         let Ok(count) = link.hear() else {
@@ -369,11 +369,11 @@ fn a_container_s_own_namespaces() -> Result<()> {
             for other in [0, 8] {
                 check!(
                     buffer_of(other, device, 5)?.is_none(),
-                    "user {other} has 5 pages beside 12"
+                    "user {other} has 5 pages besides 12"
                 );
                 check!(
                     buffer_of(other, device, 4)?.is_some(),
-                    "user {other} has no 4 pages beside 12"
+                    "user {other} has no 4 pages besides 12"
                 );
             }
             inner.ours.signal()?;

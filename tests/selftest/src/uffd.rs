@@ -93,7 +93,7 @@ fn quick_create() -> Result<()> {
     let took = start.elapsed();
     check!(
         took < Duration::from_secs(5),
-        "a create beside the stuck one took {took:?}"
+        "a create besides the stuck one took {took:?}"
     );
     Ok(())
 }

@@ -178,7 +178,7 @@ where
                     }
                     check!(
                         !allowed.heard,
-                        "fault {n} was injected and nobody heard of it"
+                        "fault {n} was injected and the call succeeded"
                     );
                     recovered += 1;
                 }

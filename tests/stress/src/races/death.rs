@@ -63,7 +63,7 @@ fn children(
     }
     // The kernel may still be releasing the last of them, which the harness waits for.
     println!(
-        "# {} children; {} pinned pages are being let go",
+        "# {} children; {} pinned pages are not released yet",
         died.get(),
         kernel::pins()? - pins
     );

@@ -104,7 +104,7 @@ fn module() -> Result<()> {
     );
     result?;
     check!(unloaded.get() > 0, "the module was never unloaded");
-    check!(fared.worked.get() > 0, "nobody had a buffer");
+    check!(fared.worked.get() > 0, "no user had a buffer");
     drop(Device::open().context("the device in the end")?);
     Ok(())
 }
