@@ -30,14 +30,8 @@ pub fn views_agree(buffer: &Buffer, pieces: &[(&Memory, usize, usize)]) -> Resul
         buffer,
         pieces: pieces.to_vec(),
     };
-    let cpu = Mapped {
-        buffer,
-        memory: &mapped,
-    };
-    let device = DeviceView {
-        importer: &importer,
-        mapping,
-    };
+    let cpu = Mapped::of(buffer, &mapped);
+    let device = DeviceView::of(&importer, mapping);
     let views: [&dyn View; 4] = [&source, &device, &cpu, &KernelView(&importer)];
     if len <= 256 * PAGE {
         agree(&views, len)

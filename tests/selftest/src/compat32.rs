@@ -136,15 +136,7 @@ fn create_and_info() -> Result<()> {
     memory.write(0, &pattern(1, 4 * PAGE as u64, 4 * PAGE));
     memory.write(4 * PAGE, &pattern(1, 0, 4 * PAGE));
     let mapped = buffer.map()?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        1,
-        0,
-        8 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &mapped), 1, 0, 8 * PAGE)?;
 
     low.0.write(0, &vec![0; 256]);
     low.0.write(0, &(size_of::<Info>() as u32).to_ne_bytes());

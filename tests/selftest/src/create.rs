@@ -58,14 +58,8 @@ fn all_views_agree(memory: &Memory) -> Result<()> {
     let mapping = importer.map(Direction::Bidirectional)?.0;
     importer.vmap()?;
     let source = Source::whole(&buffer, memory);
-    let cpu = Mapped {
-        buffer: &buffer,
-        memory: &mapped,
-    };
-    let sg = DeviceView {
-        importer: &importer,
-        mapping,
-    };
+    let cpu = Mapped::of(&buffer, &mapped);
+    let sg = DeviceView::of(&importer, mapping);
     agree(&[&source, &cpu, &sg, &KernelView(&importer)], memory.len())
 }
 
@@ -163,10 +157,7 @@ fn overlap() -> Result<()> {
     }
     let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
     let mapping = importer.map(Direction::ToDevice)?.0;
-    let device_view = DeviceView {
-        importer: &importer,
-        mapping,
-    };
+    let device_view = DeviceView::of(&importer, mapping);
     for (index, _) in pages.iter().enumerate() {
         let mut seen = [0; 8];
         device_view.read(index * PAGE + 8 * index, &mut seen)?;
@@ -255,15 +246,7 @@ fn memfd_private() -> Result<()> {
     let device = Device::open()?;
     let buffer = device.create(&[memory.range()])?;
     let mapped = buffer.map()?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        4,
-        0,
-        8 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &mapped), 4, 0, 8 * PAGE)?;
     all_views_agree(&memory)?;
     let mut seen = vec![0; 8 * PAGE];
     nix::sys::uio::pread(&file, &mut seen, 0)?;
@@ -419,14 +402,8 @@ fn ranges_65536() -> Result<()> {
         buffer: &buffer,
         pieces,
     };
-    let cpu = Mapped {
-        buffer: &buffer,
-        memory: &mapped,
-    };
-    let sg = DeviceView {
-        importer: &importer,
-        mapping,
-    };
+    let cpu = Mapped::of(&buffer, &mapped);
+    let sg = DeviceView::of(&importer, mapping);
     agree_sampled(
         &[&source, &cpu, &sg, &KernelView(&importer)],
         COUNT * PAGE,
@@ -480,14 +457,8 @@ fn one_gib() -> Result<()> {
     );
     importer.vmap()?;
     let source = Source::whole(&buffer, &memory);
-    let cpu = Mapped {
-        buffer: &buffer,
-        memory: &mapped,
-    };
-    let sg = DeviceView {
-        importer: &importer,
-        mapping,
-    };
+    let cpu = Mapped::of(&buffer, &mapped);
+    let sg = DeviceView::of(&importer, mapping);
     agree_sampled(&[&source, &cpu, &sg, &KernelView(&importer)], len, 203)
 }
 

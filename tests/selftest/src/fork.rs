@@ -38,55 +38,15 @@ fn private_child_writes() -> Result<()> {
     let buffer = device.create(&[memory.range()])?;
     let mapped = buffer.map()?;
     in_child(|| {
-        holds(
-            &Mapped {
-                buffer: &buffer,
-                memory: &memory,
-            },
-            1,
-            0,
-            8 * PAGE,
-        )?;
+        holds(&Mapped::of(&buffer, &memory), 1, 0, 8 * PAGE)?;
         memory.write(0, &pattern(2, 0, 8 * PAGE));
-        holds(
-            &Mapped {
-                buffer: &buffer,
-                memory: &mapped,
-            },
-            1,
-            0,
-            8 * PAGE,
-        )
+        holds(&Mapped::of(&buffer, &mapped), 1, 0, 8 * PAGE)
     })?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &memory,
-        },
-        1,
-        0,
-        8 * PAGE,
-    )?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        1,
-        0,
-        8 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &memory), 1, 0, 8 * PAGE)?;
+    holds(&Mapped::of(&buffer, &mapped), 1, 0, 8 * PAGE)?;
     // And the parent's still is the buffer's.
     memory.write(0, &pattern(3, 0, 8 * PAGE));
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        3,
-        0,
-        8 * PAGE,
-    )
+    holds(&Mapped::of(&buffer, &mapped), 3, 0, 8 * PAGE)
 }
 
 /// What the parent writes after the fork reaches the buffer, and not the child.
@@ -99,37 +59,13 @@ fn private_parent_writes() -> Result<()> {
     let link = Link::new()?;
     let child = Child::run(|| {
         link.theirs.wait()?;
-        holds(
-            &Mapped {
-                buffer: &buffer,
-                memory: &memory,
-            },
-            4,
-            0,
-            8 * PAGE,
-        )?;
-        holds(
-            &Mapped {
-                buffer: &buffer,
-                memory: &mapped,
-            },
-            5,
-            0,
-            8 * PAGE,
-        )?;
+        holds(&Mapped::of(&buffer, &memory), 4, 0, 8 * PAGE)?;
+        holds(&Mapped::of(&buffer, &mapped), 5, 0, 8 * PAGE)?;
         mapped.set(16, 99);
         Ok(())
     })?;
     memory.write(0, &pattern(5, 0, 8 * PAGE));
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        5,
-        0,
-        8 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &mapped), 5, 0, 8 * PAGE)?;
     link.ours.signal()?;
     child.join()?;
     check_eq!(
@@ -157,15 +93,7 @@ fn private_device_writes() -> Result<()> {
     })?;
     link.ours.wait()?;
     importer.write(mapping, 0, &pattern(6, 0, 8 * PAGE))?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &memory,
-        },
-        6,
-        0,
-        8 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &memory), 6, 0, 8 * PAGE)?;
     link.ours.signal()?;
     child.join()
 }
@@ -183,15 +111,7 @@ fn private_not_inherited() -> Result<()> {
     })?;
     check_eq!(signal, Some(Signal::SIGSEGV), "the child's access");
     memory.write(0, &pattern(8, 0, 8 * PAGE));
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        8,
-        0,
-        8 * PAGE,
-    )
+    holds(&Mapped::of(&buffer, &mapped), 8, 0, 8 * PAGE)
 }
 
 fn private_huge_memory(free: i64) -> Result<(HugePool, Memory)> {
@@ -247,24 +167,8 @@ fn shared_memory() -> Result<()> {
         memory.write(0, &pattern(13, 0, 8 * PAGE));
         Ok(())
     })?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        13,
-        0,
-        8 * PAGE,
-    )?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &memory,
-        },
-        13,
-        0,
-        8 * PAGE,
-    )
+    holds(&Mapped::of(&buffer, &mapped), 13, 0, 8 * PAGE)?;
+    holds(&Mapped::of(&buffer, &memory), 13, 0, 8 * PAGE)
 }
 
 /// The dma-buf's mapping is shared in both processes, whether it was touched before or not.
@@ -275,44 +179,12 @@ fn mapping_is_inherited() -> Result<()> {
     let (touched, untouched) = (buffer.map()?, buffer.map()?);
     touched.write(0, &pattern(14, 0, 8 * PAGE));
     in_child(|| {
-        holds(
-            &Mapped {
-                buffer: &buffer,
-                memory: &touched,
-            },
-            14,
-            0,
-            8 * PAGE,
-        )?;
+        holds(&Mapped::of(&buffer, &touched), 14, 0, 8 * PAGE)?;
         untouched.write(0, &pattern(15, 0, 8 * PAGE));
-        holds(
-            &Mapped {
-                buffer: &buffer,
-                memory: &touched,
-            },
-            15,
-            0,
-            8 * PAGE,
-        )
+        holds(&Mapped::of(&buffer, &touched), 15, 0, 8 * PAGE)
     })?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &touched,
-        },
-        15,
-        0,
-        8 * PAGE,
-    )?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &memory,
-        },
-        15,
-        0,
-        8 * PAGE,
-    )
+    holds(&Mapped::of(&buffer, &touched), 15, 0, 8 * PAGE)?;
+    holds(&Mapped::of(&buffer, &memory), 15, 0, 8 * PAGE)
 }
 
 fn descriptor_is_inherited() -> Result<()> {
@@ -327,27 +199,11 @@ fn descriptor_is_inherited() -> Result<()> {
             "pages, asked by the child"
         );
         let mapped = buffer.map()?;
-        holds(
-            &Mapped {
-                buffer: &buffer,
-                memory: &mapped,
-            },
-            16,
-            0,
-            8 * PAGE,
-        )?;
+        holds(&Mapped::of(&buffer, &mapped), 16, 0, 8 * PAGE)?;
         mapped.write(0, &pattern(17, 0, 8 * PAGE));
         Ok(())
     })?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &memory,
-        },
-        17,
-        0,
-        8 * PAGE,
-    )
+    holds(&Mapped::of(&buffer, &memory), 17, 0, 8 * PAGE)
 }
 
 /// With the parent's device, the child pins the child's memory.
@@ -364,24 +220,8 @@ fn child_creates() -> Result<()> {
     let buffer = pinbuf_test_harness::support::Buffer::from_fd(link.ours.receive()?);
     child.join()?;
     let mapped = buffer.map()?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        19,
-        0,
-        8 * PAGE,
-    )?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &memory,
-        },
-        18,
-        0,
-        8 * PAGE,
-    )
+    holds(&Mapped::of(&buffer, &mapped), 19, 0, 8 * PAGE)?;
+    holds(&Mapped::of(&buffer, &memory), 18, 0, 8 * PAGE)
 }
 
 fn many_children() -> Result<()> {
@@ -424,15 +264,7 @@ fn grandchild_holds_it() -> Result<()> {
         let grandchild = Child::run(|| {
             link.theirs.wait()?;
             let mapped = buffer.map()?;
-            holds(
-                &Mapped {
-                    buffer: &buffer,
-                    memory: &mapped,
-                },
-                20,
-                0,
-                8 * PAGE,
-            )?;
+            holds(&Mapped::of(&buffer, &mapped), 20, 0, 8 * PAGE)?;
             link.theirs.say(21)
         })?;
         // It outlives this process.

@@ -69,14 +69,8 @@ fn views_agree(memory: &Memory, parts: &[(usize, usize)]) -> Result<Info> {
         buffer: &buffer,
         pieces,
     };
-    let cpu = Mapped {
-        buffer: &buffer,
-        memory: &mapped,
-    };
-    let view = DeviceView {
-        importer: &importer,
-        mapping,
-    };
+    let cpu = Mapped::of(&buffer, &mapped);
+    let view = DeviceView::of(&importer, mapping);
     let views: [&dyn pinbuf_test_harness::support::view::View; 4] =
         [&source, &cpu, &view, &KernelView(&importer)];
     if len <= 64 * PAGE {

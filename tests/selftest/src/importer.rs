@@ -96,19 +96,13 @@ fn device_reads() -> Result<()> {
     for direction in [Direction::ToDevice, Direction::Bidirectional] {
         memory.write(0, &pattern(1, 0, 20 * PAGE));
         let (importer, mapping) = mapped(&buffer, Limits::NONE, direction)?;
-        let view = DeviceView {
-            importer: &importer,
-            mapping,
-        };
+        let view = DeviceView::of(&importer, mapping);
         holds(&view, 1, 0, 20 * PAGE).context("written before it was mapped")?;
         let source = Source::whole(&buffer, &memory);
         source.write(0, &pattern(2, 0, 20 * PAGE))?;
         holds(&view, 2, 0, 20 * PAGE).context("written while it was mapped")?;
         let cpu = buffer.map()?;
-        let cpu = Mapped {
-            buffer: &buffer,
-            memory: &cpu,
-        };
+        let cpu = Mapped::of(&buffer, &cpu);
         cpu.write(0, &pattern(3, 0, 20 * PAGE))?;
         holds(&view, 3, 0, 20 * PAGE).context("written through the dma-buf's mapping")?;
         // Announced as a write of everything.
@@ -128,15 +122,7 @@ fn device_writes() -> Result<()> {
         let (importer, mapping) = mapped(&buffer, Limits::NONE, direction)?;
         importer.write(mapping, 0, &pattern(5, 0, 20 * PAGE))?;
         holds(&Source::whole(&buffer, &memory), 5, 0, 20 * PAGE)?;
-        holds(
-            &Mapped {
-                buffer: &buffer,
-                memory: &cpu,
-            },
-            5,
-            0,
-            20 * PAGE,
-        )?;
+        holds(&Mapped::of(&buffer, &cpu), 5, 0, 20 * PAGE)?;
         importer.write(mapping, 0, &pattern(6, 0, 20 * PAGE))?;
         importer.unmap(mapping)?;
         let mut seen = vec![0; 20 * PAGE];
@@ -166,14 +152,8 @@ fn both_ways_scattered() -> Result<()> {
         pieces,
     };
     let cpu = buffer.map()?;
-    let cpu = Mapped {
-        buffer: &buffer,
-        memory: &cpu,
-    };
-    let view = DeviceView {
-        importer: &importer,
-        mapping,
-    };
+    let cpu = Mapped::of(&buffer, &cpu);
+    let view = DeviceView::of(&importer, mapping);
     agree(&[&source, &cpu, &view, &KernelView(&importer)], 300 * PAGE)
 }
 
@@ -260,10 +240,7 @@ fn segment_limits() -> Result<()> {
                 entry.len
             );
         }
-        let view = DeviceView {
-            importer: &importer,
-            mapping,
-        };
+        let view = DeviceView::of(&importer, mapping);
         agree_sampled(&[&source, &view], HUGE, 67)
             .with_context(|| format!("with segments up to {limit}"))?;
     }
@@ -363,10 +340,7 @@ fn boundaries() -> Result<()> {
                 );
             }
         }
-        let view = DeviceView {
-            importer: &importer,
-            mapping,
-        };
+        let view = DeviceView::of(&importer, mapping);
         agree_sampled(&[&source, &view], len, 41).context(what)?;
     }
     Ok(())
@@ -427,10 +401,7 @@ fn narrow_addresses() -> Result<()> {
         if mask_bits == 32 && lies_beyond {
             check!(kernel::bounce_slots()? > slots, "nothing was bounced");
         }
-        let view = DeviceView {
-            importer: &importer,
-            mapping,
-        };
+        let view = DeviceView::of(&importer, mapping);
         agree_sampled(&[&source, &view], memory.len(), 37)
             .with_context(|| format!("with addresses of {mask_bits} bits"))?;
     }
@@ -451,10 +422,7 @@ fn two_at_once() -> Result<()> {
     let (writer, written) = mapped(&buffer, limits, Direction::FromDevice)?;
     let (reader, read) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
     check_eq!(device.describe(&buffer)?.mappings, 2, "devices' mappings");
-    let reader_view = DeviceView {
-        importer: &reader,
-        mapping: read,
-    };
+    let reader_view = DeviceView::of(&reader, read);
     for seed in 10..14 {
         writer.write(written, 0, &pattern(seed, 0, 50 * PAGE))?;
         // An access of the CPU brings it to the reader, too.
@@ -482,38 +450,14 @@ fn two_mappings_of_one() -> Result<()> {
     let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
     let read = importer.map(Direction::ToDevice)?.0;
     let write = importer.map(Direction::FromDevice)?.0;
-    holds(
-        &DeviceView {
-            importer: &importer,
-            mapping: read,
-        },
-        30,
-        0,
-        10 * PAGE,
-    )?;
+    holds(&DeviceView::of(&importer, read), 30, 0, 10 * PAGE)?;
     importer.write(write, 0, &pattern(31, 0, 10 * PAGE))?;
     let mut seen = vec![0; 10 * PAGE];
     buffer.synced(Sync::ReadWrite, || memory.read(0, &mut seen))?;
     same("the memory", 0, &seen, &pattern(31, 0, 10 * PAGE))?;
-    holds(
-        &DeviceView {
-            importer: &importer,
-            mapping: read,
-        },
-        31,
-        0,
-        10 * PAGE,
-    )?;
+    holds(&DeviceView::of(&importer, read), 31, 0, 10 * PAGE)?;
     importer.unmap(write)?;
-    holds(
-        &DeviceView {
-            importer: &importer,
-            mapping: read,
-        },
-        31,
-        0,
-        10 * PAGE,
-    )
+    holds(&DeviceView::of(&importer, read), 31, 0, 10 * PAGE)
 }
 
 /// Two devices that both write, one after the other.
@@ -526,15 +470,7 @@ fn two_writers_in_turn() -> Result<()> {
         importer.write(mapping, 0, &pattern(seed, 0, 8 * PAGE))?;
         drop(importer);
         let (importer, mapping) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
-        holds(
-            &DeviceView {
-                importer: &importer,
-                mapping,
-            },
-            seed,
-            0,
-            8 * PAGE,
-        )?;
+        holds(&DeviceView::of(&importer, mapping), seed, 0, 8 * PAGE)?;
     }
     Ok(())
 }
@@ -589,10 +525,7 @@ fn a_second_writer() -> Result<()> {
         let (reader, read) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
         writer.write(written, 0, &pattern(71, 0, 8 * PAGE))?;
         buffer.synced(Sync::ReadWrite, || ())?;
-        let view = DeviceView {
-            importer: &reader,
-            mapping: read,
-        };
+        let view = DeviceView::of(&reader, read);
         holds(&view, 71, 0, 8 * PAGE)?;
         // When it has ended, another one may map.
         writer.unmap(written)?;
@@ -657,10 +590,7 @@ fn a_second_writer_of_memory_beyond() -> Result<()> {
             let (reader, read) = mapped(&buffer, second, Direction::ToDevice)?;
             writer.write(written, 0, &pattern(73, 0, 8 * PAGE))?;
             buffer.synced(Sync::ReadWrite, || ())?;
-            let view = DeviceView {
-                importer: &reader,
-                mapping: read,
-            };
+            let view = DeviceView::of(&reader, read);
             holds(&view, 73, 0, 8 * PAGE)?;
         }
     }
@@ -1102,10 +1032,7 @@ fn a_read_keeps_what_a_device_writes() -> Result<()> {
     for direction in WRITES {
         let (writer, written) = mapped(&buffer, Limits::NONE, direction)?;
         let (_reader, _read) = mapped(&buffer, Limits::NONE, Direction::ToDevice)?;
-        let view = DeviceView {
-            importer: &writer,
-            mapping: written,
-        };
+        let view = DeviceView::of(&writer, written);
         let source = Source::whole(&buffer, &memory);
         for seed in 75..79 {
             // A process's bracket, and the kernel's.
@@ -1142,10 +1069,7 @@ fn many_at_once() -> Result<()> {
     for round in 0..4 {
         source.write(0, &pattern(51 + round, 0, 16 * PAGE))?;
         for (importer, mapping) in &importers {
-            let view = DeviceView {
-                importer,
-                mapping: *mapping,
-            };
+            let view = DeviceView::of(importer, *mapping);
             holds(&view, 51 + round, 0, 16 * PAGE)?;
         }
         // Every third one leaves.
@@ -1231,20 +1155,8 @@ fn map_while_mapped_by_cpu() -> Result<()> {
     let cpu = buffer.map()?;
     cpu.touch();
     let (importer, mapping) = mapped(&buffer, Limits::NONE, Direction::Bidirectional)?;
-    let view = DeviceView {
-        importer: &importer,
-        mapping,
-    };
-    agree(
-        &[
-            &Mapped {
-                buffer: &buffer,
-                memory: &cpu,
-            },
-            &view,
-        ],
-        4 * PAGE,
-    )?;
+    let view = DeviceView::of(&importer, mapping);
+    agree(&[&Mapped::of(&buffer, &cpu), &view], 4 * PAGE)?;
     drop(cpu);
     agree(&[&Source::whole(&buffer, &memory), &view], 4 * PAGE)
 }
@@ -1345,15 +1257,7 @@ fn kernel_access() -> Result<()> {
     importer.vmap_read(0, &mut seen)?;
     same("the kernel's mapping", 0, &seen, &pattern(90, 0, 4 * PAGE))?;
     importer.end_cpu_access(Direction::Bidirectional)?;
-    holds(
-        &DeviceView {
-            importer: &importer,
-            mapping: to_device,
-        },
-        90,
-        0,
-        4 * PAGE,
-    )
+    holds(&DeviceView::of(&importer, to_device), 90, 0, 4 * PAGE)
 }
 
 /// Every valid mode works with every set of mappings, and nothing else does.
@@ -1480,15 +1384,7 @@ fn closed_while_mapped() -> Result<()> {
     );
     let other = Memory::anonymous(32 * PAGE)?;
     other.write(0, &pattern(101, 0, 32 * PAGE));
-    holds(
-        &DeviceView {
-            importer: &importer,
-            mapping,
-        },
-        100,
-        0,
-        32 * PAGE,
-    )?;
+    holds(&DeviceView::of(&importer, mapping), 100, 0, 32 * PAGE)?;
     drop(importer);
     check_eq!(
         kernel::pins()?,
@@ -1561,10 +1457,7 @@ fn killed_importer() -> Result<()> {
         "mappings after it was killed"
     );
     let (importer, mapping) = mapped(&buffer, Limits::NONE, Direction::Bidirectional)?;
-    let view = DeviceView {
-        importer: &importer,
-        mapping,
-    };
+    let view = DeviceView::of(&importer, mapping);
     agree(&[&Source::whole(&buffer, &memory), &view], 8 * PAGE)
 }
 

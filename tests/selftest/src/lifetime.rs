@@ -99,25 +99,9 @@ fn memory_unmapped() -> Result<()> {
     memory.replace(0, 16 * PAGE)?;
     memory.write(0, &pattern(2, 0, 16 * PAGE));
     let mapped = buffer.map()?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        1,
-        0,
-        16 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &mapped), 1, 0, 16 * PAGE)?;
     mapped.write(0, &pattern(3, 0, 16 * PAGE));
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &memory,
-        },
-        2,
-        0,
-        16 * PAGE,
-    )
+    holds(&Mapped::of(&buffer, &memory), 2, 0, 16 * PAGE)
 }
 
 fn memory_dropped() -> Result<()> {
@@ -134,37 +118,13 @@ fn memory_dropped() -> Result<()> {
             "page {page}, which was dropped"
         );
     }
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        4,
-        0,
-        16 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &mapped), 4, 0, 16 * PAGE)?;
     memory.write(0, &pattern(5, 0, 16 * PAGE));
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        4,
-        0,
-        16 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &mapped), 4, 0, 16 * PAGE)?;
     // A new buffer has the new pages.
     let again = device.create(&[memory.range()])?;
     let mapped = again.map()?;
-    holds(
-        &Mapped {
-            buffer: &again,
-            memory: &mapped,
-        },
-        5,
-        0,
-        16 * PAGE,
-    )
+    holds(&Mapped::of(&again, &mapped), 5, 0, 16 * PAGE)
 }
 
 fn hole_punched() -> Result<()> {
@@ -176,15 +136,7 @@ fn hole_punched() -> Result<()> {
     let mapped = buffer.map()?;
     punch_hole(&file, 4 * PAGE, 8 * PAGE)?;
     check_eq!(memory.get(5 * PAGE), 0, "the hole");
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        6,
-        0,
-        16 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &mapped), 6, 0, 16 * PAGE)?;
     memory.set(5 * PAGE, 7);
     memory.set(15 * PAGE, 8);
     check_eq!(mapped.get(15 * PAGE), 8, "a page outside of the hole");
@@ -203,25 +155,9 @@ fn file_truncated() -> Result<()> {
     let buffer = device.create(&[memory.range()])?;
     let mapped = buffer.map()?;
     nix::unistd::ftruncate(&file, 0)?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        9,
-        0,
-        16 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &mapped), 9, 0, 16 * PAGE)?;
     drop((file, memory));
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        9,
-        0,
-        16 * PAGE,
-    )
+    holds(&Mapped::of(&buffer, &mapped), 9, 0, 16 * PAGE)
 }
 
 fn memory_replaced() -> Result<()> {
@@ -234,15 +170,7 @@ fn memory_replaced() -> Result<()> {
     memory.write(0, &pattern(11, 0, 16 * PAGE));
     let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
     let mapping = importer.map(Direction::ToDevice)?.0;
-    holds(
-        &DeviceView {
-            importer: &importer,
-            mapping,
-        },
-        10,
-        0,
-        16 * PAGE,
-    )
+    holds(&DeviceView::of(&importer, mapping), 10, 0, 16 * PAGE)
 }
 
 /// A descriptor in a socket's queue counts as well.
@@ -260,15 +188,7 @@ fn in_flight_between_processes() -> Result<()> {
     check_eq!(kernel::pins()?, pins + 4, "pinned pages in flight");
     let buffer = Buffer::from_fd(link.theirs.receive()?);
     let mapped = buffer.map()?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        12,
-        0,
-        4 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &mapped), 12, 0, 4 * PAGE)?;
     drop((buffer, mapped));
     check_eq!(
         kernel::pins()?,
@@ -298,15 +218,7 @@ pub fn after_exec(fd: i32) -> Result<()> {
     // SAFETY: it is open, and no other code in this program knows it.
     let buffer = Buffer::from_fd(unsafe { OwnedFd::from_raw_fd(fd) });
     let mapped = buffer.map()?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        13,
-        0,
-        8 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &mapped), 13, 0, 8 * PAGE)?;
     check_eq!(kernel::vm_pin()?, 0, "VmPin after execve");
     std::process::exit(KEPT);
 }
@@ -365,25 +277,9 @@ fn maker_exits() -> Result<()> {
     let other = Memory::small_pages(512 * PAGE)?;
     other.write(0, &pattern(15, 0, 512 * PAGE));
     let mapped = buffer.map()?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        14,
-        0,
-        64 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &mapped), 14, 0, 64 * PAGE)?;
     mapped.write(0, &pattern(16, 0, 64 * PAGE));
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &other,
-        },
-        15,
-        0,
-        512 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &other), 15, 0, 512 * PAGE)?;
     check_eq!(Device::open()?.describe(&buffer)?.pages, 64, "pages");
     Ok(())
 }

@@ -184,15 +184,7 @@ fn read_only() -> Result<()> {
     let memory = Memory::anonymous(2 * PAGE)?;
     let buffer = stamped(&device, &memory, 4)?;
     let mapped = buffer.map_as(0, 2 * PAGE, libc::PROT_READ, libc::MAP_SHARED)?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        4,
-        0,
-        2 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &mapped), 4, 0, 2 * PAGE)?;
     let signal = signal_of(|| mapped.set(0, 1))?;
     check_eq!(
         signal,
@@ -307,15 +299,7 @@ fn move_without_unmapping() -> Result<()> {
     } else {
         check_eq!(result, Err(Errno::EINVAL), "mremap with MREMAP_DONTUNMAP");
     }
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        8,
-        0,
-        4 * PAGE,
-    )
+    holds(&Mapped::of(&buffer, &mapped), 8, 0, 4 * PAGE)
 }
 
 /// An old size of zero duplicates a shared mapping, unless that may not expand.
@@ -330,15 +314,7 @@ fn duplicate_by_remap() -> Result<()> {
             unsafe { libc::mremap(mapped.at(0).cast(), 0, pages * PAGE, libc::MREMAP_MAYMOVE) };
         check_eq!(result, libc::MAP_FAILED, "a duplicate of {pages} pages");
     }
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        9,
-        0,
-        4 * PAGE,
-    )
+    holds(&Mapped::of(&buffer, &mapped), 9, 0, 4 * PAGE)
 }
 
 fn partial_unmap() -> Result<()> {
@@ -541,28 +517,12 @@ fn system_calls_read_it() -> Result<()> {
     let written = nix::sys::uio::pwritev(&file, &[IoSlice::new(bytes)], 0)?;
     check_eq!(written, 4 * PAGE, "bytes that pwritev took");
     let copy = Memory::shared(&file, 4 * PAGE)?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &copy,
-        },
-        15,
-        0,
-        4 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &copy), 15, 0, 4 * PAGE)?;
     nix::sys::uio::pwrite(&file, &pattern(16, 0, 4 * PAGE), 0)?;
     // SAFETY: the mapping lives, and only the kernel writes to it.
     let result = unsafe { libc::pread(file.as_raw_fd(), mapped.at(0).cast(), 4 * PAGE, 0) };
     check_eq!(result, 4 * PAGE as isize, "bytes that pread gave");
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &memory,
-        },
-        16,
-        0,
-        4 * PAGE,
-    )?;
+    holds(&Mapped::of(&buffer, &memory), 16, 0, 4 * PAGE)?;
     std::io::sink().write_all(bytes)?;
     Ok(())
 }
@@ -601,15 +561,7 @@ fn populate() -> Result<()> {
     let buffer = stamped(&device, &memory, 17)?;
     for flags in [libc::MAP_POPULATE, libc::MAP_LOCKED, libc::MAP_NORESERVE] {
         let mapped = buffer.map_as(0, 8 * PAGE, RW, libc::MAP_SHARED | flags)?;
-        holds(
-            &Mapped {
-                buffer: &buffer,
-                memory: &mapped,
-            },
-            17,
-            0,
-            8 * PAGE,
-        )?;
+        holds(&Mapped::of(&buffer, &mapped), 17, 0, 8 * PAGE)?;
     }
     Ok(())
 }

@@ -48,15 +48,7 @@ fn answered() -> Result<()> {
     })?;
     let buffer = result?;
     let mapped = buffer.map()?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        1,
-        0,
-        4 * PAGE,
-    )
+    holds(&Mapped::of(&buffer, &mapped), 1, 0, 4 * PAGE)
 }
 
 /// A process that calls create on memory whose second half is never answered for. The pages before are pinned
@@ -182,13 +174,5 @@ fn by_signal() -> Result<()> {
     faults.copy(memory.addr(), &pattern(2, 0, 4 * PAGE))?;
     let buffer = device.create(&[memory.range()])?;
     let mapped = buffer.map()?;
-    holds(
-        &Mapped {
-            buffer: &buffer,
-            memory: &mapped,
-        },
-        2,
-        0,
-        4 * PAGE,
-    )
+    holds(&Mapped::of(&buffer, &mapped), 2, 0, 4 * PAGE)
 }

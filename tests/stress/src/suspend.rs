@@ -226,14 +226,8 @@ impl Used {
                 .map(|(memory, len)| (memory, 0, *len))
                 .collect(),
         };
-        let mapped = Mapped {
-            buffer: &self.buffer,
-            memory: &self.mapped,
-        };
-        let device = DeviceView {
-            importer: &self.importer,
-            mapping: self.mapping,
-        };
+        let mapped = Mapped::of(&self.buffer, &self.mapped);
+        let device = DeviceView::of(&self.importer, self.mapping);
         let views: [&dyn View; 4] = [&source, &mapped, &device, &KernelView(&self.importer)];
         action(&views).context(self.name)
     }

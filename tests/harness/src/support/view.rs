@@ -100,9 +100,16 @@ impl View for Source<'_> {
 #[derive(Debug)]
 pub struct Mapped<'a> {
     /// The buffer, for the brackets.
-    pub buffer: &'a Buffer,
+    buffer: &'a Buffer,
     /// All of it.
-    pub memory: &'a Memory,
+    memory: &'a Memory,
+}
+
+impl<'a> Mapped<'a> {
+    /// That of this buffer.
+    pub fn of(buffer: &'a Buffer, memory: &'a Memory) -> Self {
+        Self { buffer, memory }
+    }
 }
 
 impl View for Mapped<'_> {
@@ -129,9 +136,16 @@ impl View for Mapped<'_> {
 #[derive(Debug)]
 pub struct DeviceView<'a> {
     /// The device.
-    pub importer: &'a Importer,
+    importer: &'a Importer,
     /// Its mapping.
-    pub mapping: Mapping,
+    mapping: Mapping,
+}
+
+impl<'a> DeviceView<'a> {
+    /// That of this device.
+    pub fn of(importer: &'a Importer, mapping: Mapping) -> Self {
+        Self { importer, mapping }
+    }
 }
 
 impl View for DeviceView<'_> {
