@@ -17,7 +17,7 @@ use crate::holders::{Piped, SlowDisk};
 use pinbuf_test_harness::support::kernel::{vmstat, Setting};
 use pinbuf_test_harness::support::memory::{memfd, HUGE, PAGE};
 use pinbuf_test_harness::support::process::PATIENCE;
-use pinbuf_test_harness::support::uffd::Faults;
+use pinbuf_test_harness::support::uffd::{Faults, Mode};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
 
@@ -340,7 +340,7 @@ fn does_not_wait_with_what_is_not_charged() -> Result<()> {
     // The first page is a batch of its own.
     let _piped = Piped::pages(memory, PAGE, 1)?;
     memory.advise(5 * PAGE, PAGE, libc::MADV_DONTNEED)?;
-    let faults = Faults::of_part(memory, 5 * PAGE, PAGE)?;
+    let faults = Faults::of_range(memory.part(5 * PAGE, PAGE), Mode::Missing)?;
     let _setting = Setting::parameter("pin_retries", 0)?;
     let result = std::thread::scope(|scope| {
         let caller = scope.spawn(|| busy(&device, memory));
