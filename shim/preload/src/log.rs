@@ -148,11 +148,11 @@ mod tests {
         // SAFETY: the child makes system calls only.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            // SAFETY: calls without conditions.
-            unsafe {
-                libc::alarm(10);
-                libc::_exit((!check()).into())
-            }
+            // SAFETY: a call without conditions.
+            unsafe { libc::alarm(10) };
+            let status = (!check()).into();
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(status) }
         }
         let mut status = -1;
         // SAFETY: the status is written.

@@ -34,7 +34,7 @@ const COUNT: usize = 32;
 
 /// A buffer of a memfd.
 struct Frame {
-    file: std::os::fd::OwnedFd,
+    file: OwnedFd,
     _memory: Memory,
     buffer: Buffer,
 }
