@@ -9,6 +9,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
+use nix::sys::wait::{waitid, Id, WaitPidFlag};
+use nix::unistd::Pid;
 use pinbuf_test_qmp::Qmp;
 use pinbuf_uapi::Info;
 use serde_json::json;
@@ -193,6 +195,8 @@ fn command(setup: &Setup, directory: &Path) -> Result<Command> {
         &format!("virtserialport,chardev=link,name={PORT}"),
     ]);
     add(&["-qmp", &format!("unix:{},server=on,wait=off", path("qmp"))]);
+    // The state of processors before each reset: a guest that starts anew without a word has had a triple fault.
+    add(&["-d", "cpu_reset,guest_errors", "-D", &path("resets")]);
     words.extend(setup.more.iter().cloned());
     let mut command = Command::new(&words[0]);
     command.args(&words[1..]);
@@ -319,12 +323,21 @@ impl Machine {
         Ok(shown)
     }
 
-    /// Adds what the guest's kernel, QEMU and the shim said last.
+    /// Adds what the guest's kernel, QEMU, the shim and the outer kernel said last, and how QEMU is.
     fn explain(&self, error: anyhow::Error) -> anyhow::Error {
-        let [console, messages, shim] =
-            ["console", "messages", "shim.log"].map(|name| evidence::tail(&self.path(name)));
+        let [console, messages, resets, shim] = ["console", "messages", "resets", "shim.log"]
+            .map(|name| evidence::tail(&self.path(name)));
+        let process = Pid::from_raw(self.process() as i32);
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        let qemu = match waitid(Id::Pid(process), flags) {
+            Ok(status) => format!("{status:?}"),
+            Err(error) => error.to_string(),
+        };
+        let events = self.qmp.events();
         error.context(format!(
-            "its console:\n{console}\nQEMU said:\n{messages}\nthe shim said:\n{shim}"
+            "its console:\n{console}\nQEMU said:\n{messages}\nits resets of processors:\n{resets}\nQEMU: {qemu}, {events:?}\nthe \
+             shim said:\n{shim}\nthe outer kernel said:\n{}",
+            evidence::kernel_log()
         ))
     }
 

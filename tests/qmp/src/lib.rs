@@ -63,6 +63,11 @@ impl<R: Read, W: Write> Qmp<R, W> {
         }
     }
 
+    /// The events that nobody has asked for yet.
+    pub fn events(&self) -> &[Value] {
+        &self.events
+    }
+
     fn send(&mut self, how: &str, command: &str, arguments: Value) -> Result<Value> {
         let request = json!({how: command, "arguments": arguments});
         writeln!(self.writer, "{request}").with_context(|| format!("QMP {command}"))?;
