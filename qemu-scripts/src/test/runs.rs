@@ -501,6 +501,17 @@ pub const RUNS: &[Run] = &[
         ..NESTED
     },
     Run {
+        name: "nested-discards",
+        command: "pinbuf-nested --group discards",
+        ..NESTED
+    },
+    Run {
+        name: "nested-discards-next",
+        image: "qemu-next",
+        command: "pinbuf-nested --group discards",
+        ..NESTED
+    },
+    Run {
         name: "nested-udmabuf",
         // The comparison: what the same does on the kernel's own udmabuf.
         cmdline: "",

@@ -159,8 +159,8 @@ fn call<T>(command: u32, argument: &mut T) -> Result<()> {
     Ok(())
 }
 
-/// What pinbuf tells of a buffer of another process.
-pub fn info(process: u32, buffer: &Buffer) -> Result<Info> {
+/// A descriptor of our own of a buffer of another process.
+pub fn copy(process: u32, buffer: &Buffer) -> Result<OwnedFd> {
     // SAFETY: no memory is passed.
     let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) };
     let pidfd = Errno::result(pidfd).context("pidfd_open")?;
@@ -170,7 +170,12 @@ pub fn info(process: u32, buffer: &Buffer) -> Result<Info> {
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), buffer.fd, 0) };
     let fd = Errno::result(fd).context("pidfd_getfd")?;
     // SAFETY: the call has just returned it.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// What pinbuf tells of a buffer of another process.
+pub fn info(process: u32, buffer: &Buffer) -> Result<Info> {
+    let fd = copy(process, buffer)?;
     let mut info = Info {
         size: size_of::<Info>() as u32,
         fd: fd.as_raw_fd(),

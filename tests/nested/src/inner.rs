@@ -14,6 +14,7 @@ use anyhow::{bail, ensure, Context, Result};
 use nix::mount::{mount, MsFlags};
 use nix::sys::reboot::{reboot, RebootMode};
 
+use crate::balloon;
 use crate::disk;
 use crate::fragment;
 use crate::initramfs;
@@ -168,6 +169,14 @@ impl Guest {
                 Answer::Disk { read, written }
             }
             Request::Disks => Answer::Count(disk::namespaces()?.len()),
+            Request::Inflate(pages) => {
+                let screen = self.screen.as_mut().context("there is no screen yet")?;
+                let frames = screen.frames()?;
+                let frame = |page: usize| frames.get(page).copied().context("no such page");
+                let frames = pages.into_iter().map(frame).collect::<Result<Vec<_>>>()?;
+                balloon::inflate(&frames)?;
+                Answer::Done
+            }
         })
     }
 }

@@ -3,7 +3,9 @@
 //! Stock QEMU on pinbuf, in the test guest: inner guests draw, QEMU shows what they drew, and
 //! every pixel is compared.  The same program is the first process of the inner guests.
 
+mod balloon;
 mod dbus;
+mod discards;
 mod disk;
 mod evidence;
 mod fragment;
@@ -14,6 +16,7 @@ mod libvirt;
 mod link;
 mod machine;
 mod migrate;
+mod pagemap;
 mod pattern;
 mod picture;
 mod protocol;

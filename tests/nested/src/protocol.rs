@@ -30,6 +30,8 @@ pub enum Request {
     DiskStop,
     /// How many disks there are now.
     Disks,
+    /// Put these pages of the screen, which is the process's own memory, into the balloon, and go on using them.
+    Inflate(Vec<usize>),
 }
 
 /// A disk's data: the first part was written outside, the second is written inside.

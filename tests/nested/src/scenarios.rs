@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::json;
 
+use crate::discards::balloon;
 use crate::evidence;
 use crate::gl::{
     dbus_descriptor, dbus_without_blob, egl_headless, gtk_gl_off, gtk_gl_on,
@@ -55,6 +56,7 @@ scenarios! {
     "libvirt": confined_by_libvirt;
     "migrate": precopy, postcopy_plain, postcopy_huge, postcopy_paused, postcopy_broken_in_create, postcopy_user,
         downtime_few_pieces, downtime_many_pieces, udmabuf_precopy, udmabuf_postcopy_plain, udmabuf_postcopy_huge;
+    "discards": balloon;
     "cma": buffers_then_vfio_cma;
     "zones": buffers_then_vfio_movable, vfio_then_buffers_movable, offline_under_screen;
 }

@@ -18,6 +18,7 @@ use drm_fourcc::{DrmFourcc, DrmModifier};
 use nix::errno::Errno;
 use pinbuf_uapi::{Create, Range};
 
+use crate::pagemap;
 use crate::pattern::Pattern;
 
 const PAGE: usize = 4096;
@@ -269,6 +270,17 @@ impl Screen {
             .flat_map(|(y, row)| row.iter().zip(pattern.row(y)))
             .filter(|(pixel, drawn)| *pixel != drawn)
             .count()
+    }
+
+    /// The page frames that its memory has. It has to be the process's own.
+    pub fn frames(&mut self) -> Result<Vec<u64>> {
+        let pixels = self.memory.pixels();
+        let pages = size_of_val(pixels) / PAGE;
+        let frames = pagemap::frames("self", pixels.as_ptr() as u64, pages)?;
+        frames
+            .into_iter()
+            .map(|frame| frame.context("the screen is a dumb buffer, or not all of it is present"))
+            .collect()
     }
 
     /// Tells the driver that all of the screen changed.

@@ -3,12 +3,13 @@
 //! Where a virtual machine's memory lies.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::process::Command;
 
 use anyhow::{ensure, Context, Result};
+
+use crate::pagemap;
 
 const PAGE: u64 = 4096;
 
@@ -26,7 +27,6 @@ pub struct Memory {
 /// The page numbers of QEMU's mappings of its guest's memory.
 fn pages(process: u32) -> Result<Vec<u64>> {
     let maps = fs::read_to_string(format!("/proc/{process}/maps"))?;
-    let pagemap = File::open(format!("/proc/{process}/pagemap"))?;
     let mut found = Vec::new();
     for line in maps
         .lines()
@@ -37,18 +37,11 @@ fn pages(process: u32) -> Result<Vec<u64>> {
             .next()
             .and_then(|range| range.split_once('-'))
             .context("a mapping without a range")?;
-        let start = u64::from_str_radix(start, 16)? / PAGE;
-        let end = u64::from_str_radix(end, 16)? / PAGE;
-        let mut entries = vec![0; (end - start) as usize * 8];
-        pagemap.read_exact_at(&mut entries, start * 8)?;
-        for entry in entries.chunks_exact(8) {
-            let mut bytes = [0; 8];
-            bytes.copy_from_slice(entry);
-            let entry = u64::from_le_bytes(bytes);
-            if entry >> 63 == 1 {
-                found.push(entry & ((1 << 55) - 1));
-            }
-        }
+        let start = u64::from_str_radix(start, 16)?;
+        let end = u64::from_str_radix(end, 16)?;
+        let pages = (end - start) / PAGE;
+        let frames = pagemap::frames(&process.to_string(), start, pages as usize)?;
+        found.extend(frames.into_iter().flatten());
     }
     ensure!(!found.is_empty(), "QEMU maps no memfd");
     Ok(found)
