@@ -3,6 +3,7 @@
 //! A guest, from its start to its end: the one way in which guests are run.
 
 mod qemu;
+mod tsc;
 pub mod watch;
 
 use std::fs;
@@ -203,7 +204,8 @@ impl Guest {
         let directory = run_directory()?;
         let log = console(&kernel)?;
         let mut sockets = Sockets::new(directory.path());
-        let mut command = qemu::command(&tools, options.qemu.iter().any(|word| word == "-icount"));
+        let icount = options.qemu.iter().any(|word| word == "-icount");
+        let mut command = qemu::command(&tools, icount);
         command.args(["-smp", &options.processors.to_string()]);
         command.arg("-serial").arg(format!("file:{}", escape(&log)));
         command.args(["-device", "virtio-rng-pci"]);
@@ -321,9 +323,15 @@ impl Guest {
         } else {
             ""
         };
+        // With `-icount` the counter counts instructions, and nothing disturbs its measurement.
+        let counter = if icount {
+            String::new()
+        } else {
+            format!("tsc_early_khz={} ", tsc::khz())
+        };
         command.arg("-append").arg(format!(
             "console=ttyS0 loglevel=7 printk.devkmsg=on panic=-1 oops=panic mitigations=off \
-             no_timer_check tsc=reliable {paging}{}",
+             no_timer_check tsc=reliable {counter}{paging}{}",
             options.cmdline
         ));
         command.args(&options.qemu);
