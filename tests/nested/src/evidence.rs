@@ -114,6 +114,15 @@ pub fn kernel_stack(process: u32) -> Result<String> {
     fs::read_to_string(format!("/proc/{process}/stack")).context("the stack of QEMU's first thread")
 }
 
+/// The same for all threads of a process.
+pub fn kernel_stacks(process: u32) -> Result<Vec<String>> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task"))?;
+    // Threads end meanwhile.
+    Ok(tasks
+        .filter_map(|task| fs::read_to_string(task.ok()?.path().join("stack")).ok())
+        .collect())
+}
+
 /// Pages pinned minus pages released since the boot.
 pub fn pins() -> Result<i64> {
     fs::write("/proc/sys/vm/stat_refresh", "1")?;
