@@ -26,7 +26,7 @@ use crate::request::{self, INLINE_ITEMS};
 use crate::spans::{FileId, Spans};
 use crate::sys::{self, Errno, Result};
 use crate::window::Window;
-use crate::{align, device, discards};
+use crate::{align, device, discards, late};
 
 /// How often a call is made at most, when the file's pages change under our own mapping, or the files
 /// themselves do.
@@ -104,6 +104,7 @@ fn create(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> Result<c_i
     let mut known = Spans::new();
     HINTS.recall(of_call, &mut known);
     if !known.is_empty() && call.locate(plan, &known)? && call.missing == 0 {
+        late::request(&call.ranges);
         match call.make(device, flags) {
             Err(Errno(libc::EAGAIN | libc::EFAULT)) => {}
             result => return result,
@@ -235,6 +236,8 @@ impl Call {
                 }
                 Ok(())
             })?;
+        } else {
+            late::request(&self.ranges);
         }
         self.make(device, flags)
     }

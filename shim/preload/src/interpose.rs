@@ -17,7 +17,7 @@ use libc::mode_t;
 use crate::log::log;
 use crate::maps::MAPS;
 use crate::sys::{errno, set_errno, Errno};
-use crate::{align, create, device, next, request, sys};
+use crate::{align, create, device, late, next, request, sys};
 
 const UDMABUF: &[u8] = b"/dev/udmabuf\0";
 const PINBUF: *const c_char = c"/dev/pinbuf".as_ptr();
@@ -237,8 +237,24 @@ pub unsafe extern "C" fn ioctl(fd: c_int, number: libc::c_ulong, arg: usize) -> 
     if matches!(number as u32, request::CREATE | request::CREATE_LIST) {
         return request(fd, number, arg);
     }
+    if matches!(number as u32, late::REGISTER | late::UNREGISTER) {
+        return userfaultfd(fd, number, arg);
+    }
     // SAFETY: the program's own call.
     unsafe { next::ioctl(fd, number, arg) }
+}
+
+/// Memory is registered with userfaultfd, or is not any more.
+#[cold]
+#[inline(never)]
+fn userfaultfd(fd: c_int, number: libc::c_ulong, arg: usize) -> c_int {
+    // SAFETY: the program's own call.
+    let result = unsafe { next::ioctl(fd, number, arg) };
+    if result == 0 {
+        // SAFETY: the argument of this call.
+        unsafe { late::noticed(number as u32, arg) };
+    }
+    result
 }
 
 /// One of udmabuf's requests. A device that is not known as pinbuf's gets the program's own call first, since a program

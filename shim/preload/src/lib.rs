@@ -27,11 +27,13 @@
 //! Programs confine themselves with seccomp, and are killed for a call that is not on their list. A create makes `ioctl`, `fstat`,
 //! `fcntl(F_GET_SEALS)`, `rt_sigprocmask`, `mmap` and `munmap`, and `openat` and `close` for a file that was
 //! opened read-only and is not mapped. Everything else happens when the program opens the device. A program that
-//! never opens it makes the calls that it makes without the shim.
+//! never opens it makes the calls that it makes without the shim. In a program that has registered memory with userfaultfd,
+//! a create starts threads, too ([`late`]).
 //!
 //! # Signals, threads, allocation
 //!
-//! Nothing here allocates with malloc or takes a lock. Memory for long lists comes from `mmap`.
+//! Nothing here allocates with malloc or takes a lock, other than what libc does when it starts a thread ([`late`]). Memory for
+//! long lists comes from `mmap`. No thread outlives the call that started it.
 //! The kernel checks the program's pointers for the shim, so that invalid ones give `EFAULT`.
 
 #![cfg_attr(test, allow(dead_code))] // The interposed functions are not in tests.
@@ -44,6 +46,7 @@ mod discards;
 mod hints;
 #[cfg(not(test))]
 mod interpose;
+mod late;
 mod log;
 mod maps;
 #[cfg(not(test))]

@@ -17,6 +17,7 @@ use crate::udmabuf::{check, close, create, create_list, Item, Map, PAGE};
 
 pub fn cases(t: &mut Table) {
     missing(t);
+    at_once(t);
     other_modes(t);
     several_files(t);
     hole(t);
@@ -230,6 +231,53 @@ fn missing(t: &mut Table) {
     }
 }
 
+/// The pages of a buffer are requested before the first of them has come: the owner may have them sent together.
+fn at_once(t: &mut Table) {
+    /// More than one thread that creates the buffer could request.
+    const AT_ONCE: usize = 4;
+    const PATIENCE: Duration = Duration::from_secs(2);
+    t.custom("late/4k-at-once", Expect::Compared, || {
+        let device = device()?;
+        let spec = Spec {
+            filled: false,
+            bytes: 64 * PAGE,
+            ..PLAIN
+        };
+        let file = File::new(0, spec)?;
+        let map = Map::shared(file.fd, spec.bytes)?;
+        let faults = Faults::of(&map, spec.bytes, PAGE, Mode::Missing)?;
+        let stop = AtomicBool::new(false);
+        let (result, requested) = thread::scope(|scope| {
+            let owner = scope.spawn(|| {
+                let mut requested = Vec::new();
+                let start = Instant::now();
+                while requested.len() < AT_ONCE && start.elapsed() < PATIENCE {
+                    requested.extend(faults.next());
+                    thread::sleep(Duration::from_millis(1));
+                }
+                for &offset in &requested {
+                    faults.answer(offset)?;
+                }
+                while !stop.load(Ordering::Relaxed) {
+                    match faults.next() {
+                        Some(offset) => faults.answer(offset)?,
+                        None => thread::sleep(Duration::from_millis(1)),
+                    }
+                }
+                anyhow::Ok(requested.len())
+            });
+            let result = create(device, file.fd, 0, spec.bytes, 0);
+            stop.store(true, Ordering::Relaxed);
+            (result, owner.join())
+        });
+        let mut outcome = Outcome::of(&result);
+        let requested = requested.map_err(|_| anyhow::anyhow!("panicked"))??;
+        outcome.fact("at once", requested >= AT_ONCE);
+        outcome.fact("contents", has(result?, 0..spec.bytes / PAGE)?);
+        Ok(outcome)
+    });
+}
+
 /// Pages that the file has, but of which the owner wants to know the first access, or a write.
 fn other_modes(t: &mut Table) {
     for (sort, spec, unit) in SORTS {
@@ -394,9 +442,7 @@ fn killed(t: &mut Table) {
                 // SAFETY: the status is written to `status`.
                 ended = unsafe { libc::waitpid(child, &mut status, libc::WNOHANG) } == child;
                 let stack = std::fs::read_to_string(format!("/proc/{child}/stack"));
-                waited = stack.is_ok_and(|stack| {
-                    stack.contains("handle_userfault") && stack.contains("[pinbuf]")
-                });
+                waited = stack.is_ok_and(|stack| stack.contains("handle_userfault"));
                 thread::sleep(Duration::from_millis(1));
             }
             if !ended {
