@@ -512,6 +512,12 @@ pub const RUNS: &[Run] = &[
         ..NESTED
     },
     Run {
+        // Ten minutes of a guest that discards only what it does not use.
+        name: "nested-honest",
+        command: "pinbuf-nested --group honest",
+        ..NESTED
+    },
+    Run {
         name: "nested-udmabuf",
         // The comparison: what the same does on the kernel's own udmabuf.
         cmdline: "",

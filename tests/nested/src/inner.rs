@@ -24,6 +24,9 @@ use crate::screen::Screen;
 /// How long a device may take to appear.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// The first page frame above 4 GiB.
+const HIGH: u64 = 1 << 20;
+
 /// Never returns: the kernel panics without its first process.
 pub fn main() -> ! {
     if let Err(error) = run() {
@@ -49,6 +52,12 @@ fn run() -> Result<()> {
             Err(error) => bail!("mounting {path}: {error}"),
         }
     }
+    // Memory that is plugged is used, for everything.
+    fs::write(
+        "/sys/devices/system/memory/auto_online_blocks",
+        "online_kernel",
+    )
+    .context("auto_online_blocks")?;
     initramfs::load_modules()?;
     let path = port()?;
     // The port can be opened once.
@@ -175,6 +184,17 @@ impl Guest {
                 let frame = |page: usize| frames.get(page).copied().context("no such page");
                 let frames = pages.into_iter().map(frame).collect::<Result<Vec<_>>>()?;
                 balloon::inflate(&frames)?;
+                Answer::Done
+            }
+            Request::HighPages => {
+                let screen = self.screen.as_mut().context("there is no screen yet")?;
+                let frames = screen.frames()?;
+                let high = frames.iter().filter(|&&frame| frame >= HIGH);
+                Answer::Count(high.count())
+            }
+            Request::Churn(size) => {
+                let pages = vec![[1u8; 4096]; size << 8];
+                std::hint::black_box(&pages);
                 Answer::Done
             }
         })

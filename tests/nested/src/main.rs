@@ -10,10 +10,12 @@ mod disk;
 mod evidence;
 mod fragment;
 mod gl;
+mod honest;
 mod initramfs;
 mod inner;
 mod libvirt;
 mod link;
+mod load;
 mod machine;
 mod migrate;
 mod pagemap;
@@ -30,6 +32,7 @@ mod zones;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{ensure, Result};
@@ -46,6 +49,9 @@ struct Options {
     /// Run only scenarios whose names contain this; may be given several times.
     #[arg(long, value_name = "TEXT")]
     filter: Vec<String>,
+    /// How long the honest guest runs, in seconds.
+    #[arg(long, default_value_t = 600)]
+    seconds: u64,
     /// Run no tests; write a picture of an inner guest's screen to this file.
     #[arg(long, value_name = "FILE")]
     demo: Option<PathBuf>,
@@ -73,6 +79,7 @@ fn run(options: &Options) -> Result<bool> {
         println!("  afterwards no pin, no buffer and no charge is left");
         return Ok(true);
     }
+    honest::SECONDS.store(options.seconds, Ordering::Relaxed);
     let chosen: Vec<_> = scenarios::ALL
         .iter()
         .filter(|scenario| {

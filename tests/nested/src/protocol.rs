@@ -32,6 +32,10 @@ pub enum Request {
     Disks,
     /// Put these pages of the screen, which is the process's own memory, into the balloon, and go on using them.
     Inflate(Vec<usize>),
+    /// How many pages of the screen, which is the process's own memory, lie above 4 GiB, where memory is plugged.
+    HighPages,
+    /// Allocate so many MiB, write to each page, and free them.
+    Churn(usize),
 }
 
 /// A disk's data: the first part was written outside, the second is written inside.

@@ -15,6 +15,7 @@ use crate::gl::{
     dbus_descriptor, dbus_without_blob, egl_headless, gtk_gl_off, gtk_gl_on,
     udmabuf_dbus_without_blob,
 };
+use crate::honest::honest;
 use crate::libvirt::confined_by_libvirt;
 use crate::machine::{refusal, Backend, Machine, Setup, User};
 use crate::migrate::{
@@ -57,6 +58,7 @@ scenarios! {
     "migrate": precopy, postcopy_plain, postcopy_huge, postcopy_paused, postcopy_broken_in_create, postcopy_user,
         downtime_few_pieces, downtime_many_pieces, udmabuf_precopy, udmabuf_postcopy_plain, udmabuf_postcopy_huge;
     "discards": balloon;
+    "honest": honest;
     "cma": buffers_then_vfio_cma;
     "zones": buffers_then_vfio_movable, vfio_then_buffers_movable, offline_under_screen;
 }
