@@ -20,7 +20,7 @@
 //! would put zeroes in the place of late pages; a child that shares memory is a process for seccomp filters: QEMU's `-sandbox
 //! spawn=deny`, which libvirt sets, kills for it, and allows threads.
 
-use core::ffi::c_void;
+use core::ffi::{c_int, c_void};
 use core::mem::MaybeUninit;
 use core::ptr;
 use core::sync::atomic::{AtomicUsize, Ordering};
@@ -139,6 +139,8 @@ fn touch_all(ranges: &[Range], of: usize) {
     }; THREADS];
     let mut threads = [None; THREADS];
     let attributes = Attributes::new();
+    // The threads use this function's memory: it must not be left before they have ended.
+    let cancellation = Cancellation::disable();
     // The program's signals are not for these threads.
     let mask = Mask::all();
     for (number, (share, thread)) in shares
@@ -165,7 +167,11 @@ fn touch_all(ranges: &[Range], of: usize) {
             None => share.touch(),
         }
     }
-    log!("touched the pages of {} ranges in {started} threads: memory is registered with userfaultfd", ranges.len());
+    drop(cancellation);
+    log!(
+        "touched the pages of {} ranges in {started} threads: memory is registered with userfaultfd",
+        ranges.len()
+    );
 }
 
 /// What threads are started with.
@@ -198,6 +204,32 @@ impl Drop for Attributes {
     fn drop(&mut self) {
         // SAFETY: initialised attributes.
         unsafe { libc::pthread_attr_destroy(self.0.as_mut_ptr()) };
+    }
+}
+
+extern "C" {
+    fn pthread_setcancelstate(state: c_int, before: *mut c_int) -> c_int;
+}
+
+/// The calling thread cannot be cancelled until this is dropped: `pthread_join` is a cancellation point, `ioctl` is none.
+struct Cancellation(c_int);
+
+impl Cancellation {
+    fn disable() -> Self {
+        /// `PTHREAD_CANCEL_DISABLE`.
+        const DISABLE: c_int = 1;
+        let mut before = 0;
+        // SAFETY: the state before is written.
+        unsafe { pthread_setcancelstate(DISABLE, &mut before) };
+        Self(before)
+    }
+}
+
+impl Drop for Cancellation {
+    fn drop(&mut self) {
+        let mut disabled = 0;
+        // SAFETY: the state before is written.
+        unsafe { pthread_setcancelstate(self.0, &mut disabled) };
     }
 }
 
