@@ -54,7 +54,7 @@ enum Side {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Memory {
-    /// Private, pages of 4 KiB.
+    /// Private, ordinary pages.
     Anonymous,
     /// Private, transparent huge pages.
     AnonymousThp,
@@ -393,6 +393,11 @@ fn measure(side: Side, memory: Memory, bytes: usize, repeat: usize) -> Result<Tu
     Ok(turn)
 }
 
+/// The pages of the pool that operators fill (`vm.nr_hugepages`).
+fn huge_page() -> Result<HugePage> {
+    HugePage::system().context("this kernel has no huge pages of a size that pinbuf knows")
+}
+
 fn region(memory: Memory, bytes: usize) -> Result<Region> {
     Ok(match memory {
         Memory::Anonymous => {
@@ -404,9 +409,9 @@ fn region(memory: Memory, bytes: usize) -> Result<Region> {
             region
         }
         Memory::AnonymousThp => Region::huge_advised(bytes)?,
-        Memory::Hugetlb => Region::hugetlb(bytes, HugePage::Mib2)?,
+        Memory::Hugetlb => Region::hugetlb(bytes, huge_page()?)?,
         _ => {
-            let page = memory.huge().then_some(HugePage::Mib2);
+            let page = memory.huge().then(huge_page).transpose()?;
             Region::memfd("pinbuf-bench", bytes, page)?
         }
     })
@@ -517,7 +522,7 @@ impl<'a> Plain<'a> {
 
     /// Writes a byte of every page.
     fn touch(&self) {
-        for offset in (0..self.len).step_by(4096) {
+        for offset in (0..self.len).step_by(pinbuf::page_size()) {
             // SAFETY: inside of the mapping, which has no references.
             unsafe { self.address.wrapping_add(offset).write_volatile(2) };
         }

@@ -672,15 +672,23 @@ fn program(name: &Path) -> Vec<Finding> {
             format!("{loaded} cannot be reached by the shim"),
             reasons(&program.obstacles),
         )
-    } else if program.system_calls > 0 {
+    } else if let Some(calls @ 1..) = program.system_calls {
         note(
             WHAT,
             format!(
-                "{loaded} has {} instructions of its own that make system calls, past libc: if it opens /dev/udmabuf \
-                 by them (Rust's rustix, io_uring), the shim does not see it",
-                program.system_calls
+                "{loaded} has {calls} instructions of its own that make system calls, past libc: if it opens /dev/udmabuf \
+                 by them (Rust's rustix, io_uring), the shim does not see it"
             ),
             "start it and run `pinbuf doctor --pid PID`: if it has udmabuf's buffers or none, the program itself has to be changed to open /dev/pinbuf",
+        )
+    } else if program.system_calls.is_none() {
+        note(
+            WHAT,
+            format!(
+                "{loaded} can be reached by the shim; whether it makes system calls of its own, past libc, is not known: \
+                 pinbuf does not decode the instructions of this machine"
+            ),
+            "start it and run `pinbuf doctor --pid PID`, which says whose buffers it has",
         )
     } else {
         // What its libraries do is not known.

@@ -18,8 +18,8 @@ pub struct Elf {
     pub interpreter: Option<String>,
     /// It was linked by Go.
     pub go: bool,
-    /// Instructions in it that make system calls, past libc. Counted on x86-64 only.
-    pub system_calls: usize,
+    /// Instructions in it that make system calls, past libc; none if this machine's cannot be counted.
+    pub system_calls: Option<usize>,
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -126,7 +126,8 @@ impl Elf {
                 }
                 PT_LOAD if segment.u32(4) & PF_X != 0 => {
                     let code = part(file, offset, len.min(MOST_CODE))?;
-                    elf.system_calls += system_calls(&code);
+                    elf.system_calls =
+                        system_calls(&code).map(|calls| calls + elf.system_calls.unwrap_or(0));
                 }
                 PT_NOTE => {
                     let notes = part(file, offset, len.min(MOST))?;
@@ -144,18 +145,31 @@ impl Elf {
 /// The `syscall` instructions in some code, decoded one after the other: the bytes alone are in
 /// many numbers and addresses, too.
 #[cfg(target_arch = "x86_64")]
-fn system_calls(code: &[u8]) -> usize {
+fn system_calls(code: &[u8]) -> Option<usize> {
     use iced_x86::{Code, Decoder, DecoderOptions};
 
-    Decoder::new(64, code, DecoderOptions::NONE)
+    let count = Decoder::new(64, code, DecoderOptions::NONE)
         .iter()
         .filter(|instruction| instruction.code() == Code::Syscall)
-        .count()
+        .count();
+    Some(count)
 }
 
-#[cfg(not(target_arch = "x86_64"))]
-fn system_calls(_: &[u8]) -> usize {
-    0
+/// The `svc #0` instructions in some code. Instructions are aligned words; a constant of this value among them would
+/// count too.
+#[cfg(target_arch = "aarch64")]
+fn system_calls(code: &[u8]) -> Option<usize> {
+    const SVC: [u8; 4] = 0xd400_0001_u32.to_le_bytes();
+    Some(
+        code.chunks_exact(SVC.len())
+            .filter(|word| *word == SVC)
+            .count(),
+    )
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn system_calls(_: &[u8]) -> Option<usize> {
+    None
 }
 
 /// Is there a section of this name?

@@ -85,13 +85,13 @@ impl Run {
                 bail!("{what} (--anyway runs it nevertheless)");
             }
             complain!("{what}");
-        } else if program.system_calls > 0 {
+        } else if let Some(calls @ 1..) = program.system_calls {
             complain!(
                 "{} has {} instructions of its own that make system calls: if it opens /dev/udmabuf by them, it gets \
                  the kernel's udmabuf or ENOENT, and no buffer of pinbuf's (`pinbuf doctor --pid` says so while it \
                  runs)",
                 of_path(&program.loaded),
-                program.system_calls
+                calls
             );
         }
         raise_memlock();

@@ -9,7 +9,7 @@ use nix::sys::statfs::{fstatfs, FsType};
 use nix::unistd::{lseek, Whence};
 
 use crate::memory::Memory;
-use crate::{ChargedTo, Device, Error, HugePage, Result};
+use crate::{ChargedTo, Device, Error, Result};
 
 const DMA_BUF_MAGIC: FsType = FsType(0x444d_4142);
 
@@ -137,7 +137,7 @@ impl DmaBuf {
     }
 
     /// Maps the whole buffer for reading and writing. A buffer of 2 MiB or more is mapped at a
-    /// multiple of 2 MiB, so that huge page-table entries fit.
+    /// multiple of what a huge entry maps (2 MiB with pages of 4 KiB), so that huge page-table entries fit.
     ///
     /// # Errors
     ///
@@ -153,7 +153,7 @@ impl DmaBuf {
     /// ```
     pub fn map(&self) -> Result<Mapping<'_>> {
         let len = self.size()?;
-        let huge = HugePage::Mib2.bytes();
+        let huge = crate::huge_entry();
         let align = if len >= huge { huge } else { 1 };
         // Where the address space has no room for the alignment, it may have room without.
         let memory = match Memory::shared(&self.0, len, align) {

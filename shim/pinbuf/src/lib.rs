@@ -28,8 +28,14 @@ pub fn page_size() -> usize {
         size.ok()
             .flatten()
             .and_then(|size| usize::try_from(size).ok())
-            .unwrap_or(4096)
+            .unwrap_or(4 << 10)
     })
+}
+
+/// What a huge page-table entry maps, in bytes: a page table is a page of 8-byte entries. 2 MiB with pages of
+/// 4 KiB, 32 MiB with pages of 16 KiB.
+pub(crate) fn huge_entry() -> usize {
+    page_size() * (page_size() / 8)
 }
 
 /// Whatever a program shares among its threads can be shared.

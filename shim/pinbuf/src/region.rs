@@ -12,12 +12,17 @@ use nix::sys::mman::{MapFlags, MmapAdvise};
 use crate::memory::{check_aligned, check_inside, Memory};
 use crate::{Error, Result};
 
-/// The size of a huge page, on x86-64.
+/// The size of a huge page. Which sizes there are depends on the processor and on the size of ordinary pages; a size
+/// that the kernel does not have is an [`Error::System`] or [`Error::NoHugePages`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum HugePage {
-    /// 2 MiB.
+    /// 64 KiB: arm64 with pages of 4 KiB.
+    Kib64,
+    /// 2 MiB: x86-64, arm64.
     Mib2,
+    /// 32 MiB: arm64, where it is the default with pages of 16 KiB.
+    Mib32,
     /// 1 GiB. Such pages are usually reserved at boot (`hugepagesz=1G hugepages=N`).
     Gib1,
 }
@@ -30,9 +35,35 @@ impl HugePage {
     /// ```
     pub const fn bytes(self) -> usize {
         match self {
+            Self::Kib64 => 64 << 10,
             Self::Mib2 => 2 << 20,
+            Self::Mib32 => 32 << 20,
             Self::Gib1 => 1 << 30,
         }
+    }
+
+    /// The system's default size: that of the pool whose pages `vm.nr_hugepages` sets. None if the kernel has no huge
+    /// pages, or of another size.
+    pub fn system() -> Option<Self> {
+        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("Hugepagesize:"))?;
+        let kib: usize = line.trim().strip_suffix("kB")?.trim_end().parse().ok()?;
+        [Self::Kib64, Self::Mib2, Self::Mib32, Self::Gib1]
+            .into_iter()
+            .find(|page| page.bytes() == kib << 10)
+    }
+
+    /// The flag for `mmap`: the size's logarithm.
+    fn map_flag(self) -> MapFlags {
+        let log = self.bytes().trailing_zeros() as libc::c_int;
+        MapFlags::from_bits_retain(log << libc::MAP_HUGE_SHIFT)
+    }
+
+    /// The flag for `memfd_create`.
+    fn memfd_flag(self) -> MFdFlags {
+        MFdFlags::from_bits_retain(self.bytes().trailing_zeros() << libc::MFD_HUGE_SHIFT)
     }
 }
 
@@ -51,10 +82,10 @@ impl HugePage {
 /// ```
 /// # fn main() -> pinbuf::Result<()> {
 /// let memory = pinbuf::Region::anonymous(10_000)?;
-/// assert_eq!(memory.len(), 3 * 4096);
-/// memory.write_at(4096, b"hello")?;
+/// assert_eq!(memory.len(), 10_000_usize.next_multiple_of(pinbuf::page_size()));
+/// memory.write_at(5_000, b"hello")?;
 /// let mut bytes = [0; 6];
-/// memory.read_at(4096, &mut bytes)?;
+/// memory.read_at(5_000, &mut bytes)?;
 /// assert_eq!(&bytes, b"hello\0");
 /// # Ok(())
 /// # }
@@ -80,7 +111,7 @@ impl Region {
         )?)
     }
 
-    /// The same, aligned to 2 MiB and with advice to the kernel to use transparent huge pages, which
+    /// The same, aligned to a huge page-table entry (2 MiB with pages of 4 KiB) and with advice to the kernel to use transparent huge pages, which
     /// it does where it can.
     ///
     /// # Errors
@@ -88,7 +119,7 @@ impl Region {
     /// As for [`anonymous`](Self::anonymous).
     pub fn huge_advised(len: usize) -> Result<Self> {
         let len = round_up(len, crate::page_size())?;
-        let memory = Memory::anonymous(len, HugePage::Mib2.bytes(), MapFlags::empty())?;
+        let memory = Memory::anonymous(len, crate::huge_entry(), MapFlags::empty())?;
         // Kernels without transparent huge pages refuse the advice; the memory is as good.
         let _ = memory.advise(MmapAdvise::MADV_HUGEPAGE);
         Self::private(memory)
@@ -102,12 +133,8 @@ impl Region {
     /// never [`Error::Misaligned`], as `len` is rounded up.
     pub fn hugetlb(len: usize, page: HugePage) -> Result<Self> {
         let len = round_up(len, page.bytes())?;
-        let size = match page {
-            HugePage::Mib2 => MapFlags::MAP_HUGE_2MB,
-            HugePage::Gib1 => MapFlags::MAP_HUGE_1GB,
-        };
         // The kernel aligns it.
-        let memory = Memory::anonymous(len, 1, MapFlags::MAP_HUGETLB | size)
+        let memory = Memory::anonymous(len, 1, MapFlags::MAP_HUGETLB | page.map_flag())
             .map_err(|error| no_huge_pages(error, len, page))?;
         Self::private(memory)
     }
@@ -124,8 +151,7 @@ impl Region {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let flags = match page {
             None => flags,
-            Some(HugePage::Mib2) => flags | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
-            Some(HugePage::Gib1) => flags | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
+            Some(page) => flags | MFdFlags::MFD_HUGETLB | page.memfd_flag(),
         };
         let unit = page.map_or(crate::page_size(), HugePage::bytes);
         let len = round_up(len, unit)?;
@@ -143,14 +169,11 @@ impl Region {
         // So that no mapping, ours or another's, can lose its memory (SIGBUS).
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
         fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(Error::system("F_ADD_SEALS"))?;
-        let align = page.map_or(
-            if len >= HugePage::Mib2.bytes() {
-                2 << 20
-            } else {
-                1
-            },
-            |_| 1,
-        );
+        // The kernel aligns huge pages itself.
+        let align = match page {
+            None if len >= crate::huge_entry() => crate::huge_entry(),
+            _ => 1,
+        };
         let memory = Memory::shared(&fd, len, align).map_err(|error| match page {
             Some(page) => no_huge_pages(error, len, page),
             None => error,
@@ -223,9 +246,10 @@ impl Region {
     ///
     /// ```
     /// # fn main() -> pinbuf::Result<()> {
-    /// let memory = pinbuf::Region::anonymous(16 * 4096)?;
-    /// assert_eq!(memory.slice(4096, 8192)?.len(), 8192);
-    /// assert!(memory.slice(100, 4096).is_err());
+    /// let page = pinbuf::page_size();
+    /// let memory = pinbuf::Region::anonymous(16 * page)?;
+    /// assert_eq!(memory.slice(page, 2 * page)?.len(), 2 * page);
+    /// assert!(memory.slice(100, page).is_err());
     /// # Ok(())
     /// # }
     /// ```
