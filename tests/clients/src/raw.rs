@@ -9,6 +9,19 @@ fn main() {
     let path = c"/dev/udmabuf";
     let result: isize;
     // SAFETY: the kernel reads a terminated string, and changes these registers.
+    #[cfg(target_arch = "aarch64")]
+    unsafe {
+        asm!(
+            "svc #0",
+            in("x8") libc::SYS_openat,
+            inlateout("x0") libc::AT_FDCWD as isize => result,
+            in("x1") path.as_ptr(),
+            in("x2") libc::O_RDWR as isize,
+            in("x3") 0,
+        );
+    }
+    // SAFETY: as above.
+    #[cfg(target_arch = "x86_64")]
     unsafe {
         asm!(
             "syscall",

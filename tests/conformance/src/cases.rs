@@ -16,7 +16,9 @@ use crate::udmabuf::{
 use crate::{late, mappings, sandbox};
 
 pub(crate) const MIB: u64 = 1 << 20;
-pub(crate) const HUGE: u64 = 2 * MIB;
+pub(crate) const HUGE: u64 = PAGE / 8 * PAGE;
+/// The flag for memfds of such pages.
+const HUGE_SIZE: u32 = HUGE.trailing_zeros() << libc::MFD_HUGE_SHIFT;
 
 /// A case: what is done and what must come of it.
 pub struct Case {
@@ -127,7 +129,10 @@ pub fn prepare() {
 }
 
 pub(crate) fn free_hugepages() -> u64 {
-    let text = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    let text = std::fs::read_to_string(format!(
+        "/sys/kernel/mm/hugepages/hugepages-{}kB/free_hugepages",
+        HUGE >> 10
+    ));
     text.ok()
         .and_then(|text| text.trim().parse().ok())
         .unwrap_or(0)
@@ -143,7 +148,7 @@ impl File {
                 if free_hugepages() < 8 {
                     return unavailable("fewer than 8 free huge pages");
                 }
-                let flags = libc::MFD_ALLOW_SEALING | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+                let flags = libc::MFD_ALLOW_SEALING | libc::MFD_HUGETLB | HUGE_SIZE;
                 u::memfd(flags, spec.bytes)?
             }
             Kind::Tmpfs => {
@@ -983,7 +988,7 @@ fn hugetlb(t: &mut Table) {
             return unavailable("a pool of other than 1 to 100 huge pages");
         }
         // Not through ftruncate and mmap, which would reserve.
-        let flags = libc::MFD_ALLOW_SEALING | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+        let flags = libc::MFD_ALLOW_SEALING | libc::MFD_HUGETLB | HUGE_SIZE;
         let fd = u::memfd(flags, 300 * MIB)?;
         fcntl(fd, libc::F_ADD_SEALS, libc::F_SEAL_SHRINK)?;
         let items: Vec<Item> = (0..110)

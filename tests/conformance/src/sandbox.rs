@@ -9,6 +9,7 @@ use std::ptr;
 use anyhow::{Context, Result};
 
 use crate::cases::{device, unavailable, File, Spec, Table, HUGE, HUGETLB, OK, PLAIN};
+#[cfg(target_arch = "x86_64")]
 use crate::crosvm;
 use crate::filter::{confined, refused, Allowed, Test};
 use crate::run::Outcome;
@@ -61,7 +62,9 @@ fn outcome(ended: String) -> Outcome {
 fn filters(t: &mut Table) {
     let calls = [
         ("udmabuf", for_udmabuf as fn() -> Vec<Allowed>),
+        #[cfg(target_arch = "x86_64")]
         ("crosvm-gpu", crosvm::gpu),
+        #[cfg(target_arch = "x86_64")]
         ("crosvm-device", crosvm::device),
     ];
     for (name, calls) in calls {
@@ -80,6 +83,7 @@ fn filters(t: &mut Table) {
 }
 
 /// Clients within crosvm's policies.
+#[cfg(target_arch = "x86_64")]
 fn crosvm(t: &mut Table) {
     const BYTES: u64 = 3 * HUGE;
     /// Marks pages of one mapping and sees the marks in the other.

@@ -43,8 +43,15 @@ pub const SYNC_READ: u64 = 1;
 pub const SYNC_RW: u64 = 3;
 pub const SYNC_END: u64 = 4;
 
-/// A page.
-pub const PAGE: u64 = 4096;
+/// A page, of the size that the tests are built for.
+pub const PAGE: u64 = match option_env!("PINBUF_TEST_PAGES") {
+    None => 4 << 10,
+    Some(size) => match size.as_bytes() {
+        b"4K" => 4 << 10,
+        b"16K" => 16 << 10,
+        _ => panic!("PINBUF_TEST_PAGES is neither 4K nor 16K"),
+    },
+};
 
 /// What a call returned, or the error it left.
 pub fn check(ret: i64) -> Result<i64> {

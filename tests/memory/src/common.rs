@@ -11,7 +11,7 @@ use pinbuf_uapi::{Info, Range};
 
 use crate::frames;
 use pinbuf_test_harness::support::kernel::HugePool;
-use pinbuf_test_harness::support::memory::{huge_memfd, memfd, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::memory::{huge_memfd, memfd, BLOCK, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::view::{
     agree, agree_sampled, DeviceView, KernelView, Mapped, Source, View,
 };
@@ -138,10 +138,10 @@ fn all_transparent(memory: &Memory) -> Result<bool> {
     memory.touch();
     let heads: Vec<_> = frames::all_frames(memory)?
         .into_iter()
-        .step_by(512)
+        .step_by(BLOCK)
         .collect();
     for &pfn in &heads {
-        if frames::flags(pfn)? & frames::THP == 0 || pfn % 512 != 0 {
+        if frames::flags(pfn)? & frames::THP == 0 || pfn % BLOCK as u64 != 0 {
             return Ok(false);
         }
     }

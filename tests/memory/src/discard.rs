@@ -314,10 +314,7 @@ fn in_the_swap_cache() -> Result<()> {
 fn parts_of_folios_in_the_swap_cache() -> Result<()> {
     const FOLIO: usize = 16;
     kernel::needs_transparent_huge_pages()?;
-    let _setting = kernel::Setting::choice(
-        "/sys/kernel/mm/transparent_hugepage/hugepages-64kB/enabled",
-        "always",
-    )?;
+    let _setting = kernel::Setting::choice(kernel::transparent_size(FOLIO * PAGE), "always")?;
     let _swap = SlowSwap::on(256 << 20)?;
     let device = Device::open()?;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;

@@ -18,7 +18,7 @@ use crate::frames::{all_frames, entries, flags, with_flag, Entry, HEAD, HUGETLB,
 use crate::swap::{force_out, page_out, Ext4, Swap};
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
 use pinbuf_test_harness::support::memory::{
-    file_in, huge_memfd, memfd, pattern, GIGA, HUGE, PAGE, RW,
+    file_in, huge_memfd, memfd, pattern, BLOCK, GIGA, HUGE, PAGE, RW,
 };
 use pinbuf_test_harness::support::process::in_child;
 use pinbuf_test_harness::support::uffd::{Faults, Mode};
@@ -81,7 +81,7 @@ fn hugetlb_works(memory: &Memory) -> Result<()> {
     memory.touch();
     let pfns = all_frames(memory)?;
     check_eq!(with_flag(&pfns, HUGETLB)?, pfns.len(), "pages of hugetlb");
-    check_eq!(with_flag(&pfns, HEAD)?, pfns.len() / 512, "huge pages");
+    check_eq!(with_flag(&pfns, HEAD)?, pfns.len() / BLOCK, "huge pages");
     let info = works_whole(memory)?;
     check_eq!(info.pins, memory.len() as u64 / HUGE as u64, "pins");
     works(&[(memory, 511 * PAGE, 3 * PAGE), (memory, 7 * PAGE, PAGE)])?;
@@ -215,7 +215,7 @@ fn transparent_huge() -> Result<()> {
 
 /// Says when transparent huge pages of a size are used. The file shows all choices, with the one
 /// that is taken in brackets.
-fn sizes(size: &str, choice: &str) -> Result<impl Drop> {
+fn sizes(size: usize, choice: &str) -> Result<impl Drop> {
     struct Restore(String, String);
     impl Drop for Restore {
         fn drop(&mut self) {
@@ -224,7 +224,7 @@ fn sizes(size: &str, choice: &str) -> Result<impl Drop> {
             }
         }
     }
-    let path = format!("/sys/kernel/mm/transparent_hugepage/hugepages-{size}/enabled");
+    let path = kernel::transparent_size(size);
     let text = kernel::read(&path)?;
     let before = text
         .split(['[', ']'])
@@ -238,8 +238,8 @@ fn sizes(size: &str, choice: &str) -> Result<impl Drop> {
 /// Pages of 64 KiB.
 fn transparent_64k() -> Result<()> {
     let size = 16;
-    let _small = sizes("64kB", "always")?;
-    let _large = sizes("2048kB", "never")?;
+    let _small = sizes(size * PAGE, "always")?;
+    let _large = sizes(HUGE, "never")?;
     let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     let memory = Memory::map_aligned(64 * size * PAGE, HUGE, RW, private, None, 0)?;
     for offset in (0..memory.len()).step_by(PAGE) {

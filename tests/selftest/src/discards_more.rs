@@ -22,7 +22,9 @@ use crate::discards::{
 use crate::poison::Broken;
 use pinbuf_test_harness::support::device::ioctl;
 use pinbuf_test_harness::support::frames::{all_frames, flags, THP};
-use pinbuf_test_harness::support::kernel::{needs_transparent_huge_pages, HugePool, Setting};
+use pinbuf_test_harness::support::kernel::{
+    needs_transparent_huge_pages, transparent_size, HugePool, Setting,
+};
 use pinbuf_test_harness::support::memory::{
     file_in, huge_memfd, memfd, pattern, punch_hole, HUGE, PAGE, RW,
 };
@@ -239,10 +241,7 @@ fn a_hole_ends_within_a_huge_page() -> Result<()> {
 fn parts_of_a_medium_folio() -> Result<()> {
     const MEDIUM: usize = 16;
     needs_transparent_huge_pages()?;
-    let _setting = Setting::choice(
-        "/sys/kernel/mm/transparent_hugepage/hugepages-64kB/enabled",
-        "always",
-    )?;
+    let _setting = Setting::choice(transparent_size(MEDIUM * PAGE), "always")?;
     let device = Device::open()?;
     let flags_ = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     let len = 4 * MEDIUM * PAGE;

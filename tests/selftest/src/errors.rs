@@ -116,7 +116,13 @@ fn struct_too_long() -> Result<()> {
     let memory = Memory::anonymous(PAGE)?;
     let ranges = [memory.range()];
     let page = Memory::anonymous(2 * PAGE)?;
-    for (size, at) in [(33, 32), (40, 32), (40, 39), (128, 100), (4096, 4095)] {
+    for (size, at) in [
+        (33, 32),
+        (40, 32),
+        (40, 39),
+        (128, 100),
+        (PAGE as u32, PAGE - 1),
+    ] {
         page.write(0, &vec![0; 2 * PAGE]);
         let argument = Create {
             size,

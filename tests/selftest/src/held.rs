@@ -12,7 +12,9 @@ use nix::errno::Errno;
 use pinbuf_uapi::{Range, CHARGE_ALLOWANCE, CHARGE_NONE, CHARGE_USER};
 
 use pinbuf_test_harness::support::frames::{all_frames, flags, HEAD, THP};
-use pinbuf_test_harness::support::kernel::{needs_transparent_huge_pages, HugePool, Setting};
+use pinbuf_test_harness::support::kernel::{
+    needs_transparent_huge_pages, transparent_size, HugePool, Setting,
+};
 use pinbuf_test_harness::support::memory::{huge_memfd, memfd, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::process::{become_user, in_child, set_memlock, PATIENCE, USER};
 use pinbuf_test_harness::support::{check, check_eq, Buffer, Device, Memory};
@@ -278,9 +280,8 @@ fn shmem() -> Result<()> {
 fn pages_of_64_kib() -> Result<()> {
     needs_transparent_huge_pages()?;
     const PAGES: usize = 16;
-    let sizes = "/sys/kernel/mm/transparent_hugepage";
-    let _small = Setting::choice(format!("{sizes}/hugepages-64kB/enabled"), "always")?;
-    let _large = Setting::choice(format!("{sizes}/hugepages-2048kB/enabled"), "never")?;
+    let _small = Setting::choice(transparent_size(PAGES * PAGE), "always")?;
+    let _large = Setting::choice(transparent_size(HUGE), "never")?;
     let _setting = allowance_of(FOLIO)?;
     in_child(|| {
         let device = Device::open()?;

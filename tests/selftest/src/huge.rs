@@ -12,7 +12,7 @@ use pinbuf_uapi::{Info, Range};
 
 use pinbuf_test_harness::support::kernel::HugePool;
 use pinbuf_test_harness::support::memory::{
-    huge_memfd, pattern, punch_hole, stamp, GIGA, HUGE, PAGE, RW,
+    huge_memfd, pattern, punch_hole, stamp, BLOCK, GIGA, HUGE, PAGE, RW,
 };
 use pinbuf_test_harness::support::view::{
     agree, agree_sampled, DeviceView, KernelView, Mapped, Source,
@@ -115,15 +115,15 @@ fn odd_offsets() -> Result<()> {
     for (page, pages) in [
         (0, 1),
         (1, 1),
-        (511, 1),
-        (511, 2),
-        (7, 513),
-        (300, 1100),
-        (1, 1535),
+        (BLOCK - 1, 1),
+        (BLOCK - 1, 2),
+        (7, BLOCK + 1),
+        (300, 2 * BLOCK + 76),
+        (1, 3 * BLOCK - 1),
     ] {
         let info = views_agree(&memory, &[(page * PAGE, pages * PAGE)])
             .with_context(|| format!("{pages} pages from page {page}"))?;
-        let huge_pages = (page + pages).div_ceil(512) - page / 512;
+        let huge_pages = (page + pages).div_ceil(BLOCK) - page / BLOCK;
         check!(
             info.extents <= huge_pages as u64,
             "{} extents in {huge_pages} huge pages",
@@ -135,8 +135,8 @@ fn odd_offsets() -> Result<()> {
         &memory,
         &[
             (3 * PAGE, PAGE),
-            (600 * PAGE, 9 * PAGE),
-            (511 * PAGE, 2 * PAGE),
+            ((BLOCK + 88) * PAGE, 9 * PAGE),
+            ((BLOCK - 1) * PAGE, 2 * PAGE),
         ],
     )?;
     Ok(())
@@ -144,23 +144,24 @@ fn odd_offsets() -> Result<()> {
 
 /// What is kept for huge pages does not grow with the pages in them.
 fn many_pages_cost_little() -> Result<()> {
-    let _pool = HugePool::with_free(64)?;
+    const COUNT: usize = (128 << 20) / HUGE;
+    let _pool = HugePool::with_free(COUNT as i64)?;
     let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
-    let memory = Memory::map(64 * HUGE, RW, flags, None, 0)?;
+    let memory = Memory::map(COUNT * HUGE, RW, flags, None, 0)?;
     let device = Device::open()?;
     let buffer = device.create(&[memory.range()])?;
     let info = device.describe(&buffer)?;
     check!(
-        info.extents <= 64,
-        "{} extents of 64 huge pages",
+        info.extents <= COUNT as u64,
+        "{} extents of {COUNT} huge pages",
         info.extents
     );
     check!(
-        info.kernel_bytes <= 64 * 32 + 256,
-        "{} bytes for 64 extents",
+        info.kernel_bytes <= COUNT as u64 * 32 + 256,
+        "{} bytes for {COUNT} extents",
         info.kernel_bytes
     );
-    check_eq!(info.charged_pages, 64 * 512, "pages charged");
+    check_eq!(info.charged_pages, (COUNT * BLOCK) as u64, "pages charged");
     Ok(())
 }
 
@@ -235,7 +236,7 @@ fn pool_gets_them_back_late() -> Result<()> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
         let memory = Memory::map(2 * HUGE, RW, flags, None, 0)?;
         memory.set(HUGE, 4);
-        device.create(&[memory.part(511 * PAGE, 2 * PAGE)])?
+        device.create(&[memory.part((BLOCK - 1) * PAGE, 2 * PAGE)])?
     };
     check_eq!(
         HugePool::free()?,
@@ -301,11 +302,17 @@ fn gigantic() -> Result<()> {
             );
         }
         let faults = kernel::faults()? - before;
-        check!(faults <= 2 * 512 + 512, "{faults} faults on {len:#x} bytes");
+        check!(
+            faults <= 2 * (GIGA / HUGE + BLOCK / 2) as i64,
+            "{faults} faults on {len:#x} bytes"
+        );
     }
     views_agree(
         &memory,
-        &[(GIGA - 40 * PAGE, 40 * PAGE), (511 * PAGE, 2 * PAGE)],
+        &[
+            (GIGA - 40 * PAGE, 40 * PAGE),
+            ((BLOCK - 1) * PAGE, 2 * PAGE),
+        ],
     )?;
     Ok(())
 }
@@ -354,7 +361,7 @@ fn transparent_then_split() -> Result<()> {
     memory.protect(9 * PAGE, PAGE, libc::PROT_READ)?;
     memory.unmap(20 * PAGE, 2 * PAGE)?;
     memory.advise(100 * PAGE, 10 * PAGE, libc::MADV_DONTNEED)?;
-    for page in 0..512 {
+    for page in 0..BLOCK {
         let expected = stamp(2, (page * PAGE / 8) as u64);
         check_eq!(
             mapped.get(page * PAGE),
@@ -370,7 +377,8 @@ fn transparent_then_split() -> Result<()> {
 
 /// Huge pages that are adjacent in memory are one extent, of which each page has one pin to be dropped.
 fn transparent_adjacent() -> Result<()> {
-    const PAGES: usize = 64;
+    // Of 32 MiB, few fit.
+    const PAGES: usize = if HUGE > 4 << 20 { 16 } else { 64 };
     kernel::needs_transparent_huge_pages()?;
     let memory = transparent_memory(PAGES)?;
     let mut places = Vec::new();
@@ -384,7 +392,9 @@ fn transparent_adjacent() -> Result<()> {
         }
     }
     places.sort_unstable();
-    let pair = places.windows(2).find(|pair| pair[0].0 + 512 == pair[1].0);
+    let pair = places
+        .windows(2)
+        .find(|pair| pair[0].0 + BLOCK as u64 == pair[1].0);
     let Some([(_, first), (_, second)]) = pair else {
         bail!("no two of {PAGES} huge pages are adjacent: {places:?}");
     };
@@ -415,7 +425,7 @@ fn transparent_with_a_page_replaced() -> Result<()> {
     let memory = transparent_memory(1)?;
     let head = frames::flags(frames::frames(&memory, 0, PAGE)?[0])?;
     check!(head & frames::THP != 0, "there is no transparent huge page");
-    for page in 0..512 {
+    for page in 0..BLOCK {
         memory.set(page * PAGE, stamp(26, page as u64));
     }
     let replaced = [77, 300];
@@ -428,9 +438,9 @@ fn transparent_with_a_page_replaced() -> Result<()> {
     check!(head & frames::THP != 0, "the huge page was taken apart");
     let device = Device::open()?;
     let buffer = device.create(&[memory.range()])?;
-    check_eq!(device.describe(&buffer)?.pins, 512, "pins");
+    check_eq!(device.describe(&buffer)?.pins, BLOCK as u64, "pins");
     let mapped = buffer.map()?;
-    for page in 0..512 {
+    for page in 0..BLOCK {
         let seed = if replaced.contains(&page) { 27 } else { 26 };
         let expected = stamp(seed, page as u64);
         check_eq!(mapped.get(page * PAGE), expected, "page {page}");

@@ -206,13 +206,13 @@ fn segment_limits() -> Result<()> {
     let source = Source::whole(&buffer, &memory);
     for limit in [
         0,
-        4096,
-        8192,
-        12288,
-        65536,
+        PAGE as u32,
+        2 * PAGE as u32,
+        3 * PAGE as u32,
+        16 * PAGE as u32,
         1 << 20,
-        (1 << 20) + 4096,
-        1 << 21,
+        (1 << 20) + PAGE as u32,
+        HUGE as u32,
         u32::MAX,
     ] {
         let limits = Limits {
@@ -292,11 +292,11 @@ fn boundaries() -> Result<()> {
         pieces: vec![(&memory, first, len)],
     };
     for (mask, max_segment) in [
-        (0xfff, u32::MAX),
-        (0xfff, 0),
-        (0x1fff, u32::MAX),
-        (0xffff, u32::MAX),
-        (0xffff, 3 * 4096),
+        (PAGE as u64 - 1, u32::MAX),
+        (PAGE as u64 - 1, 0),
+        (2 * PAGE as u64 - 1, u32::MAX),
+        (16 * PAGE as u64 - 1, u32::MAX),
+        (16 * PAGE as u64 - 1, 3 * PAGE as u32),
         (0xf_ffff, u32::MAX),
         (u64::from(u32::MAX), u32::MAX),
     ] {
@@ -316,7 +316,9 @@ fn boundaries() -> Result<()> {
         let longest = longest(&importer, max_segment);
         for (index, entry) in entries.iter().enumerate() {
             check!(
-                entry.len > 0 && entry.len <= longest && (entry.addr | entry.len) % 4096 == 0,
+                entry.len > 0
+                    && entry.len <= longest
+                    && (entry.addr | entry.len) % PAGE as u64 == 0,
                 "{entry:x?} with {what}"
             );
             check_eq!(
@@ -1057,7 +1059,7 @@ fn many_at_once() -> Result<()> {
     let buffer = device.create(&[memory.range()])?;
     let mut importers = Vec::new();
     for index in 0..24 {
-        let max_segment = [0, 4096, 65_536][index % 3];
+        let max_segment = [0, PAGE as u32, 16 * PAGE as u32][index % 3];
         let limits = Limits {
             mask_bits: 64,
             max_segment,
@@ -1102,7 +1104,7 @@ fn concurrent_maps() -> Result<()> {
                     let direction = [Direction::ToDevice, Direction::Bidirectional][round % 2];
                     let limits = Limits {
                         mask_bits: 64,
-                        max_segment: 4096 << (thread * 2),
+                        max_segment: (PAGE as u32) << (thread * 2),
                     };
                     let importer = Importer::attach(buffer.as_fd(), limits)?;
                     let mapping = match importer.map(direction) {

@@ -14,7 +14,7 @@ use pinbuf_uapi::Range;
 
 use pinbuf_test_harness::support::arena::Arena;
 use pinbuf_test_harness::support::kernel::HugePool;
-use pinbuf_test_harness::support::memory::{stamp, GIGA, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::memory::{stamp, BLOCK, GIGA, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::probe::Copier;
 use pinbuf_test_harness::support::process::Child;
 use pinbuf_test_harness::support::turn::Turn;
@@ -83,13 +83,13 @@ shapes! {
     // Huge entries on both sides of a GiB.
     "mappings.blocks" blocks: Shape {
         source: Source::Huge(5),
-        ranges: Ranges::Backwards(512),
+        ranges: Ranges::Backwards(BLOCK),
         place: GIGA - 2 * HUGE,
     },
     // The same memory, at addresses where no huge entry fits.
     "mappings.blocks_askew" blocks_askew: Shape {
         source: Source::Huge(3),
-        ranges: Ranges::Backwards(512),
+        ranges: Ranges::Backwards(BLOCK),
         place: GIGA - HUGE - PAGE,
     },
     // One extent of 1 GiB where an entry of that size would fit.
@@ -248,7 +248,7 @@ impl Case {
         let first_block = at / HUGE;
         let last_block = (at + len.max(PAGE) - PAGE) / HUGE;
         let near = |page: usize| {
-            let (block, in_block) = ((at / PAGE + page) / 512, (at / PAGE + page) % 512);
+            let (block, in_block) = ((at / PAGE + page) / BLOCK, (at / PAGE + page) % BLOCK);
             let at_end = block < first_block + 2 || block + 2 > last_block;
             let in_sample = at_end || block % 16 == 0 || block % 16 == 15;
             pages <= 1200

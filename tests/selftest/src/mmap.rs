@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use pinbuf_uapi::Range;
 
 use pinbuf_test_harness::support::kernel::HugePool;
-use pinbuf_test_harness::support::memory::{self, pattern, stamp, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::memory::{self, pattern, stamp, BLOCK, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::process::signal_of;
 use pinbuf_test_harness::support::view::{holds, same, Mapped};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
@@ -224,7 +224,11 @@ fn protect() -> Result<()> {
         None,
         "a write to the page behind it"
     );
-    check_eq!(mapped.get(PAGE), stamp(5, 512), "the page made read-only");
+    check_eq!(
+        mapped.get(PAGE),
+        stamp(5, BLOCK as u64),
+        "the page made read-only"
+    );
     mapped.protect(PAGE, PAGE, RW)?;
     mapped.set(PAGE, 6);
     check_eq!(memory.get(PAGE), 6, "after it was made writable again");
@@ -390,7 +394,7 @@ fn pages_hold(mapped: &Memory, seed: u64, without: &[usize]) -> Result<()> {
 fn partial_unmap_of_huge() -> Result<()> {
     let (_pool, _memory, _buffer, mapped) = huge_mapping(3, 11)?;
     mapped.touch();
-    let holes = [3, 511, 512, 700, 1535];
+    let holes = [3, BLOCK - 1, BLOCK, BLOCK + 188, 3 * BLOCK - 1];
     for page in holes {
         mapped
             .unmap(page * PAGE, PAGE)
@@ -583,14 +587,14 @@ fn huge_entries() -> Result<()> {
     let part = aligned(&buffer, 3 * HUGE, 4 * HUGE)?;
     let faults = faults_of(&part)?;
     check!(faults <= 4 + 2, "{faults} faults on 4 huge pages");
-    for page in 0..4 * 512 {
-        let expected = stamp(20, page as u64 + 3 * 512);
+    for page in 0..4 * BLOCK {
+        let expected = stamp(20, (page + 3 * BLOCK) as u64);
         check_eq!(part.get(page * PAGE), expected, "page {page} of the part");
     }
     // Reached by a write first.
     let again = aligned(&buffer, 0, 8 * HUGE)?;
     let before = kernel::faults()?;
-    for page in 0..8 * 512 {
+    for page in 0..8 * BLOCK {
         again.set(page * PAGE, page as u64);
     }
     let faults = kernel::faults()? - before;
@@ -649,7 +653,7 @@ fn huge_entries_end_with_their_extent() -> Result<()> {
     let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
     let huge = Memory::map(2 * HUGE, RW, flags, None, 0)?;
     let other = Memory::small_pages(PAGE)?;
-    for page in 0..1024 {
+    for page in 0..2 * BLOCK {
         huge.set(page * PAGE, stamp(24, page as u64));
     }
     other.set(0, stamp(25, 0));
@@ -657,9 +661,9 @@ fn huge_entries_end_with_their_extent() -> Result<()> {
     let whole = [huge.part(0, HUGE - PAGE), other.range()];
     let last_missing = device.create(&whole)?;
     let first_missing = device.create(&[other.range(), huge.part(PAGE, HUGE - PAGE)])?;
-    for (buffer, odd) in [(last_missing, 511), (first_missing, 0)] {
+    for (buffer, odd) in [(last_missing, BLOCK - 1), (first_missing, 0)] {
         let mapped = aligned(&buffer, 0, HUGE)?;
-        for page in 0..512 {
+        for page in 0..BLOCK {
             let expected = if page == odd {
                 stamp(25, 0)
             } else {
@@ -683,27 +687,27 @@ fn huge_entries_inside_extents_only() -> Result<()> {
     let _pool = HugePool::with_free(2)?;
     let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
     let huge = Memory::map(2 * HUGE, RW, flags, None, 0)?;
-    let small = Memory::small_pages(512 * PAGE)?;
-    for page in 0..1024 {
+    let small = Memory::small_pages(BLOCK * PAGE)?;
+    for page in 0..2 * BLOCK {
         huge.set(page * PAGE, stamp(22, page as u64));
     }
-    for page in 0..512 {
+    for page in 0..BLOCK {
         small.set(page * PAGE, stamp(23, page as u64));
     }
     // 100 small pages, the second huge page, the rest of the small ones, half of the first one.
     let ranges = [
         small.part(0, 100 * PAGE),
         huge.part(HUGE, HUGE),
-        small.part(100 * PAGE, 412 * PAGE),
+        small.part(100 * PAGE, (BLOCK - 100) * PAGE),
         huge.part(128 * PAGE, 256 * PAGE),
     ];
     let buffer = Device::open()?.create(&ranges)?;
     let mapped = aligned(&buffer, 0, buffer.len()?)?;
     let expected = |page: usize| match page {
         0..100 => stamp(23, page as u64),
-        100..612 => stamp(22, page as u64 - 100 + 512),
-        612..1024 => stamp(23, page as u64 - 512),
-        _ => stamp(22, page as u64 - 1024 + 128),
+        page if page < 100 + BLOCK => stamp(22, (page - 100 + BLOCK) as u64),
+        page if page < 2 * BLOCK => stamp(23, (page - BLOCK) as u64),
+        page => stamp(22, (page - 2 * BLOCK + 128) as u64),
     };
     for page in (0..mapped.len() / PAGE).rev() {
         check_eq!(mapped.get(page * PAGE), expected(page), "page {page}");

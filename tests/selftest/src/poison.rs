@@ -17,7 +17,7 @@ use pinbuf_test_importer::{Direction, Importer, Limits};
 
 use pinbuf_test_harness::support::frames;
 use pinbuf_test_harness::support::kernel::HugePool;
-use pinbuf_test_harness::support::memory::{huge_memfd, memfd, stamp, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::memory::{huge_memfd, memfd, stamp, BLOCK, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::process::signal_of;
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory, Skip};
 use pinbuf_test_harness::tests;
@@ -298,7 +298,7 @@ fn while_it_is_faulted() -> Result<()> {
             }
         };
         std::thread::scope(|scope| -> Result<()> {
-            for (thread, page) in [(0, 0), (1, 511)] {
+            for (thread, page) in [(0, 0), (1, BLOCK - 1)] {
                 let (mapped, wait) = (&mapped, &wait);
                 scope.spawn(move || {
                     wait(thread);
@@ -308,7 +308,7 @@ fn while_it_is_faulted() -> Result<()> {
             wait(2);
             broken.add(&memory, bad * PAGE)
         })?;
-        for page in (0..512).filter(|page| *page != bad) {
+        for page in (0..BLOCK).filter(|page| *page != bad) {
             let offset = page * PAGE;
             let expected = stamp(31, offset as u64);
             check_eq!(mapped.get(offset), expected, "page {page}, round {round}");

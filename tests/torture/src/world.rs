@@ -452,7 +452,7 @@ impl World {
             Kind::Huge => (blocks * HUGE, huge, None),
             Kind::HugeFile => {
                 let len = blocks * HUGE;
-                let flags = libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+                let flags = libc::MFD_HUGETLB | HUGE.trailing_zeros() << libc::MFD_HUGE_SHIFT;
                 (len, libc::MAP_SHARED, Some(memfd(len, flags)?))
             }
             Kind::Giga => (GIGA, huge | libc::MAP_HUGE_1GB, None),

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 
-use super::memory::{Memory, PAGE};
+use super::memory::{Memory, HUGE, PAGE};
 use super::Skip;
 use crate::check_eq;
 
@@ -276,24 +276,31 @@ impl Drop for Setting {
     }
 }
 
+/// The setting for transparent folios of a size.
+pub fn transparent_size(bytes: usize) -> String {
+    let kib = bytes >> 10;
+    format!("/sys/kernel/mm/transparent_hugepage/hugepages-{kib}kB/enabled")
+}
+
 /// Free huge pages, put back when dropped.
 #[derive(Debug)]
 pub struct HugePool(#[allow(dead_code, reason = "held for its Drop")] Setting);
 
 impl HugePool {
-    const SMALL: &'static str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
     const LARGE: &'static str = "/sys/kernel/mm/hugepages/hugepages-1048576kB";
 
-    /// Makes this number of free huge pages of 2 MiB, and no more.
+    /// A file of the pool of huge pages, of the size [`HUGE`].
+    fn small(name: &str) -> String {
+        format!("/sys/kernel/mm/hugepages/hugepages-{}kB/{name}", HUGE >> 10)
+    }
+
+    /// Makes this number of free huge pages, and no more.
     pub fn with_free(count: i64) -> Result<Self> {
-        let total = number(format!("{}/nr_hugepages", Self::SMALL))?;
-        let free = number(format!("{}/free_hugepages", Self::SMALL))?;
+        let total = number(Self::small("nr_hugepages"))?;
+        let free = number(Self::small("free_hugepages"))?;
         let wanted = total - free + count;
         write("/proc/sys/vm/compact_memory", "1")?;
-        let pool = Self(Setting::set(
-            format!("{}/nr_hugepages", Self::SMALL),
-            wanted,
-        )?);
+        let pool = Self(Setting::set(Self::small("nr_hugepages"), wanted)?);
         let got = Self::free()?;
         if got != count {
             bail!("asked for {count} free huge pages, got {got}");
@@ -301,9 +308,9 @@ impl HugePool {
         Ok(pool)
     }
 
-    /// Free huge pages of 2 MiB.
+    /// Free huge pages, not those of 1 GiB.
     pub fn free() -> Result<i64> {
-        number(format!("{}/free_hugepages", Self::SMALL))
+        number(Self::small("free_hugepages"))
     }
 
     /// Makes one free huge page of 1 GiB, which a machine may be too small or fragmented for.

@@ -16,9 +16,18 @@ use pinbuf_uapi::Range;
 use super::kernel;
 
 /// The page size, which is also what every test counts in.
-pub const PAGE: usize = 4096;
-/// The size of a huge page.
-pub const HUGE: usize = 2 << 20;
+pub const PAGE: usize = match option_env!("PINBUF_TEST_PAGES") {
+    None => 4 << 10,
+    Some(size) => match size.as_bytes() {
+        b"4K" => 4 << 10,
+        b"16K" => 16 << 10,
+        _ => panic!("PINBUF_TEST_PAGES is neither 4K nor 16K"),
+    },
+};
+/// The size of a huge page: what a page table, a page of 8-byte entries, maps.
+pub const HUGE: usize = PAGE / 8 * PAGE;
+/// The number of pages in a huge page.
+pub const BLOCK: usize = HUGE / PAGE;
 /// The size of a gigantic page.
 pub const GIGA: usize = 1 << 30;
 
@@ -123,10 +132,26 @@ impl Memory {
         Ok(memory)
     }
 
-    /// Private anonymous memory below 4 GiB.
+    /// Private anonymous memory below 4 GiB, which no flag asks for on all architectures.
     pub fn low(len: usize) -> Result<Self> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_32BIT;
-        Self::map(len, RW, flags, None, 0).context("mapping below 4 GiB")
+        const STEP: usize = 16 << 20;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        for addr in (STEP..(1 << 32) - len).step_by(STEP) {
+            match mmap(ptr::without_provenance_mut(addr), len, RW, flags, None, 0) {
+                Ok(addr) => return Ok(Self { addr, len }),
+                Err(Errno::EEXIST) => {}
+                Err(error) => return Err(error).context("mapping below 4 GiB"),
+            }
+        }
+        bail!("there is no room for {len} bytes below 4 GiB")
+    }
+
+    /// A shared mapping of a file from its beginning, at an address where nothing is.
+    pub fn shared_at(fd: impl AsFd, len: usize, addr: u64) -> Result<Self> {
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE;
+        let addr = ptr::without_provenance_mut(addr as usize);
+        let addr = mmap(addr, len, RW, flags, Some(fd.as_fd()), 0).context("mapping a file")?;
+        Ok(Self { addr, len })
     }
 
     /// A shared mapping of a file from its beginning.
@@ -365,7 +390,10 @@ pub fn memfd(len: usize, flags: u32) -> Result<OwnedFd> {
 
 /// A memfd of huge pages.
 pub fn huge_memfd(len: usize) -> Result<OwnedFd> {
-    memfd(len, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB)
+    memfd(
+        len,
+        libc::MFD_HUGETLB | HUGE.trailing_zeros() << libc::MFD_HUGE_SHIFT,
+    )
 }
 
 /// A new file of `len` bytes in a directory, without a name.

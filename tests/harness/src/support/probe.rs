@@ -18,8 +18,29 @@ use nix::sys::signal::Signal;
 use super::memory::memfd;
 use super::PAGE;
 
-// Both access one word at the address in %rdi, as their first instruction. If that raises a signal, the
-// handler continues at `pinbuf_probe_failed`, with the signal in %eax, which is then the result.
+// Both access one word at the address that is their first argument, as their first instruction. If that raises
+// a signal, the handler continues at `pinbuf_probe_failed`, with the signal as the result.
+#[cfg(target_arch = "aarch64")]
+global_asm!(
+    ".text",
+    ".globl pinbuf_probe_load",
+    ".type pinbuf_probe_load, @function",
+    "pinbuf_probe_load:",
+    "ldr x2, [x0]",
+    "str x2, [x1]",
+    "mov w0, #0",
+    "ret",
+    ".globl pinbuf_probe_store",
+    ".type pinbuf_probe_store, @function",
+    "pinbuf_probe_store:",
+    "str x1, [x0]",
+    "mov w0, #0",
+    "ret",
+    ".globl pinbuf_probe_failed",
+    "pinbuf_probe_failed:",
+    "ret",
+);
+#[cfg(target_arch = "x86_64")]
 global_asm!(
     ".text",
     ".globl pinbuf_probe_load",
@@ -51,17 +72,41 @@ extern "C" {
 extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes a handler with SA_SIGINFO the interrupted context.
     let context = unsafe { &mut *context.cast::<libc::ucontext_t>() };
-    let registers = &mut context.uc_mcontext.gregs;
-    let at = registers[libc::REG_RIP as usize] as usize;
-    if at == pinbuf_probe_load as *const () as usize
-        || at == pinbuf_probe_store as *const () as usize
-    {
-        registers[libc::REG_RAX as usize] = i64::from(signal);
-        registers[libc::REG_RIP as usize] = pinbuf_probe_failed as *const () as i64;
+    let probes = [
+        pinbuf_probe_load as *const () as u64,
+        pinbuf_probe_store as *const () as u64,
+    ];
+    if probes.contains(&position(context)) {
+        return_from_probe(context, signal);
     } else {
         // SAFETY: async-signal-safe; the access is repeated, and ends the process.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
+}
+
+/// The address of the instruction that was interrupted.
+#[cfg(target_arch = "aarch64")]
+fn position(context: &libc::ucontext_t) -> u64 {
+    context.uc_mcontext.pc
+}
+
+#[cfg(target_arch = "x86_64")]
+fn position(context: &libc::ucontext_t) -> u64 {
+    context.uc_mcontext.gregs[libc::REG_RIP as usize] as u64
+}
+
+/// Makes the interrupted probe return the signal.
+#[cfg(target_arch = "aarch64")]
+fn return_from_probe(context: &mut libc::ucontext_t, signal: i32) {
+    context.uc_mcontext.regs[0] = signal as u64;
+    context.uc_mcontext.pc = pinbuf_probe_failed as *const () as u64;
+}
+
+#[cfg(target_arch = "x86_64")]
+fn return_from_probe(context: &mut libc::ucontext_t, signal: i32) {
+    let registers = &mut context.uc_mcontext.gregs;
+    registers[libc::REG_RAX as usize] = i64::from(signal);
+    registers[libc::REG_RIP as usize] = pinbuf_probe_failed as *const () as i64;
 }
 
 fn install() {
