@@ -11,6 +11,7 @@
  */
 
 #include <linux/cred.h>
+#include <linux/dma-map-ops.h>
 #include <linux/dma-mapping.h>
 #include <linux/hugetlb.h>
 #include <linux/mm.h>
@@ -161,6 +162,11 @@ unsigned long pinbuf_dma_get_seg_boundary(struct device *dev)
 bool pinbuf_dma_need_sync(struct device *dev, u64 addr)
 {
 	return dma_need_sync(dev, addr);
+}
+
+bool pinbuf_dev_is_dma_coherent(struct device *dev)
+{
+	return dev_is_dma_coherent(dev);
 }
 
 void pinbuf_dma_sync_sgtable_for_cpu(struct device *dev, struct sg_table *sgt,

@@ -52,6 +52,7 @@ void pinbuf_sg_set_page(struct scatterlist *sg, struct page *page,
 unsigned int pinbuf_dma_get_max_seg_size(struct device *dev);
 unsigned long pinbuf_dma_get_seg_boundary(struct device *dev);
 bool pinbuf_dma_need_sync(struct device *dev, u64 addr);
+bool pinbuf_dev_is_dma_coherent(struct device *dev);
 void pinbuf_dma_sync_sgtable_for_cpu(struct device *dev, struct sg_table *sgt,
 				     enum dma_data_direction dir);
 void pinbuf_dma_sync_sgtable_for_device(struct device *dev,

@@ -109,9 +109,13 @@ impl MappedTable {
         table.fill(segments(runs, limits));
 
         // What the CPU writes has to reach the bounce buffers even if only the device is declared
-        // to write, because they are copied back as a whole afterwards.
+        // to write, because they are copied back as a whole afterwards. With a device that is not
+        // coherent, it has to reach memory: the next access by the CPU begins with dropping what
+        // caches hold, and a line that is written back late replaces what the device wrote.
         let direction = match direction {
-            DataDirection::FromDevice if may_bounce(dev) => DataDirection::Bidirectional,
+            DataDirection::FromDevice if may_bounce(dev) || !is_coherent(dev) => {
+                DataDirection::Bidirectional
+            }
             direction => direction,
         };
         let mapped = KBox::new_uninit(GFP_KERNEL_ACCOUNT)?;
@@ -240,6 +244,12 @@ fn may_bounce(dev: &Device) -> bool {
     // The mask of the IOMMU's page size; 0 without an IOMMU.
     let fills_pages = mask != 0 && mask < PAGE_SIZE;
     most != usize::MAX && !fills_pages
+}
+
+/// Whether the device sees what is in the CPU's caches, and caches see what it writes.
+fn is_coherent(dev: &Device) -> bool {
+    // SAFETY: A valid device.
+    unsafe { ffi::pinbuf_dev_is_dma_coherent(raw(dev)) }
 }
 
 /// The C device: `Device::as_raw` is private to the `kernel` crate.

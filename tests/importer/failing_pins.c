@@ -19,8 +19,9 @@
 #include "failing_pins.h"
 #include "importer.h"
 
-#if defined(CONFIG_X86_64) && defined(CONFIG_KPROBES)
+#if (defined(CONFIG_X86_64) || defined(CONFIG_ARM64)) && defined(CONFIG_KPROBES)
 
+#ifdef CONFIG_X86_64
 /*
  * The code that a probed call continues at if it has to return at once: the
  * return address is on top of the stack, as at the entry of the function.  This
@@ -37,6 +38,20 @@ asm(".text\n"
 		ASM_RET
 	".size pti_return_at_once, .-pti_return_at_once\n"
 );
+
+static void pti_skip(struct pt_regs *regs)
+{
+	instruction_pointer_set(regs, (unsigned long)&pti_return_at_once);
+}
+#else
+/* At the entry of a function the return address is in a register, not signed. */
+static void pti_skip(struct pt_regs *regs)
+{
+	instruction_pointer_set(regs, procedure_link_pointer(regs));
+}
+#endif
+
+NOKPROBE_SYMBOL(pti_skip);
 
 /*
  * Counts a call of the armed task, and makes it return if it has to fail.  No
@@ -62,7 +77,7 @@ static int pti_pin_called(struct pti_failing_pins *pins, struct pt_regs *regs)
 	if (pins->error == EINTR)
 		set_thread_flag(TIF_SIGPENDING);
 	regs_set_return_value(regs, -(long)pins->error);
-	instruction_pointer_set(regs, (unsigned long)&pti_return_at_once);
+	pti_skip(regs);
 	return 1;
 }
 
@@ -76,7 +91,8 @@ static int pti_pages_probe(struct kprobe *probe, struct pt_regs *regs)
 	if (READ_ONCE(pins->task) != current)
 		return 0;
 	/* The third argument of pin_user_pages_fast(). */
-	if ((pins->flags & PTI_PINS_LONGTERM) && !(regs->dx & FOLL_LONGTERM))
+	if ((pins->flags & PTI_PINS_LONGTERM) &&
+	    !(regs_get_kernel_argument(regs, 2) & FOLL_LONGTERM))
 		return 0;
 	return pti_pin_called(pins, regs);
 }
@@ -187,7 +203,7 @@ void pti_end_failing_pins(struct pti_failing_pins *pins)
 	pins->task = NULL;
 }
 
-#else /* CONFIG_X86_64 && CONFIG_KPROBES */
+#else /* (CONFIG_X86_64 || CONFIG_ARM64) && CONFIG_KPROBES */
 
 int pti_fail_pins(struct pti_failing_pins *pins,
 		  struct pti_fail_pins __user *user)
@@ -205,4 +221,4 @@ void pti_end_failing_pins(struct pti_failing_pins *pins)
 {
 }
 
-#endif /* CONFIG_X86_64 && CONFIG_KPROBES */
+#endif /* (CONFIG_X86_64 || CONFIG_ARM64) && CONFIG_KPROBES */

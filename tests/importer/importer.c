@@ -12,6 +12,7 @@
 #include <linux/bits.h>
 #include <linux/dma-buf.h>
 #include <linux/dma-direct.h>
+#include <linux/dma-map-ops.h>
 #include <linux/dma-mapping.h>
 #include <linux/device/faux.h>
 #include <linux/file.h>
@@ -31,6 +32,7 @@
 
 #include "failing_pins.h"
 #include "importer.h"
+#include "syncs.h"
 
 /* The maximum number of pages or folios per call of a function that pins. */
 #define PIN_BATCH 512
@@ -65,6 +67,8 @@ struct pti_mapping {
  * @vmapped:  whether @vmap is valid
  * @page:     the page that mmap() maps
  * @pins:     the calls that have to fail
+ * @watch:    the maintenance of caches that is noted, or NULL
+ * @coherent: whether new devices are coherent; -1: as the platform has it
  */
 struct pti {
 	struct mutex lock; /* see above */
@@ -80,6 +84,8 @@ struct pti {
 	bool vmapped;
 	struct page *page;
 	struct pti_failing_pins pins;
+	struct pti_watch *watch;
+	int coherent;
 };
 
 static DEFINE_IDA(pti_ids);
@@ -179,6 +185,8 @@ static int pti_make_device(struct pti *pti, const struct pti_attach *arg)
 	dev->dma_parms = &pti->parms;
 	if (arg->max_seg)
 		dma_set_max_seg_size(dev, arg->max_seg);
+	if (pti->coherent >= 0)
+		dev_assign_dma_coherent(dev, pti->coherent);
 	if (arg->boundary)
 		dma_set_seg_boundary(dev, arg->boundary);
 	ret = dma_coerce_mask_and_coherent(dev, DMA_BIT_MASK(arg->mask_bits));
@@ -667,6 +675,32 @@ destroy:
 	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
 }
 
+static int pti_set_coherent(struct pti *pti, u32 __user *user)
+{
+	u32 coherent;
+
+	if (get_user(coherent, user))
+		return -EFAULT;
+	if (coherent > 1)
+		return -EINVAL;
+	if (!coherent && !IS_ENABLED(CONFIG_ARCH_HAS_SYNC_DMA_FOR_DEVICE))
+		return -EOPNOTSUPP;
+	pti->coherent = coherent;
+	return 0;
+}
+
+static int pti_buffer_attributes(struct pti *pti,
+				 struct pti_attributes __user *user)
+{
+	struct pti_mapping *slot = pti_slot(pti, 0);
+
+	if (!slot)
+		return -EINVAL;
+	return pti_attributes(user, pti->vmapped ? pti->vmap.vaddr : NULL,
+			      dma_to_phys(pti->dev,
+					  sg_dma_address(slot->table->sgl)));
+}
+
 static long pti_ioctl(struct file *file, unsigned int cmd, unsigned long value)
 {
 	struct pti *pti = file->private_data;
@@ -718,6 +752,18 @@ static long pti_ioctl(struct file *file, unsigned int cmd, unsigned long value)
 	case PTI_PINS_FAILED:
 		ret = pti_pins_failed(&pti->pins, user);
 		break;
+	case PTI_COHERENT:
+		ret = pti_set_coherent(pti, user);
+		break;
+	case PTI_SYNCS_BEGIN:
+		ret = pti_watch_syncs(&pti->watch);
+		break;
+	case PTI_SYNCS_END:
+		ret = pti_syncs(&pti->watch, user);
+		break;
+	case PTI_ATTRIBUTES:
+		ret = pti_buffer_attributes(pti, user);
+		break;
 	default:
 		ret = -ENOTTY;
 		break;
@@ -749,6 +795,7 @@ static int pti_open(struct inode *inode, struct file *file)
 		return -ENOMEM;
 	}
 	mutex_init(&pti->lock);
+	pti->coherent = -1;
 	file->private_data = pti;
 	return 0;
 }
@@ -758,6 +805,7 @@ static int pti_release(struct inode *inode, struct file *file)
 	struct pti *pti = file->private_data;
 
 	pti_end_failing_pins(&pti->pins);
+	pti_end_watch(&pti->watch);
 	pti_detach_now(pti);
 	__free_page(pti->page);
 	mutex_destroy(&pti->lock);

@@ -201,7 +201,7 @@ struct pti_segments {
  * is marked as having a signal pending, but no signal is pending.
  *
  *   EBUSY       the descriptor's last PTI_FAIL_PINS has not ended
- *   EOPNOTSUPP  needs x86-64 and a kernel with CONFIG_KPROBES
+ *   EOPNOTSUPP  needs x86-64 or arm64, and a kernel with CONFIG_KPROBES
  *
  * and the errors of register_kprobes().
  */
@@ -224,6 +224,58 @@ struct pti_pins_failed {
 	__u64 failed;
 };
 
+/* The maximum number of calls that PTI_SYNCS_END lists. */
+#define PTI_SYNCS 256
+
+/**
+ * struct pti_sync - one call that maintains caches
+ * @addr:      physical address
+ * @len:       length in bytes
+ * @direction: PTI_*
+ * @for_cpu:   1: arch_sync_dma_for_cpu(), 0: arch_sync_dma_for_device()
+ */
+struct pti_sync {
+	__u64 addr;
+	__u64 len;
+	__u32 direction;
+	__u32 for_cpu;
+};
+
+/**
+ * struct pti_syncs - end PTI_SYNCS_BEGIN, by the task that made that call
+ * @syncs: address of an array of PTI_SYNCS elements of struct pti_sync
+ * @count: out: number of calls; the first PTI_SYNCS of them are in @syncs
+ * @reserved: zero
+ *
+ *   EOPNOTSUPP  devices are always coherent on this machine, or the kernel has
+ *               no CONFIG_KPROBES
+ */
+struct pti_syncs {
+	__u64 syncs;
+	__u32 count;
+	__u32 reserved;
+};
+
+#define PTI_NOT_MAPPED (~0ULL)
+
+/**
+ * struct pti_attributes - the memory attributes of the buffer's first page
+ * @addr:   where the caller has mapped it, and accessed it
+ * @user:   out: the attributes of that mapping, as in MAIR_EL1
+ * @vmap:   out: those of the kernel's mapping, PTI_NOT_MAPPED without one
+ * @direct: out: those of the page in the direct map
+ *
+ * Needs a mapping for the device, whose first entry names the page.
+ *
+ *   EOPNOTSUPP  only the processors of arm64 tell these
+ */
+struct pti_attributes {
+	__u64 addr;
+	__u64 user;
+	__u64 vmap;
+	__u64 direct;
+};
+
 #define PTI_IOC_TYPE	'u'
 #define PTI_ATTACH	_IOWR(PTI_IOC_TYPE, 0xe0, struct pti_attach)
 #define PTI_DETACH	_IO(PTI_IOC_TYPE, 0xe1)
@@ -238,6 +290,15 @@ struct pti_pins_failed {
 #define PTI_SEGMENTS	_IOWR(PTI_IOC_TYPE, 0xea, struct pti_segments)
 #define PTI_FAIL_PINS	_IOW(PTI_IOC_TYPE, 0xeb, struct pti_fail_pins)
 #define PTI_PINS_FAILED	_IOR(PTI_IOC_TYPE, 0xec, struct pti_pins_failed)
+/*
+ * Of all devices that this descriptor makes from now on: whether caches are
+ * coherent with them.  Without the call they are as the platform has it for
+ * devices that its firmware does not describe.
+ */
+#define PTI_COHERENT	_IOW(PTI_IOC_TYPE, 0xee, __u32)
+#define PTI_SYNCS_BEGIN	_IO(PTI_IOC_TYPE, 0xef)
+#define PTI_SYNCS_END	_IOWR(PTI_IOC_TYPE, 0xf0, struct pti_syncs)
+#define PTI_ATTRIBUTES	_IOWR(PTI_IOC_TYPE, 0xf1, struct pti_attributes)
 /* Returns a dma-buf of one page that supports no operation. */
 #define PTI_EXPORT	_IO(PTI_IOC_TYPE, 0xed)
 

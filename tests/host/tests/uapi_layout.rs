@@ -123,6 +123,9 @@ fn importer_header() -> Header {
             describe!(importer::Segments as "pti_segments" { count, reserved, map_ns, unmap_ns }),
             describe!(importer::FailPins as "pti_fail_pins" { nth, flags, error, reserved }),
             describe!(importer::PinsFailed as "pti_pins_failed" { seen, failed }),
+            describe!(importer::Sync as "pti_sync" { addr, len, direction, for_cpu }),
+            describe!(importer::Syncs as "pti_syncs" { syncs, count, reserved }),
+            describe!(importer::Attributes as "pti_attributes" { addr, user, vmap, direct }),
         ],
         constants: constants! {
             "PTI_MAPPINGS" = importer::MAPPINGS,
@@ -135,6 +138,8 @@ fn importer_header() -> Header {
             "PTI_PINS_LASTING" = importer::PINS_LASTING,
             "PTI_PINS_LONGTERM" = importer::PINS_LONGTERM,
             "PTI_PINS_OTHER" = importer::PINS_OTHER,
+            "PTI_SYNCS" = importer::SYNCS,
+            "PTI_NOT_MAPPED" = importer::NOT_MAPPED,
             "PTI_IOC_TYPE" = b'u',
         },
         commands: vec![
@@ -151,6 +156,10 @@ fn importer_header() -> Header {
             ("PTI_SEGMENTS", importer::SEGMENTS),
             ("PTI_FAIL_PINS", importer::FAIL_PINS),
             ("PTI_PINS_FAILED", importer::PINS_FAILED),
+            ("PTI_COHERENT", importer::COHERENT),
+            ("PTI_SYNCS_BEGIN", importer::SYNCS_BEGIN),
+            ("PTI_SYNCS_END", importer::SYNCS_END),
+            ("PTI_ATTRIBUTES", importer::ATTRIBUTES),
             ("PTI_EXPORT", importer::EXPORT),
         ],
     }

@@ -293,6 +293,60 @@ impl Importer {
         })
     }
 
+    /// A new device of which it is said whether caches are coherent with it.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` if all devices are coherent on this machine; as for [`attach`](Self::attach).
+    pub fn attach_coherent(buffer: BorrowedFd<'_>, coherent: bool) -> io::Result<Self> {
+        let file = open()?;
+        call(file.as_raw_fd(), uapi::COHERENT, &mut u32::from(coherent))?;
+        let mut argument = uapi::Attach {
+            fd: buffer.as_raw_fd(),
+            mask_bits: Limits::NONE.mask_bits,
+            max_seg: Limits::NONE.max_segment,
+            ..Default::default()
+        };
+        call(file.as_raw_fd(), uapi::ATTACH, &mut argument)?;
+        Ok(Self {
+            file,
+            max_mapping: argument.max_mapping,
+        })
+    }
+
+    /// What maintenance of caches an action of this thread leads to, for whatever device.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` as above; if there are more calls than fit into a list.
+    pub fn syncs_during<T>(&self, action: impl FnOnce() -> T) -> io::Result<(T, Vec<uapi::Sync>)> {
+        let fd = self.file.as_raw_fd();
+        call(fd, uapi::SYNCS_BEGIN, &mut 0_u32)?;
+        let result = action();
+        let mut list = vec![uapi::Sync::default(); uapi::SYNCS as usize];
+        let mut argument = uapi::Syncs {
+            syncs: list.as_mut_ptr() as u64,
+            ..Default::default()
+        };
+        call(fd, uapi::SYNCS_END, &mut argument)?;
+        if argument.count > uapi::SYNCS {
+            return Err(io::Error::other("too many calls that maintain caches"));
+        }
+        list.truncate(argument.count as usize);
+        Ok((result, list))
+    }
+
+    /// The memory attributes of the buffer's first page, mapped at an address of the caller's.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where the processor does not tell; without a mapping for the device.
+    pub fn attributes(&self, addr: u64) -> io::Result<uapi::Attributes> {
+        let mut argument = uapi::Attributes {
+            addr,
+            ..Default::default()
+        };
+        self.call(uapi::ATTRIBUTES, &mut argument)?;
+        Ok(argument)
+    }
+
     /// Attaches on behalf of a PCI device of domain 0 (bus << 8 | device << 3 | function), through
     /// whose IOMMU the buffer is then mapped. Such an importer cannot read or write as the device.
     ///

@@ -202,6 +202,52 @@ pub struct PinsFailed {
     pub failed: u64,
 }
 
+/// The maximum number of calls that [`SYNCS_END`] lists.
+pub const SYNCS: u32 = 256;
+
+/// One call that maintains caches.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Sync {
+    /// Physical address.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u64,
+    /// [`BIDIRECTIONAL`], [`TO_DEVICE`] or [`FROM_DEVICE`].
+    pub direction: u32,
+    /// 1: `arch_sync_dma_for_cpu()`, 0: `arch_sync_dma_for_device()`.
+    pub for_cpu: u32,
+}
+
+/// [`SYNCS_END`]'s argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Syncs {
+    /// Address of an array of [`SYNCS`] elements.
+    pub syncs: u64,
+    /// Out: number of calls.
+    pub count: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// No address is mapped.
+pub const NOT_MAPPED: u64 = u64::MAX;
+
+/// [`ATTRIBUTES`]' argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Attributes {
+    /// Where the caller has mapped the buffer's first page.
+    pub addr: u64,
+    /// Out: the attributes of that mapping.
+    pub user: u64,
+    /// Out: those of the kernel's mapping.
+    pub vmap: u64,
+    /// Out: those of the direct map.
+    pub direct: u64,
+}
+
 const NONE: u32 = 0;
 const WRITE: u32 = 1;
 const READ: u32 = 2;
@@ -236,5 +282,13 @@ pub const SEGMENTS: u32 = ioc(READ | WRITE, 0xea, size_of::<Segments>());
 pub const FAIL_PINS: u32 = ioc(WRITE, 0xeb, size_of::<FailPins>());
 /// Ends [`FAIL_PINS`]; takes [`PinsFailed`].
 pub const PINS_FAILED: u32 = ioc(READ, 0xec, size_of::<PinsFailed>());
+/// Says whether new devices are coherent; takes a `u32`.
+pub const COHERENT: u32 = ioc(WRITE, 0xee, size_of::<u32>());
+/// Begins to note the maintenance of caches that calls of this task lead to.
+pub const SYNCS_BEGIN: u32 = ioc(NONE, 0xef, 0);
+/// Ends [`SYNCS_BEGIN`]; takes [`Syncs`].
+pub const SYNCS_END: u32 = ioc(READ | WRITE, 0xf0, size_of::<Syncs>());
+/// Describes mappings of the buffer's first page; takes [`Attributes`].
+pub const ATTRIBUTES: u32 = ioc(READ | WRITE, 0xf1, size_of::<Attributes>());
 /// Returns a dma-buf of one page that supports no operation.
 pub const EXPORT: u32 = ioc(NONE, 0xed, 0);

@@ -6,6 +6,8 @@
 //! file system. After every subtest it checks that nothing is left behind: pins, charges,
 //! descriptors, dma-bufs, module references.
 
+#[cfg(target_arch = "aarch64")]
+mod coherency;
 mod compat32;
 mod create;
 mod discards;
@@ -25,6 +27,8 @@ mod mapped;
 mod mappings;
 mod memlock;
 mod mmap;
+#[cfg(target_arch = "aarch64")]
+mod mte;
 mod namespaces;
 mod poison;
 mod uffd;
@@ -68,6 +72,10 @@ fn tests() -> impl Iterator<Item = &'static Test> + Clone {
         mappings::giga_twice::TESTS,
         poison::TESTS,
         importer::TESTS,
+        #[cfg(target_arch = "aarch64")]
+        coherency::TESTS,
+        #[cfg(target_arch = "aarch64")]
+        mte::TESTS,
         fences::TESTS,
         huge::TESTS,
         memlock::TESTS,
