@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{bail, Result};
 
+use crate::debian::arch::Arch;
 use crate::debian::tree::Tree;
 
 /// The oldest series that pinbuf supports.
@@ -28,8 +29,10 @@ pub struct Stock {
     pub source: String,
     /// Major, minor and patch level.
     pub version: (u32, u32, u32),
-    /// Empty for the ordinary flavour, or `cloud`, `rt`.
+    /// Empty for the ordinary flavour, or `cloud`, `rt`, `16k`.
     pub flavour: String,
+    /// What it runs on.
+    pub arch: Arch,
 }
 
 impl Stock {
@@ -47,8 +50,14 @@ impl Stock {
     }
 }
 
-/// Reads the archive's kernels from a tree's package lists, oldest first.
-pub fn kernels(tree: &Tree) -> Result<Vec<Stock>> {
+/// The architecture that a selector or a release names.
+pub fn arch(selector: &str) -> Arch {
+    let named = |arch: &Arch| selector.split('-').any(|word| word == arch.debian());
+    Arch::ALL.into_iter().find(named).unwrap_or(Arch::Amd64)
+}
+
+/// Reads the archive's kernels for an architecture from a tree's package lists, oldest first.
+pub fn kernels(tree: &Tree, arch: Arch) -> Result<Vec<Stock>> {
     let names = tree.query(&["apt-cache", "pkgnames", "linux-"])?;
     let mut arguments = vec!["apt-cache", "madison"];
     arguments.extend(names.split_whitespace().filter(|name| {
@@ -59,16 +68,18 @@ pub fn kernels(tree: &Tree) -> Result<Vec<Stock>> {
                     .is_some_and(|rest| rest.starts_with(kind))
             })
     }));
-    Ok(parse(&tree.query(&arguments)?))
+    Ok(parse(&tree.query(&arguments)?, arch))
 }
 
 /// `apt-cache madison`: lines of `package | version | origin`.
-fn parse(madison: &str) -> Vec<Stock> {
+fn parse(madison: &str, arch: Arch) -> Vec<Stock> {
     // The first version listed of a package is the newest.
     let mut packages: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for line in madison.lines() {
         let mut columns = line.split('|').map(str::trim);
         if let (Some(name), Some(version)) = (columns.next(), columns.next()) {
+            // A foreign architecture is part of the name.
+            let name = name.split(':').next().unwrap_or(name);
             packages.entry(name).or_default().push(version);
         }
     }
@@ -76,14 +87,14 @@ fn parse(madison: &str) -> Vec<Stock> {
         packages
             .get(name)
             .and_then(|v| v.first())
-            .map(|v| format!("{name}={v}"))
+            .map(|v| format!("{name}{}={v}", qualifier(name, arch)))
     };
     let mut stocks = Vec::new();
     for name in packages.keys() {
         let Some(rest) = name.strip_prefix("linux-modules-") else {
             continue;
         };
-        let Some((version, flavour)) = split(rest) else {
+        let Some((version, flavour)) = split(rest, arch) else {
             continue;
         };
         let found = (|| {
@@ -104,7 +115,8 @@ fn parse(madison: &str) -> Vec<Stock> {
                 },
                 modules,
                 version,
-                flavour: flavour.to_owned(),
+                flavour,
+                arch,
             })
         })();
         stocks.extend(found);
@@ -113,26 +125,47 @@ fn parse(madison: &str) -> Vec<Stock> {
     stocks
 }
 
-/// Splits `7.2.12+deb13-cloud-amd64` into its version and flavour.
-fn split(release: &str) -> Option<((u32, u32, u32), &str)> {
+/// What apt wants after the name of a package of a foreign architecture.
+fn qualifier(name: &str, arch: Arch) -> String {
+    if arch.is_native() || name.starts_with("linux-source-") {
+        String::new()
+    } else {
+        format!(":{}", arch.debian())
+    }
+}
+
+/// Splits `7.2.12+deb13-cloud-amd64`, `7.2.12+deb13-arm64-16k` into version and flavour.
+fn split(release: &str, arch: Arch) -> Option<((u32, u32, u32), String)> {
     let (version, rest) = release
         .split_once('+')
         .or_else(|| release.split_once('-'))?;
     let mut numbers = version.split('.').map(|number| number.parse().ok());
     let version = (numbers.next()??, numbers.next()??, numbers.next()??);
-    let flavour = rest.strip_suffix("amd64")?.trim_end_matches('-');
-    let flavour = flavour.split_once('-').map_or("", |(_, flavour)| flavour);
-    Some((version, flavour))
+    let mut words: Vec<&str> = rest.split('-').filter(|w| !w.starts_with("deb")).collect();
+    let place = words.iter().position(|word| *word == arch.debian())?;
+    words.remove(place);
+    Some((version, words.join("-")))
 }
 
 /// Finds the kernel that a selector means: a release; or a series (`7.2`, `default` for the oldest
 /// that is supported, `newest`), followed by a flavour if it is not the ordinary one (`7.2-cloud`).
+/// The name of the architecture may stand anywhere, or alone before a flavour (`arm64`, `arm64-16k`).
 pub fn select<'a>(stocks: &'a [Stock], selector: &str) -> Result<&'a Stock> {
     let series_of = |stock: &Stock| (stock.version.0, stock.version.1);
     let supported = |stock: &&Stock| series_of(stock) >= OLDEST;
     let exact = stocks.iter().find(|stock| stock.release == selector);
     let found = exact.or_else(|| {
-        let (name, flavour) = selector.split_once('-').unwrap_or((selector, ""));
+        let arch = arch(selector).debian();
+        let mut words: Vec<&str> = selector.split('-').collect();
+        let named = words.contains(&arch);
+        words.retain(|word| *word != arch);
+        let is_series = |word: &str| word.contains('.') || ["default", "newest"].contains(&word);
+        let name = if named && !words.first().is_some_and(|word| is_series(word)) {
+            "default"
+        } else {
+            words.remove(0)
+        };
+        let flavour = words.join("-");
         let mut candidates = stocks.iter().filter(|stock| stock.flavour == flavour);
         let series = match name {
             "default" => candidates.clone().find(supported).map(series_of),
@@ -166,10 +199,12 @@ pub fn select<'a>(stocks: &'a [Stock], selector: &str) -> Result<&'a Stock> {
 mod tests {
     use super::*;
 
-    fn archive() -> Vec<Stock> {
+    fn archive(arch: Arch) -> Vec<Stock> {
         let mut text = String::new();
         let mut add = |name: &str, version: &str| {
-            text += &format!(" {name} | {version} | http://mirror trixie-backports/main amd64\n");
+            let foreign = if name.contains("arm64") { ":arm64" } else { "" };
+            text +=
+                &format!(" {name}{foreign} | {version} | http://mirror trixie-backports/main\n");
         };
         for (release, version, kind) in [
             ("7.1.13+deb13-amd64", "7.1.13-1", "binary"),
@@ -178,6 +213,10 @@ mod tests {
             ("7.2.12+deb13-cloud-amd64", "7.2.12-1", "binary"),
             ("7.2.13+deb13-rt-amd64", "7.2.13-1", "binary"),
             ("7.3.4+deb13-amd64", "7.3.4-1", "binary-unsigned"),
+            ("7.2.12+deb13-arm64", "7.2.12-1", "binary"),
+            ("7.2.12+deb13-arm64-16k", "7.2.12-1", "binary"),
+            ("7.2.12+deb13-cloud-arm64", "7.2.12-1", "binary"),
+            ("7.3.4+deb13-arm64-16k", "7.3.4-1", "binary"),
         ] {
             for kind in [kind, "base", "modules", "headers"] {
                 add(&format!("linux-{kind}-{release}"), version);
@@ -191,12 +230,12 @@ mod tests {
         add("linux-source-7.2", "7.2.12-1");
         add("linux-source-7.2", "7.2.8-1");
         add("linux-source-7.3", "7.3.4-1");
-        parse(&text)
+        parse(&text, arch)
     }
 
     #[test]
     fn selectors() {
-        let stocks = archive();
+        let stocks = archive(Arch::Amd64);
         for (selector, release) in [
             ("default", "7.2.12+deb13-amd64"),
             ("7.2", "7.2.12+deb13-amd64"),
@@ -220,8 +259,31 @@ mod tests {
     }
 
     #[test]
+    fn other_architectures() {
+        let stocks = archive(Arch::Arm64);
+        for (selector, release) in [
+            ("arm64", "7.2.12+deb13-arm64"),
+            ("default-arm64", "7.2.12+deb13-arm64"),
+            ("arm64-16k", "7.2.12+deb13-arm64-16k"),
+            ("cloud-arm64", "7.2.12+deb13-cloud-arm64"),
+            ("arm64-cloud", "7.2.12+deb13-cloud-arm64"),
+            ("newest-arm64-16k", "7.3.4+deb13-arm64-16k"),
+            ("7.2.12+deb13-arm64", "7.2.12+deb13-arm64"),
+        ] {
+            assert_eq!(arch(selector), Arch::Arm64, "{selector}");
+            assert_eq!(
+                select(&stocks, selector).unwrap().release,
+                release,
+                "{selector}"
+            );
+        }
+        assert_eq!(arch("default-cloud"), Arch::Amd64);
+        assert!(select(&stocks, "arm64-rt").is_err());
+    }
+
+    #[test]
     fn sources() {
-        let stocks = archive();
+        let stocks = archive(Arch::Amd64);
         let newest = select(&stocks, "7.2").unwrap();
         assert_eq!(newest.source, "linux-source-7.2=7.2.12-1");
         assert_eq!(newest.source_mismatch(), None);

@@ -3,5 +3,6 @@
 //! Debian: its archive, the kernels in it, and trees of its packages.
 
 mod apt;
+pub mod arch;
 pub mod archive;
 pub mod tree;

@@ -15,6 +15,7 @@ use anyhow::{bail, Context, Result};
 
 use crate::cache::{ensure, lock, Key};
 use crate::debian::apt::Mirror;
+use crate::debian::arch::Arch;
 use crate::paths;
 use crate::ui::{say, step, Step};
 
@@ -38,6 +39,44 @@ pub fn inside(path: &Path) -> Result<String> {
         .context("this is outside of build/")?;
     Ok(Path::new(BUILD).join(below).display().to_string())
 }
+
+/// Unpacks packages of another architecture into an empty directory.
+///
+/// apt resolves what they depend on as if nothing were installed, so that it asks for the essential
+/// packages too. Then what their scripts would have done as far as guests use it: the files of users and
+/// groups, and the links of alternatives.
+const FOREIGN: &str = r#"
+    set -eu
+    place=$1 arch=$2; shift 2
+    export APT_CONFIG=/tmp/apt-$arch.conf
+    : >/tmp/apt-$arch.status
+    cat >"$APT_CONFIG" <<CONFIG
+        APT::Architecture "$arch";
+        APT::Architectures { "$arch"; };
+        Dir::State::status "/tmp/apt-$arch.status";
+        Dir::Cache::pkgcache "";
+        Dir::Cache::srcpkgcache "";
+CONFIG
+    set -- install --yes --no-install-recommends '?essential' "$@"
+    # What has been downloaded is not listed, so nothing may have been.
+    mkdir -p /tmp/empty/partial
+    files=$(apt-get --print-uris -o Dir::Cache::archives=/tmp/empty "$@" | sed -n "s/^'[^']*' \([^ ]*\.deb\) .*/\1/p")
+    apt-get --download-only "$@"
+    # The links /bin, /lib, /sbin first: other packages have files behind them.
+    for file in $files; do
+        case $file in base-files_*) dpkg-deb -x "/var/cache/apt/archives/$file" "$place" ;; esac
+    done
+    for file in $files; do
+        dpkg-deb -x "/var/cache/apt/archives/$file" "$place"
+    done
+    for name in passwd group; do
+        cp "$place/usr/share/base-passwd/$name.master" "$place/etc/$name"
+    done
+    for name in kvm:104 render:105; do
+        echo "${name%:*}:x:${name#*:}:" >>"$place/etc/group"
+    done
+    [ -e "$place/usr/bin/awk" ] || ln -s mawk "$place/usr/bin/awk"
+"#;
 
 /// What building for the kernel takes, and running QEMU.
 const TOOLS: &[&str] = &[
@@ -111,6 +150,73 @@ impl Tree {
         ensure(&format!("tree/{name}-{set}"), &title, key, |step| {
             self.install(step, packages)
         })
+    }
+
+    /// Adds what cross-compiling for this architecture and running its guests takes, once.
+    pub fn require_arch(&self, arch: Arch) -> Result<()> {
+        if arch.is_native() {
+            return Ok(());
+        }
+        let debian = arch.debian();
+        let set = format!("lists for {debian}");
+        let name = &self.name;
+        let stamp = fs::read_to_string(paths::build().join("stamps/tree").join(name))?;
+        let key = Key::new().text("1").text(&stamp);
+        ensure(
+            &format!("tree/{name}-lists{}", arch.suffix()),
+            &set,
+            key,
+            |step| {
+                let mut command = self.command(&["dpkg", "--add-architecture", debian])?;
+                step.run(&mut command, "trees.log")?;
+                let _lock = lock("apt")?;
+                self.update(step)
+            },
+        )?;
+        let gcc = format!("gcc-14-{}", arch.gnu());
+        let libc = format!("libc6-dev-{debian}-cross");
+        let std = format!("libstd-rust-dev:{debian}");
+        let gcc32 = format!("gcc-{}", arch.gnu32());
+        let packages = [
+            gcc.as_str(),
+            &gcc32,
+            &libc,
+            &std,
+            "cargo",
+            "qemu-system-arm",
+        ];
+        self.require(debian, &packages)
+    }
+
+    /// A tree for another architecture: packages, unpacked, whose programs cannot run here.
+    ///
+    /// The scripts of packages cannot run either. What guests need of these is done here.
+    pub fn foreign(tools: &Self, name: &str, packages: &[&str], arch: Arch) -> Result<Self> {
+        let tree = Self {
+            path: trees().join(name),
+            name: name.to_owned(),
+        };
+        let key = tools.key()?.text("1").text(arch.debian()).texts(packages);
+        ensure(
+            &format!("tree/{name}"),
+            &format!("Debian tree `{name}`"),
+            key,
+            |step| {
+                remove(&tree.path)?;
+                fs::create_dir_all(&tree.path)?;
+                let place = inside(&tree.path)?;
+                let mut arguments = vec!["sh", "-c", FOREIGN, "sh", &place, arch.debian()];
+                arguments.extend(packages);
+                let _lock = lock("apt")?;
+                let first = step.run(&mut tools.enter(&arguments, true)?, "trees.log");
+                if first.is_err() {
+                    tools.update(step)?;
+                    step.run(&mut tools.enter(&arguments, true)?, "trees.log")?;
+                }
+                Ok(())
+            },
+        )?;
+        Ok(tree)
     }
 
     /// The smallest tree, which the others begin as copies of.
@@ -251,7 +357,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Downloads packages (`name=version`) into `build/debs/` and unpacks them below a directory.
+    /// Downloads packages (`name=version` or `name:architecture=version`) into `build/debs/` and unpacks them below a directory.
     pub fn unpack(&self, step: &Step, packages: &[String], target: &Path) -> Result<()> {
         let _lock = lock("apt")?;
         let mut arguments = vec!["apt-get", "download"];
@@ -290,6 +396,30 @@ impl Tree {
     /// A command inside of this tree, with /proc, and `build/` as [`BUILD`].
     pub fn command(&self, arguments: &[&str]) -> Result<Command> {
         self.enter(arguments, false)
+    }
+
+    /// The same in one of the host's directories; these are there at the paths that they have on the host.
+    pub fn command_on(&self, directories: &[&Path], arguments: &[&str]) -> Result<Command> {
+        const SCRIPT: &str = r#"
+            set -eu
+            tree=$1 count=$2; shift 2
+            first=$1
+            while [ "$count" -gt 0 ]; do
+                mkdir -p "$tree$1"
+                mount --bind "$1" "$tree$1"
+                shift; count=$((count - 1))
+            done
+            exec chroot "$tree" /bin/sh -c 'cd "$0" && exec "$@"' "$first" "$@"
+        "#;
+        let mut command = isolated();
+        command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
+        command.args(["bash", "-c", SCRIPT, "bash"]);
+        command
+            .arg(&self.path)
+            .arg((directories.len() + 1).to_string());
+        command.args(directories).arg("/proc").args(arguments);
+        self.environment(&mut command);
+        Ok(command)
     }
 
     fn enter(&self, arguments: &[&str], network: bool) -> Result<Command> {
@@ -331,6 +461,12 @@ impl Tree {
             .arg(paths::build())
             .arg(directory)
             .args(arguments);
+        self.environment(&mut command);
+        Ok(command)
+    }
+
+    /// What commands find in their environment, whatever the host has there.
+    fn environment(&self, command: &mut Command) {
         command.env(
             "PATH",
             "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -348,7 +484,6 @@ impl Tree {
         ] {
             command.env_remove(name);
         }
-        Ok(command)
     }
 }
 
@@ -395,7 +530,8 @@ fn install_debootstrap(step: &Step) -> Result<()> {
 /// apt writes a colon of the version as `%3a`.
 fn find_deb(name: &str, version: &str) -> Result<PathBuf> {
     let version = version.replace(':', "%3a");
-    for architecture in ["amd64", "all"] {
+    let name = name.split(':').next().unwrap_or(name);
+    for architecture in Arch::ALL.map(Arch::debian).into_iter().chain(["all"]) {
         let path = paths::build().join(format!("debs/{name}_{version}_{architecture}.deb"));
         if path.exists() {
             return Ok(path);

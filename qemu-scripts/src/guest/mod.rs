@@ -187,8 +187,8 @@ impl Guest {
     pub fn start(options: &Options, streams: Streams) -> Result<Self> {
         let tools = Tree::tools()?;
         let kernel = Kernel::select(&tools, &options.kernel)?;
-        let base = image::ensure(&tools, &options.image)?;
-        let init = userspace::init()?;
+        let base = image::ensure(&tools, &options.image, kernel.arch)?;
+        let init = userspace::init(&tools, kernel.arch)?;
         let mut layers = vec![("modules", kernel.image()), ("base", base)];
         if !options.bare {
             layers.insert(
@@ -205,7 +205,7 @@ impl Guest {
         let log = console(&kernel)?;
         let mut sockets = Sockets::new(directory.path());
         let icount = options.qemu.iter().any(|word| word == "-icount");
-        let mut command = qemu::command(&tools, icount);
+        let mut command = qemu::command(&tools, kernel.arch, icount);
         command.args(["-smp", &options.processors.to_string()]);
         command.arg("-serial").arg(format!("file:{}", escape(&log)));
         command.args(["-device", "virtio-rng-pci"]);
@@ -262,7 +262,7 @@ impl Guest {
             config.modules.push("pinbuf".to_owned());
         }
         let mut helper = None;
-        let mut machine = "q35".to_owned();
+        let mut machine = qemu::machine(kernel.arch).to_owned();
         if let Some(share) = &options.share {
             let share = share
                 .canonicalize()
@@ -315,6 +315,7 @@ impl Guest {
             .arg(&initramfs);
         // An oops ends the run at once; the kernel's own log is complete; and no time goes to
         // workarounds for processors that this one is not.
+        let own = qemu::cmdline(kernel.arch);
         //
         // KASAN's check of addresses asks for LA57, which identify_cpu() clears for a moment: an
         // interrupt at that time is reported, and lock debugging is off for the rest of the run.
@@ -330,8 +331,8 @@ impl Guest {
             format!("tsc_early_khz={} ", tsc::khz())
         };
         command.arg("-append").arg(format!(
-            "console=ttyS0 loglevel=7 printk.devkmsg=on panic=-1 oops=panic mitigations=off \
-             no_timer_check tsc=reliable {counter}{paging}{}",
+            "{own} loglevel=7 printk.devkmsg=on panic=-1 oops=panic mitigations=off \
+             {counter}{paging}{}",
             options.cmdline
         ));
         command.args(&options.qemu);

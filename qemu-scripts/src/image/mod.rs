@@ -13,6 +13,7 @@ use anyhow::{bail, Result};
 use walkdir::WalkDir;
 
 use crate::cache::{self, Key};
+use crate::debian::arch::Arch;
 use crate::debian::tree::{inside, Tree};
 use crate::paths;
 use crate::ui::Step;
@@ -148,8 +149,8 @@ const LEFT_OUT: &[&str] = &[
     "usr/share/locale",
 ];
 
-/// Makes the image of this name, and returns its path.
-pub fn ensure(tools: &Tree, name: &str) -> Result<PathBuf> {
+/// Makes the image of this name for an architecture, and returns its path.
+pub fn ensure(tools: &Tree, name: &str, arch: Arch) -> Result<PathBuf> {
     let Some((_, packages)) = IMAGES.iter().find(|(found, _)| *found == name) else {
         let names: Vec<&str> = IMAGES.iter().map(|(name, _)| *name).collect();
         bail!(
@@ -157,8 +158,14 @@ pub fn ensure(tools: &Tree, name: &str) -> Result<PathBuf> {
             names.join(", ")
         );
     };
-    let tree = Tree::with_packages(&format!("guest-{name}"), packages)?;
-    let stamp = fs::read_to_string(paths::build().join(format!("stamps/tree/guest-{name}")))?;
+    let name = &format!("{name}{}", arch.suffix());
+    let tree_name = format!("guest-{name}");
+    let tree = if arch.is_native() {
+        Tree::with_packages(&tree_name, packages)?
+    } else {
+        Tree::foreign(tools, &tree_name, packages, arch)?
+    };
+    let stamp = fs::read_to_string(paths::build().join("stamps/tree").join(tree_name))?;
     let image = paths::build().join(format!("images/{name}.img"));
     let key = Key::new().text("1").text(&stamp);
     cache::ensure(

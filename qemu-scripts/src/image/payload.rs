@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 
 use crate::cache::{self, Key};
 use crate::debian::tree::{remove, Tree, BUILD};
-use crate::image::userspace::{self, Profile};
+use crate::image::userspace::{self, Profile, Target};
 use crate::kernel::module;
 use crate::kernel::Kernel;
 use crate::{image, paths};
@@ -28,16 +28,22 @@ pub fn ensure(
     build_userspace: bool,
 ) -> Result<PathBuf> {
     let mut files: BTreeMap<PathBuf, PathBuf> = BTreeMap::new();
+    let target = Target {
+        arch: kernel.arch,
+        page: kernel.page()?,
+    };
     let programs = if build_userspace {
-        userspace::build(profile)?
+        userspace::build(tools, profile, target)?
     } else {
-        userspace::built(profile)?
+        userspace::built(profile, target)?
     };
     for path in programs {
         if let Some(place) = userspace::place(&path) {
             files.insert(place, path);
         }
     }
+    let program = userspace::compat32(tools, kernel.arch)?;
+    files.extend(userspace::place(&program).map(|place| (place, program)));
     let modules = module::ensure(tools, kernel)?;
     let place = Path::new("usr/lib/modules").join(&kernel.release);
     for entry in fs::read_dir(lists(tools, kernel, &modules)?)? {

@@ -7,11 +7,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 
 use crate::cache::{self, Key};
+use crate::debian::arch::Arch;
+use crate::debian::tree::{inside, Tree};
 use crate::paths;
-use crate::ui::step;
+use crate::ui::{step, Step};
 
 /// How programs are built, which is a profile of cargo's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,9 +25,14 @@ pub enum Profile {
 }
 
 impl Profile {
-    /// The directory below cargo's target.
-    fn directory(self) -> PathBuf {
-        target().join(match self {
+    /// Where cargo puts what it builds.
+    fn directory(self, to: Target) -> PathBuf {
+        let target = if to.arch.is_native() {
+            target()
+        } else {
+            to.directory().join(to.arch.rust())
+        };
+        target.join(match self {
             Self::Dev => "debug",
             Self::Release => "release",
         })
@@ -54,25 +61,104 @@ fn target() -> PathBuf {
     }
 }
 
+/// Where cargo puts programs for guests that the host cannot run, and for the initramfs.
+fn guest_target() -> PathBuf {
+    paths::build().join("guest-target")
+}
+
+/// What programs are built for. Those of pinbuf ask the kernel how large a page is; tests have a constant for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Target {
+    /// The processor.
+    pub arch: Arch,
+    /// The size of a page, in KiB.
+    pub page: u32,
+}
+
+impl Target {
+    /// The host's own programs.
+    pub const HOST: Self = Self {
+        arch: Arch::Amd64,
+        page: 4,
+    };
+
+    /// Where cargo keeps what it builds.
+    fn directory(self) -> PathBuf {
+        guest_target().join(format!("pages-{}k", self.page))
+    }
+}
+
+/// cargo and rustc of the tree of tools, which have the libraries for another architecture, where rustup may
+/// have them not. What the host's cargo downloads is all that they get.
+fn foreign_cargo(tools: &Tree, step: &Step, arch: Arch, arguments: &[&str]) -> Result<Command> {
+    tools.require_arch(arch)?;
+    step.run(cargo().args(["fetch", "--locked"]), "userspace.log")
+        .context("fetching the crates of Cargo.lock")?;
+    let home = match (std::env::var_os("CARGO_HOME"), std::env::home_dir()) {
+        (Some(directory), _) => PathBuf::from(directory),
+        (None, Some(home)) => home.join(".cargo"),
+        (None, None) => bail!("neither CARGO_HOME nor HOME is set"),
+    };
+    let mut words = vec!["/usr/bin/cargo"];
+    words.extend(arguments);
+    words.extend(["--offline", "--locked", "--target", arch.rust()]);
+    let mut command = tools.command_on(&[paths::root(), &home], &words)?;
+    let linker = format!("CARGO_TARGET_{}_LINKER", arch.rust().replace('-', "_"));
+    command
+        .env(linker.to_uppercase(), format!("{}-gcc-14", arch.gnu()))
+        .env("CARGO_HOME", home);
+    for name in ["CARGO", "RUSTC", "RUSTUP_TOOLCHAIN", "RUSTFLAGS"] {
+        command.env_remove(name);
+    }
+    Ok(command)
+}
+
+/// The packages that have nothing for guests of other architectures: they run on the host, are for x86-64, or are for
+/// rows that these guests do not have.
+const LEFT_OUT: [&str; 7] = [
+    "pinbuf-bench",
+    "pinbuf-demo",
+    "pinbuf-fuzz",
+    "pinbuf-guest",
+    "pinbuf-host-tests",
+    "pinbuf-nested",
+    "pinbuf-pure",
+];
+
 /// Builds the programs and libraries, and returns their paths.
-pub fn build(profile: Profile) -> Result<Vec<PathBuf>> {
-    step("userspace", |step| {
-        let mut command = cargo();
+pub fn build(tools: &Tree, profile: Profile, to: Target) -> Result<Vec<PathBuf>> {
+    let title = format!("userspace{}", to.arch.suffix());
+    step(title, |step| {
         // Everything, although guests do not get this program: with the same packages cargo chooses the same
         // features, and what `cargo test` has compiled is not compiled again.
-        command.args(["build", "--workspace"]);
+        let arguments = ["build", "--workspace"];
+        let mut command = if to.arch.is_native() {
+            let mut command = cargo();
+            command.args(arguments);
+            command
+        } else {
+            let mut arguments = arguments.to_vec();
+            for name in LEFT_OUT {
+                arguments.extend(["--exclude", name]);
+            }
+            let mut command = foreign_cargo(tools, step, to.arch, &arguments)?;
+            command
+                .env("CARGO_TARGET_DIR", to.directory())
+                .env("PINBUF_TEST_PAGES", format!("{}K", to.page));
+            command
+        };
         if profile == Profile::Release {
             command.arg("--release");
         }
         step.run(&mut command, "userspace.log")
             .context("userspace does not compile")
     })?;
-    built(profile)
+    built(profile, to)
 }
 
 /// The programs and libraries that were built last.
-pub fn built(profile: Profile) -> Result<Vec<PathBuf>> {
-    let directory = profile.directory();
+pub fn built(profile: Profile, to: Target) -> Result<Vec<PathBuf>> {
+    let directory = profile.directory(to);
     let mut found = Vec::new();
     let Ok(entries) = fs::read_dir(&directory) else {
         return Ok(found);
@@ -94,26 +180,63 @@ pub fn built(profile: Profile) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// Builds the program of `tests/selftest` that runs as a 32-bit process, and returns its path.
+pub fn compat32(tools: &Tree, arch: Arch) -> Result<PathBuf> {
+    const SOURCE: &str = "tests/selftest/compat32.c";
+    let gnu = arch.gnu32();
+    let directory = guest_target().join("32-bit").join(gnu);
+    let program = directory.join("pinbuf-compat32");
+    let source = fs::read(paths::root().join(SOURCE)).context(SOURCE)?;
+    let key = Key::new().text("1").text(&String::from_utf8_lossy(&source));
+    let name = format!("compat32{}", arch.suffix());
+    cache::ensure(
+        &name,
+        &format!("program for 32 bits ({gnu})"),
+        key,
+        |step| {
+            let libc = match arch {
+                Arch::Amd64 => "libc6-dev-i386-cross",
+                Arch::Arm64 => "libc6-dev-armhf-cross",
+            };
+            tools.require(gnu, &[&format!("gcc-{gnu}"), libc])?;
+            fs::create_dir_all(&directory)?;
+            let copy = directory.join("compat32.c");
+            fs::write(&copy, &source)?;
+            let compiler = format!("{gnu}-gcc");
+            let options = ["-static", "-O1", "-Wall", "-Wextra", "-Werror"];
+            let mut words = vec![compiler.as_str()];
+            words.extend(options);
+            let (copy, to) = (inside(&copy)?, inside(&program)?);
+            words.extend(["-o", &to, &copy]);
+            step.run(&mut tools.command(&words)?, "userspace.log")
+        },
+    )?;
+    Ok(program)
+}
+
 /// Builds the guests' first process, which needs no library, and returns its path.
-pub fn init() -> Result<PathBuf> {
-    const TRIPLE: &str = "x86_64-unknown-linux-gnu";
-    let target = paths::build().join("guest-target");
-    let program = target.join(TRIPLE).join("debug/pinbuf-guest-init");
+pub fn init(tools: &Tree, arch: Arch) -> Result<PathBuf> {
+    const PACKAGE: [&str; 3] = ["build", "--package", "pinbuf-guest-init"];
+    // Apart from other programs: linked otherwise, all of it would be compiled again each time.
+    let target = match arch.is_native() {
+        true => guest_target(),
+        false => guest_target().join("init"),
+    };
+    let program = target.join(arch.rust()).join("debug/pinbuf-guest-init");
     let key = Key::new()
         .text("2")
         .files(&paths::root().join("qemu-scripts/init"))?;
-    cache::ensure("init", "guests' first process", key, |step| {
-        let mut command = cargo();
+    let name = format!("init{}", arch.suffix());
+    cache::ensure(&name, "guests' first process", key, |step| {
+        let mut command = if arch.is_native() {
+            let mut command = cargo();
+            command.args(PACKAGE).args(["--target", arch.rust()]);
+            command
+        } else {
+            foreign_cargo(tools, step, arch, &PACKAGE)?
+        };
         command
-            .args([
-                "build",
-                "--package",
-                "pinbuf-guest-init",
-                "--target",
-                TRIPLE,
-            ])
-            .arg("--target-dir")
-            .arg(&target)
+            .env("CARGO_TARGET_DIR", &target)
             .env("RUSTFLAGS", "-C target-feature=+crt-static");
         step.run(&mut command, "userspace.log").context(
             "the guests' first process does not compile; it needs gcc and libc6-dev \

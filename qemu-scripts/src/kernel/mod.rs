@@ -15,6 +15,7 @@ use anyhow::{bail, Context, Result};
 use pinbuf_guest_init::Sharing;
 
 use crate::cache::{self, Key};
+use crate::debian::arch::Arch;
 use crate::debian::archive::{self, Stock};
 use crate::debian::tree::{Tree, BUILD};
 use crate::ui::Step;
@@ -43,6 +44,8 @@ const SHARING: &[(Sharing, &[&str])] = &[
 pub struct Kernel {
     /// What `uname -r` says.
     pub release: String,
+    /// What it runs on.
+    pub arch: Arch,
     origin: Origin,
 }
 
@@ -56,15 +59,24 @@ impl Kernel {
     /// Finds the kernel that a selector means, and makes ready what booting it takes.
     pub fn select(tools: &Tree, selector: &str) -> Result<Self> {
         tools.refresh_lists(false)?;
-        let stocks = archive::kernels(tools)?;
+        let arch = archive::arch(selector);
+        tools.require_arch(arch)?;
+        let stocks = archive::kernels(tools, arch)?;
         let kernel = match selector.strip_prefix("debug") {
             Some(series) if series.is_empty() || series.starts_with('-') => {
                 let series = series.strip_prefix('-').unwrap_or("default");
+                if !arch.is_native() {
+                    bail!(
+                        "the debug kernel is built for {} only",
+                        Arch::Amd64.debian()
+                    );
+                }
                 let stock = archive::select(&stocks, series)?;
                 debug::ensure(tools, stock)?;
                 let origin = Origin::Debug(stock.clone());
                 Self {
                     release: debug::release(stock),
+                    arch,
                     origin,
                 }
             }
@@ -73,6 +85,7 @@ impl Kernel {
                 stock::ensure(tools, stock)?;
                 Self {
                     release: stock.release.clone(),
+                    arch,
                     origin: Origin::Stock(stock.clone()),
                 }
             }
@@ -99,6 +112,21 @@ impl Kernel {
     /// Where this kernel's files are.
     pub fn directory(&self) -> PathBuf {
         directory(&self.release)
+    }
+
+    /// The size of a page, in KiB.
+    pub fn page(&self) -> Result<u32> {
+        if self.arch.is_native() {
+            return Ok(4);
+        }
+        let config = modules(&self.directory().join("root"), &self.release).join("config");
+        let config =
+            fs::read_to_string(&config).with_context(|| format!("reading {}", config.display()))?;
+        let shift = config
+            .lines()
+            .find_map(|line| line.strip_prefix("CONFIG_PAGE_SHIFT="))
+            .context("the kernel's configuration has no CONFIG_PAGE_SHIFT")?;
+        Ok(1 << (shift.parse::<u32>()? - 10))
     }
 
     /// The compressed kernel.

@@ -10,7 +10,8 @@ use anyhow::{bail, Context, Result};
 use walkdir::WalkDir;
 
 use crate::cache::{self, Key};
-use crate::debian::archive::Stock;
+use crate::debian::arch::Arch;
+use crate::debian::archive::{self, Stock};
 use crate::debian::tree::{remove, Tree, BUILD};
 use crate::kernel::layout::directory;
 use crate::paths;
@@ -97,19 +98,21 @@ pub fn build_tree(tools: &Tree, stock: &Stock) -> Result<(Vec<String>, Key)> {
     cache::ensure(&format!("kbuild/{release}"), &title, key.clone(), |step| {
         make_build_tree(tools, step, stock, &source)
     })?;
-    Ok((
-        vec![
-            "-C".into(),
-            format!("{BUILD}/kbuild/{release}"),
-            compiler().into(),
-        ],
-        key,
-    ))
+    let mut arguments = vec!["-C".into(), format!("{BUILD}/kbuild/{release}")];
+    arguments.extend(compiler(stock.arch));
+    Ok((arguments, key))
 }
 
 /// What Debian builds its kernels with.
-fn compiler() -> &'static str {
-    "CC=x86_64-linux-gnu-gcc-14"
+fn compiler(arch: Arch) -> [String; 4] {
+    let gnu = arch.gnu();
+    [
+        format!("ARCH={}", arch.kbuild()),
+        format!("CROSS_COMPILE={gnu}-"),
+        // For the code that 32-bit processes get.
+        format!("CROSS_COMPILE_COMPAT={}-", arch.gnu32()),
+        format!("CC={gnu}-gcc-14"),
+    ]
 }
 
 fn make_build_tree(tools: &Tree, step: &Step, stock: &Stock, source: &str) -> Result<()> {
@@ -136,18 +139,13 @@ fn make_build_tree(tools: &Tree, step: &Step, stock: &Stock, source: &str) -> Re
     copy(".config")?;
     let config = fs::read_to_string(place.join(".config"))?;
     let jobs = format!("-j{}", crate::jobs());
-    let mut make = tools.command(&[
-        "make",
-        "-C",
-        source,
-        &format!("O={BUILD}/kbuild/{release}"),
-        &format!("KERNELRELEASE={release}"),
-        compiler(),
-        &jobs,
-        "olddefconfig",
-        "modules_prepare",
-    ])?;
-    step.run(&mut make, "kernels.log")?;
+    let output = format!("O={BUILD}/kbuild/{release}");
+    let name = format!("KERNELRELEASE={release}");
+    let compiler = compiler(stock.arch);
+    let mut make = vec!["make", "-C", source, &output, &name];
+    make.extend(compiler.iter().map(String::as_str));
+    make.extend([jobs.as_str(), "olddefconfig", "modules_prepare"]);
+    step.run(&mut tools.command(&make)?, "kernels.log")?;
     check_config(&config, &fs::read_to_string(place.join(".config"))?)?;
     copy("Module.symvers")?;
     copy("vmlinux")?;
@@ -164,7 +162,8 @@ fn sibling(stock: &Stock) -> Result<Option<String>> {
     for stamp in fs::read_dir(stamps).into_iter().flatten() {
         let other = stamp?.file_name().to_string_lossy().into_owned();
         let source = fs::read_to_string(place(&other).join(SOURCE));
-        if other != stock.release && source.is_ok_and(|source| source == stock.source) {
+        let same = archive::arch(&other) == stock.arch;
+        if same && other != stock.release && source.is_ok_and(|source| source == stock.source) {
             return Ok(Some(other));
         }
     }

@@ -26,10 +26,12 @@ use self::lint::{Outcome, CHECKS};
 use self::runs::{Run, Verdict, When, RUNS};
 use self::sanitize::Tested;
 use crate::command::demo;
+use crate::debian::arch::Arch;
+use crate::debian::archive;
 use crate::debian::tree::Tree;
 use crate::guest::watch;
 use crate::guest::{End, Guest, Options, Streams};
-use crate::image::userspace::{self, Profile};
+use crate::image::userspace::{self, Profile, Target};
 use crate::kernel::module;
 use crate::kernel::Kernel;
 use crate::paths;
@@ -124,7 +126,9 @@ impl Test {
             }
             println!("host: cargo test");
             println!("{SANITIZE}: cargo test, under AddressSanitizer");
-            println!("{LINT}: rustfmt, clippy, rustdoc, checkpatch, documents and manual pages");
+            println!(
+                "{LINT}: rustfmt, clippy, rustdoc, checkpatch, documents, sizes and manual pages"
+            );
             println!("{SCREEN}: pinbuf-demo on default, and its picture on the guest's screen");
             println!(
                 "{PLANTED}: the bugs of tests/planted, one at a time, and cargo mutants (--long)"
@@ -366,14 +370,21 @@ impl Test {
         // The user space of guests is built once, by the first worker that needs it. If the build fails, that
         // is one failure.
         let mut said = false;
-        let built = *userspace.get_or_init(|| match userspace::build(Profile::Dev) {
-            Ok(_) => true,
-            Err(error) => {
-                say(&format!("{error:#}"));
-                said = true;
-                false
-            }
-        });
+        let arch = match work {
+            Work::Guest(job) => archive::arch(&job.kernel),
+            _ => Arch::Amd64,
+        };
+        let build = || userspace::build(&Tree::tools()?, Profile::Dev, Target::HOST);
+        // Others are built when their kernel is there, which says for which size of pages.
+        let built = !arch.is_native()
+            || *userspace.get_or_init(|| match build() {
+                Ok(_) => true,
+                Err(error) => {
+                    say(&format!("{error:#}"));
+                    said = true;
+                    false
+                }
+            });
         match work {
             _ if !built => counts.failed = usize::from(said),
             Work::Guest(job) => counts = self.guest(job),
@@ -428,7 +439,7 @@ impl Test {
             qemu: shell_words::split(run.qemu)?,
             image: run.image.to_owned(),
             bare: run.bare,
-            build: false,
+            build: !archive::arch(kernel).is_native(),
             modules: run.modules.iter().map(|&name| name.to_owned()).collect(),
             command,
             timeout: Some(Duration::from_secs(run.timeout)),

@@ -115,6 +115,53 @@ const SWAP: &str =
     "-drive if=none,id=swap,file.driver=null-co,file.size=6G,file.read-zeroes=on,format=raw,\
 snapshot=on -device virtio-blk-pci,drive=swap,serial=swap";
 
+/// The old API, on the kernel's udmabuf and under the shim, case by case.
+const CONFORMANCE: Run = Run {
+    name: "conformance",
+    memory: "3G",
+    cmdline: "",
+    modules: &[],
+    command: "tests/conformance/run",
+    verdict: Verdict::Status,
+    filters: false,
+    ..PLAIN
+};
+
+/// Every kind of memory.
+const MEMORY: Run = Run {
+    name: "memory",
+    memory: "2688M",
+    // With a memory range that the kernel treats as persistent memory of a device.
+    cmdline: "hugepagesz=1G hugepages=1 memmap=128M!2G",
+    command: "pinbuf-memtest kinds populate safety discard promises late owners",
+    ..PLAIN
+};
+
+/// Memory where nothing may stay pinned.
+const MOVABLE: Run = Run {
+    name: "movable",
+    // With room for a page of 1 GiB outside of ZONE_MOVABLE, which is at the end.
+    memory: "3712M",
+    cmdline: "movablecore=640M hugepagesz=1G hugepages=1",
+    command: "pinbuf-memtest movable passing",
+    ..PLAIN
+};
+
+/// Huge pages of 1 GiB in CMA.
+const CMA: Run = Run {
+    name: "cma",
+    memory: "2560M",
+    // The kernel must not lie in the only GiB that the area can be.
+    cmdline: "hugetlb_cma=1G nokaslr",
+    command: "pinbuf-memtest cma",
+    ..PLAIN
+};
+
+/// A dozen tests.
+const ARM64_SHORT: &str = "pinbuf-selftest --filter coherency. --filter compat32. --filter create.one_page \
+    --filter create.memfd --filter huge.shared --filter huge.odd_offsets --filter huge.transparent_in_part \
+    --filter mmap.huge_entries";
+
 /// All runs.
 pub const RUNS: &[Run] = &[
     Run {
@@ -186,17 +233,7 @@ pub const RUNS: &[Run] = &[
         timeout: 300,
         ..PLAIN
     },
-    Run {
-        // The old API, on the kernel's udmabuf and under the shim, case by case.
-        name: "conformance",
-        memory: "3G",
-        cmdline: "",
-        modules: &[],
-        command: "tests/conformance/run",
-        verdict: Verdict::Status,
-        filters: false,
-        ..PLAIN
-    },
+    CONFORMANCE,
     Run {
         // Debian's programs that use udmabuf, and the command `pinbuf`, as users run them.
         name: "clients",
@@ -250,26 +287,159 @@ pub const RUNS: &[Run] = &[
         ..PLAIN
     },
     Run {
+        // arm64 with pages of 16 KiB: a test of each part that sizes matter to, and devices without coherency.
+        name: "arm64",
+        kernel: "arm64-16k",
+        memory: "2G",
+        cmdline: "",
+        command: ARM64_SHORT,
+        filters: false,
+        timeout: 300,
+        ..PLAIN
+    },
+    Run {
+        name: "stock-arm64",
+        when: When::Long,
+        kernel: "arm64",
+        timeout: 1800,
+        ..PLAIN
+    },
+    Run {
+        name: "mappings-arm64",
+        when: When::Long,
+        kernel: "arm64",
+        command: "pinbuf-selftest --filter mappings. --without giga_twice",
+        filters: false,
+        timeout: 1800,
+        ..PLAIN
+    },
+    Run {
+        name: "memory-arm64",
+        when: When::Long,
+        kernel: "arm64",
+        timeout: 1800,
+        ..MEMORY
+    },
+    Run {
+        name: "movable-arm64",
+        when: When::Long,
+        kernel: "arm64",
+        timeout: 1800,
+        ..MOVABLE
+    },
+    Run {
+        name: "cma-arm64",
+        when: When::Long,
+        kernel: "arm64",
+        timeout: 1800,
+        ..CMA
+    },
+    Run {
+        name: "conformance-arm64",
+        when: When::Long,
+        kernel: "arm64",
+        timeout: 1800,
+        ..CONFORMANCE
+    },
+    Run {
+        name: "races-arm64",
+        when: When::Long,
+        kernel: "arm64",
+        memory: "3G",
+        cmdline: "",
+        command: "pinbuf-stress races --seconds 20",
+        timeout: 1800,
+        ..PLAIN
+    },
+    Run {
+        name: "kills-arm64",
+        when: When::Long,
+        kernel: "arm64",
+        command: "pinbuf-stress kills --kills 300",
+        timeout: 1800,
+        ..KILLS
+    },
+    Run {
+        name: "stock-arm64-16k",
+        when: When::Long,
+        kernel: "arm64-16k",
+        timeout: 1800,
+        ..PLAIN
+    },
+    Run {
+        name: "mappings-arm64-16k",
+        when: When::Long,
+        kernel: "arm64-16k",
+        command: "pinbuf-selftest --filter mappings. --without giga_twice",
+        filters: false,
+        timeout: 1800,
+        ..PLAIN
+    },
+    Run {
+        name: "memory-arm64-16k",
+        when: When::Long,
+        kernel: "arm64-16k",
+        timeout: 1800,
+        ..MEMORY
+    },
+    Run {
+        name: "movable-arm64-16k",
+        when: When::Long,
+        kernel: "arm64-16k",
+        timeout: 1800,
+        ..MOVABLE
+    },
+    Run {
+        name: "cma-arm64-16k",
+        when: When::Long,
+        kernel: "arm64-16k",
+        timeout: 1800,
+        ..CMA
+    },
+    Run {
+        name: "conformance-arm64-16k",
+        when: When::Long,
+        kernel: "arm64-16k",
+        timeout: 1800,
+        ..CONFORMANCE
+    },
+    Run {
+        name: "races-arm64-16k",
+        when: When::Long,
+        kernel: "arm64-16k",
+        memory: "3G",
+        cmdline: "",
+        command: "pinbuf-stress races --seconds 20",
+        timeout: 1800,
+        ..PLAIN
+    },
+    Run {
+        name: "kills-arm64-16k",
+        when: When::Long,
+        kernel: "arm64-16k",
+        command: "pinbuf-stress kills --kills 300",
+        timeout: 1800,
+        ..KILLS
+    },
+    Run {
+        // Memory with tags. Kernel and processor have them in this machine alone.
+        name: "arm64-mte",
+        when: When::Long,
+        kernel: "arm64",
+        memory: "2G",
+        cmdline: "",
+        qemu: "-machine mte=on",
+        command: "pinbuf-selftest --filter mte. --filter coherency. --filter create.",
+        filters: false,
+        ..PLAIN
+    },
+    Run {
         name: "next",
         kernel: "newest",
         ..PLAIN
     },
-    Run {
-        name: "memory",
-        memory: "2688M",
-        // With a memory range that the kernel treats as persistent memory of a device.
-        cmdline: "hugepagesz=1G hugepages=1 memmap=128M!2G",
-        command: "pinbuf-memtest kinds populate safety discard promises late owners",
-        ..PLAIN
-    },
-    Run {
-        name: "movable",
-        // With room for a page of 1 GiB outside of ZONE_MOVABLE, which is at the end.
-        memory: "3712M",
-        cmdline: "movablecore=640M hugepagesz=1G hugepages=1",
-        command: "pinbuf-memtest movable passing",
-        ..PLAIN
-    },
+    MEMORY,
+    MOVABLE,
     Run {
         name: "pinners",
         memory: "2G",
@@ -279,14 +449,7 @@ pub const RUNS: &[Run] = &[
         command: "pinbuf-memtest pinners",
         ..PLAIN
     },
-    Run {
-        name: "cma",
-        memory: "2560M",
-        // The kernel must not lie in the only GiB that the area can be.
-        cmdline: "hugetlb_cma=1G nokaslr",
-        command: "pinbuf-memtest cma",
-        ..PLAIN
-    },
+    CMA,
     Run {
         name: "cma-spare",
         // Zeroing and moving gigabytes takes minutes without KVM.
