@@ -4,6 +4,7 @@
 //! the kernel's checkpatch for C, and the links and commands of documents.
 
 mod documents;
+mod sizes;
 
 use std::fs;
 use std::process::Command;
@@ -32,6 +33,8 @@ const C: &[&str] = &[
     "tests/importer/failing_pins.h",
     "tests/importer/importer.c",
     "tests/importer/importer.h",
+    "tests/importer/syncs.c",
+    "tests/importer/syncs.h",
     "uapi/pinbuf.h",
 ];
 
@@ -57,6 +60,7 @@ pub const CHECKS: &[Check] = &[
     ("rustdoc", rustdoc),
     ("checkpatch", checkpatch),
     ("documents", documents),
+    ("sizes", sizes),
     ("manuals", manuals),
 ];
 
@@ -158,6 +162,15 @@ fn checkpatch() -> Result<Outcome> {
 
 fn documents() -> Result<Outcome> {
     let complaints = documents::check(paths::root())?;
+    Ok(if complaints.is_empty() {
+        Outcome::Clean
+    } else {
+        Outcome::Dirty(complaints.join("\n"))
+    })
+}
+
+fn sizes() -> Result<Outcome> {
+    let complaints = sizes::check(paths::root())?;
     Ok(if complaints.is_empty() {
         Outcome::Clean
     } else {
