@@ -256,7 +256,8 @@ struct pti_syncs {
 	__u32 reserved;
 };
 
-#define PTI_NOT_MAPPED (~0ULL)
+/* No attribute, which has eight bits. */
+#define PTI_NOT_MAPPED 0x100
 
 /**
  * struct pti_attributes - the memory attributes of the buffer's first page

@@ -232,7 +232,7 @@ pub struct Syncs {
 }
 
 /// No address is mapped.
-pub const NOT_MAPPED: u64 = u64::MAX;
+pub const NOT_MAPPED: u64 = 0x100;
 
 /// [`ATTRIBUTES`]' argument.
 #[repr(C)]
