@@ -738,7 +738,7 @@ fn amplification() -> Result<()> {
 /// it.
 fn killed() -> Result<()> {
     let device = Device::open()?;
-    let memory = Memory::small_pages(HUGE)?;
+    let memory = Memory::small_pages(2 << 20)?;
     memory.touch_to_write();
     let ranges = vec![memory.range(); 400];
     let buffer = device.create(&ranges)?;

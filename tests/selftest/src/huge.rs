@@ -188,7 +188,7 @@ fn same_page_twice() -> Result<()> {
     let device = Device::open()?;
     let pins = kernel::pins()?;
     let buffer = device.create(&[memory.range(), memory.part(100 * PAGE, 3 * PAGE)])?;
-    let second = device.create(&[memory.part(511 * PAGE, PAGE)])?;
+    let second = device.create(&[memory.part((BLOCK - 1) * PAGE, PAGE)])?;
     check_eq!(
         device.describe(&buffer)?.charged_pages,
         515,

@@ -19,6 +19,9 @@ use pinbuf_test_harness::support::process::{
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
 
+/// An allowance of 256 pages: a mebibyte, or several.
+const ALLOWANCE: usize = 256 * PAGE;
+
 tests! { "memlock":
     limit,
     limit_zero,
@@ -429,11 +432,15 @@ fn capability_of_a_namespace_does_not() -> Result<()> {
 }
 
 fn allowance() -> Result<()> {
-    let _setting = Setting::parameter("allowance_mb", 1)?;
+    let _setting = Setting::parameter("allowance_mb", ALLOWANCE >> 20)?;
     in_child(|| {
         let (device, memory) = user_with(USER, 0, 300)?;
         let query = device.query()?;
-        check_eq!(query.allowance_bytes, 1 << 20, "the reported allowance");
+        check_eq!(
+            query.allowance_bytes,
+            ALLOWANCE as u64,
+            "the reported allowance"
+        );
         check_eq!(query.allowance_used, 0, "the allowance used");
         too_many(&device, &memory, 257, "of an allowance of 256")?;
         let first = gets(&device, &memory, 200)?;
@@ -451,7 +458,7 @@ fn allowance() -> Result<()> {
         let second = gets(&device, &memory, 56)?;
         check_eq!(
             device.query()?.allowance_used,
-            1 << 20,
+            ALLOWANCE as u64,
             "the allowance used by two"
         );
         drop(first);
@@ -472,7 +479,7 @@ fn allowance() -> Result<()> {
 
 /// The limit is used first; the allowance is charged for what does not fit into it.
 fn allowance_is_for_what_is_beyond() -> Result<()> {
-    let _setting = Setting::parameter("allowance_mb", 1)?;
+    let _setting = Setting::parameter("allowance_mb", ALLOWANCE >> 20)?;
     in_child(|| {
         let (device, memory) = user_with(USER, 16, 300)?;
         let small = gets(&device, &memory, 16)?;
@@ -519,7 +526,7 @@ fn allowance_is_for_what_is_beyond() -> Result<()> {
 }
 
 fn allowance_of_all_users() -> Result<()> {
-    let _one = Setting::parameter("allowance_mb", 1)?;
+    let _one = Setting::parameter("allowance_mb", ALLOWANCE >> 20)?;
     let _all = Setting::parameter("allowance_system_mb", 1)?;
     let holder = Holder::new(USER, 0, 200)?;
     in_child(|| {
@@ -527,7 +534,7 @@ fn allowance_of_all_users() -> Result<()> {
         let query = device.query()?;
         check_eq!(
             query.allowance_system,
-            1 << 20,
+            ALLOWANCE as u64,
             "the reported allowance of all users"
         );
         check_eq!(query.allowance_used, 0, "used by this user");
@@ -554,7 +561,7 @@ fn allowance_of_all_users() -> Result<()> {
 
 /// A user namespace brings users of its own, but no allowances: its maker's is used.
 fn allowance_of_a_namespace() -> Result<()> {
-    let _setting = Setting::parameter("allowance_mb", 1)?;
+    let _setting = Setting::parameter("allowance_mb", ALLOWANCE >> 20)?;
     let link = Link::new()?;
     let child = Child::run(|| {
         let (device, memory) = user_with(USER, 0, 256)?;
