@@ -58,7 +58,7 @@ int pti_watch_syncs(struct pti_watch **place)
 
 	if (*place)
 		return -EBUSY;
-	watch = kzalloc(sizeof(*watch), GFP_KERNEL);
+	watch = kzalloc_obj(*watch);
 	if (!watch)
 		return -ENOMEM;
 	watch->for_device.symbol_name = "arch_sync_dma_for_device";
