@@ -22,6 +22,7 @@ use pinbuf_test_qmp::Qmp;
 use tempfile::TempDir;
 
 use self::qemu::Sockets;
+use crate::debian::arch::Arch;
 use crate::debian::tree::Tree;
 use crate::image::userspace::{self, Profile};
 use crate::image::{initramfs, payload};
@@ -313,10 +314,7 @@ impl Guest {
             .arg(kernel.vmlinuz())
             .arg("-initrd")
             .arg(&initramfs);
-        // An oops ends the run at once; the kernel's own log is complete; and no time goes to
-        // workarounds for processors that this one is not.
         let own = qemu::cmdline(kernel.arch);
-        //
         // KASAN's check of addresses asks for LA57, which identify_cpu() clears for a moment: an
         // interrupt at that time is reported, and lock debugging is off for the rest of the run.
         let paging = if options.kernel == "debug" {
@@ -325,11 +323,13 @@ impl Guest {
             ""
         };
         // With `-icount` the counter counts instructions, and nothing disturbs its measurement.
-        let counter = if icount {
-            String::new()
-        } else {
+        let counter = if kernel.arch == Arch::Amd64 && !icount {
             format!("tsc_early_khz={} ", tsc::khz())
+        } else {
+            String::new()
         };
+        // An oops ends the run at once; the kernel's own log is complete; and no time goes to
+        // workarounds for processors that this one is not.
         command.arg("-append").arg(format!(
             "{own} loglevel=7 printk.devkmsg=on panic=-1 oops=panic mitigations=off \
              {counter}{paging}{}",
