@@ -15,6 +15,7 @@
 #include <linux/dma-mapping.h>
 #include <linux/hugetlb.h>
 #include <linux/mm.h>
+#include <linux/module.h>
 #include <linux/moduleparam.h>
 #include <linux/page_table_check.h>
 #include <linux/pgtable.h>
@@ -24,6 +25,9 @@
 #include <linux/vmalloc.h>
 
 #include "helpers.h"
+
+/* The macro module! of 7.2 and 7.3 knows no version. */
+MODULE_VERSION(PINBUF_VERSION);
 
 static unsigned int allowance_mb = 128;
 module_param(allowance_mb, uint, 0644);

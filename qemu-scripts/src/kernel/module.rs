@@ -98,7 +98,14 @@ pub fn copy(place: &Path) -> Result<()> {
 fn sources() -> Result<BTreeSet<PathBuf>> {
     let root = paths::root();
     let mut sources = BTreeSet::new();
-    for name in ["Kbuild", "Makefile", "driver", "uapi", "tests"] {
+    for name in [
+        "Cargo.toml",
+        "Kbuild",
+        "Makefile",
+        "driver",
+        "uapi",
+        "tests",
+    ] {
         let below_tests = name == "tests";
         let walk = WalkDir::new(root.join(name))
             .into_iter()
