@@ -21,6 +21,7 @@ use crate::run::user_name;
 use crate::security::{self, Refusal};
 use crate::shim;
 use crate::text::{self, of_path, say};
+use crate::version;
 
 /// Finds out what keeps pinbuf, or a program on it, from working, and how to fix it.
 ///
@@ -170,7 +171,7 @@ fn is_loaded() -> Option<bool> {
 pub fn module() -> Finding {
     let release = release();
     match is_loaded() {
-        Some(true) => return good("module", format!("loaded, on kernel {release}")),
+        Some(true) => return loaded(&release),
         Some(false) => {}
         None => {
             return note(
@@ -197,14 +198,36 @@ pub fn module() -> Finding {
         bad(
             "module",
             "pinbuf.ko is installed but not loaded",
-            "`modprobe pinbuf` as root",
+            "`modprobe pinbuf` as root; if that fails, see lockdown below, and the kernel's log (`dmesg`)",
         )
     } else {
         bad(
             "module",
             format!("pinbuf.ko is not installed for kernel {release}"),
-            "build it (see README.md), or install its package, then `modprobe pinbuf` as root",
+            format!(
+                "install the packages pinbuf-dkms and linux-headers-{release} (`dkms status` reports whether the build \
+                 failed), or build it as docs/installing.md describes; then `modprobe pinbuf` as root"
+            ),
         )
+    }
+}
+
+/// The loaded module, and whether it is of this command's version.
+fn loaded(release: &str) -> Finding {
+    let own = version::OWN;
+    match version::loaded() {
+        Some(module) if module == own => good(
+            "module",
+            format!("version {module} is loaded, on kernel {release}"),
+        ),
+        module => note(
+            "module",
+            format!(
+                "version {} is loaded, on kernel {release}, and this command has the version {own}",
+                module.as_deref().unwrap_or("(unknown)")
+            ),
+            version::REMEDY,
+        ),
     }
 }
 
@@ -265,6 +288,16 @@ pub fn device() -> Finding {
     match Device::open() {
         Ok(device) => {
             let version = device.query().map(|query| query.version).unwrap_or(0);
+            if version != pinbuf_uapi::VERSION {
+                return bad(
+                    WHAT,
+                    format!(
+                        "/dev/pinbuf has version {version} of the interface, and this command needs {}",
+                        pinbuf_uapi::VERSION
+                    ),
+                    version::REMEDY,
+                );
+            }
             let text = format!("/dev/pinbuf, version {version}, mode {mode:o}, group {group}");
             if mode & 0o060 == 0o060 && group != "root" {
                 good(WHAT, text)
@@ -471,8 +504,10 @@ fn lockdown() -> Finding {
         bad(
             "lockdown",
             format!("{text}: an unsigned module is refused"),
-            "sign pinbuf.ko with a key that is enrolled: DKMS does with its own, \
-             `mokutil --import /var/lib/dkms/mok.pub`, then start anew",
+            "enroll the key that DKMS signs modules with: `mokutil --import /var/lib/dkms/mok.pub` as root, with a \
+             password of your choice; then restart the system, and in the menu of the firmware that appears choose \
+             \"Enroll MOK\" and enter the password. A module that was not built by DKMS is to be signed with a key that is \
+             enrolled",
         )
     } else {
         good("lockdown", text)

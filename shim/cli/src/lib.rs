@@ -16,11 +16,12 @@ mod run;
 mod security;
 mod shim;
 mod text;
+mod version;
 mod watch;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// Run programs on pinbuf, check the setup, list buffers, and measure.
 #[derive(Debug, Parser)]
@@ -50,7 +51,12 @@ pub fn command() -> clap::Command {
 
 /// Does what the command line says.
 pub fn main() -> ExitCode {
-    let result = match Arguments::parse().action {
+    // `--version` reports the module's version too, which is only known at run time.
+    let matches = Arguments::command()
+        .long_version(&*Box::leak(version::text().into_boxed_str()))
+        .get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let result = match arguments.action {
         Action::Run(run) => run.run(),
         Action::Doctor(doctor) => doctor.run(),
         Action::Info(info) => info.run(),
