@@ -4,7 +4,7 @@
 #
 #   make                  build driver/pinbuf.ko against $(KDIR)
 #   make install          module, header, udev rule, autoload; as root
-#   make install-user     the command `pinbuf`, the shim and the library; as root
+#   make install-user     the command `pinbuf`, the shim and the C library; as root
 #   make dkms-install     instead of the module: rebuild it for each new kernel
 #   make install-man      manual pages and completions of the shells; as root
 #   make uninstall        take all of that away
@@ -16,7 +16,13 @@ KDIR ?= $(firstword $(wildcard /var/lib/pinbuf/trees/$(RELEASE)) /lib/modules/$(
 -include $(KDIR)/pinbuf.mk
 DESTDIR ?=
 PREFIX ?= /usr
+LIBDIR ?= $(PREFIX)/lib
+CARGO ?= cargo
+CARGO_FLAGS ?= --locked
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+# The number in the C library's SONAME, which changes when programs have to be compiled again.
+SONAME := $(shell sed -n 's/.*soname,libpinbuf\.so\.\([0-9]*\).*/\1/p' shim/capi/build.rs)
+UNIT := $(DESTDIR)/usr/lib/systemd/system/pinbuf.service
 MODULES := $(DESTDIR)/lib/modules/$(RELEASE)
 DKMS_SOURCE := $(DESTDIR)/usr/src/pinbuf-$(VERSION)
 
@@ -34,18 +40,33 @@ install: module install-files
 install-files:
 	install -D -m 644 uapi/pinbuf.h $(DESTDIR)$(PREFIX)/include/linux/pinbuf.h
 	install -D -m 644 packaging/60-pinbuf.rules $(DESTDIR)/usr/lib/udev/rules.d/60-pinbuf.rules
-	install -D -m 644 packaging/modules-load.conf $(DESTDIR)/usr/lib/modules-load.d/pinbuf.conf
+	install -D -m 644 packaging/apparmor-libvirt $(DESTDIR)/etc/apparmor.d/abstractions/libvirt-qemu.d/pinbuf
+	install -D -m 644 packaging/pinbuf.service $(UNIT)
+	$(if $(DESTDIR),,-systemctl enable pinbuf.service)
 	$(if $(DESTDIR),,-udevadm control --reload)
 	$(if $(DESTDIR),,-test ! -e /dev/pinbuf || udevadm trigger /dev/pinbuf)
 
-install-user:
-	cargo build --release --workspace --exclude pinbuf-guest --exclude pinbuf-guest-init
-	install -D -m 755 target/release/pinbuf $(DESTDIR)$(PREFIX)/bin/pinbuf
-	install -D -m 644 target/release/libudmabuf_shim.so $(DESTDIR)$(PREFIX)/lib/pinbuf/libudmabuf_shim.so
+build-user:
+	$(CARGO) build --release $(CARGO_FLAGS) --package pinbuf-cli --package pinbuf-preload --package pinbuf-capi \
+		--lib --bins --example manual
+
+TARGET = $(or $(CARGO_TARGET_DIR),target)/release
+install-user: build-user
+	install -D -m 755 $(TARGET)/pinbuf $(DESTDIR)$(PREFIX)/bin/pinbuf
+	install -D -m 644 $(TARGET)/libudmabuf_shim.so $(DESTDIR)$(PREFIX)/lib/pinbuf/libudmabuf_shim.so
+	install -D -m 644 $(TARGET)/libpinbuf_c.so $(DESTDIR)$(LIBDIR)/libpinbuf.so.$(VERSION)
+	ln -sf libpinbuf.so.$(VERSION) $(DESTDIR)$(LIBDIR)/libpinbuf.so.$(SONAME)
+	ln -sf libpinbuf.so.$(SONAME) $(DESTDIR)$(LIBDIR)/libpinbuf.so
+	install -D -m 644 $(TARGET)/libpinbuf_c.a $(DESTDIR)$(LIBDIR)/libpinbuf.a
+	install -D -m 644 shim/capi/include/libpinbuf.h $(DESTDIR)$(PREFIX)/include/libpinbuf.h
+	install -d $(DESTDIR)$(LIBDIR)/pkgconfig
+	sed 's|@PREFIX@|$(PREFIX)|; s|@LIBDIR@|$(LIBDIR)|; s|@VERSION@|$(VERSION)|' packaging/libpinbuf.pc \
+		>$(DESTDIR)$(LIBDIR)/pkgconfig/libpinbuf.pc
+	$(if $(DESTDIR),,ldconfig)
 
 # Pages of the command and completions come from its command line, the others are in docs/man.
-man:
-	cargo run --quiet --package pinbuf-cli --example manual -- build/man
+man: build-user
+	$(TARGET)/examples/manual build/man
 	cp docs/man/*.[0-9] build/man/
 
 install-man: man
@@ -68,8 +89,11 @@ uninstall:
 	-dkms remove pinbuf/$(VERSION) --all 2>/dev/null
 	rm -rf $(DKMS_SOURCE)
 	rm -f $(MODULES)/updates/pinbuf.ko $(DESTDIR)$(PREFIX)/include/linux/pinbuf.h
-	rm -f $(DESTDIR)/usr/lib/udev/rules.d/60-pinbuf.rules $(DESTDIR)/usr/lib/modules-load.d/pinbuf.conf
+	$(if $(DESTDIR),,-systemctl disable pinbuf.service)
+	rm -f $(DESTDIR)/usr/lib/udev/rules.d/60-pinbuf.rules $(UNIT)
+	rm -f $(DESTDIR)/etc/apparmor.d/abstractions/libvirt-qemu.d/pinbuf
 	rm -f $(DESTDIR)$(PREFIX)/bin/pinbuf $(DESTDIR)$(PREFIX)/lib/pinbuf/libudmabuf_shim.so
+	rm -f $(DESTDIR)$(LIBDIR)/libpinbuf.* $(DESTDIR)$(LIBDIR)/pkgconfig/libpinbuf.pc $(DESTDIR)$(PREFIX)/include/libpinbuf.h
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/man/,man1/pinbuf.1 man1/pinbuf-*.1 man3/libpinbuf.3 man4/pinbuf.4 man8/libudmabuf_shim.8)
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/,bash-completion/completions/pinbuf zsh/vendor-completions/_pinbuf fish/vendor_completions.d/pinbuf.fish)
 	$(if $(DESTDIR),,depmod -a $(RELEASE))
@@ -77,4 +101,4 @@ uninstall:
 clean:
 	$(MAKE) -C $(KDIR) $(KFLAGS) M=$(CURDIR) clean
 
-.PHONY: module install install-files install-user man install-man dkms-install uninstall clean
+.PHONY: module install install-files build-user install-user man install-man dkms-install uninstall clean

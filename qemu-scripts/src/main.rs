@@ -22,7 +22,7 @@ mod ui;
 
 use clap::{Parser, Subcommand};
 
-use crate::command::{bench, demo, module, vm};
+use crate::command::{bench, deb, demo, module, vm};
 
 /// The status if this program itself failed, as opposed to the command that it ran.
 const FAILED: i32 = 97;
@@ -41,6 +41,7 @@ enum Task {
     Test(test::Test),
     Demo(demo::Demo),
     Bench(bench::Bench),
+    Deb(deb::Deb),
 }
 
 /// The number of compilations at the same time.
@@ -56,6 +57,7 @@ fn main() {
         Task::Test(test) => test.run(),
         Task::Demo(demo) => demo.run(),
         Task::Bench(bench) => bench.run(),
+        Task::Deb(deb) => deb.run(),
     });
     std::process::exit(match result {
         Ok(status) => status,

@@ -3,6 +3,7 @@
 //! The commands beside `test`.
 
 pub mod bench;
+pub mod deb;
 pub mod demo;
 pub mod module;
 pub mod vm;

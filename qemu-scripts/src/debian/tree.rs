@@ -141,6 +141,23 @@ impl Tree {
         Ok(tree)
     }
 
+    /// A copy that may be changed, and is made again by each call.
+    pub fn copy(&self, name: &str) -> Result<Self> {
+        let tree = Self {
+            path: trees().join(name),
+            name: name.to_owned(),
+        };
+        step(format!("copy of the Debian tree `{}`", self.name), |step| {
+            remove(&tree.path)?;
+            let mut copy = Command::new("cp");
+            copy.args(["-a", "--reflink=auto"])
+                .arg(&self.path)
+                .arg(&tree.path);
+            step.run(&mut copy, "trees.log")
+        })?;
+        Ok(tree)
+    }
+
     /// Adds packages to this tree, unless they were added before.
     pub fn require(&self, set: &str, packages: &[&str]) -> Result<()> {
         let name = &self.name;
@@ -420,6 +437,11 @@ impl Tree {
         command.args(directories).arg("/proc").args(arguments);
         self.environment(&mut command);
         Ok(command)
+    }
+
+    /// The same, and names of hosts are known.
+    pub fn network(&self, arguments: &[&str]) -> Result<Command> {
+        self.enter(arguments, true)
     }
 
     fn enter(&self, arguments: &[&str], network: bool) -> Result<Command> {

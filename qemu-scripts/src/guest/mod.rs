@@ -2,7 +2,7 @@
 
 //! A guest, from its start to its end: the one way in which guests are run.
 
-mod qemu;
+pub mod qemu;
 mod tsc;
 pub mod watch;
 

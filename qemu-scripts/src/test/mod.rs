@@ -4,6 +4,7 @@
 
 mod ktap;
 mod lint;
+mod packages;
 mod planted;
 pub mod runs;
 mod sanitize;
@@ -45,6 +46,8 @@ const SCREEN: &str = "screen";
 /// and these run no guest, or several.
 const LINT: &str = "lint";
 const SANITIZE: &str = "sanitize";
+/// Only with `--long`, or by this name: it is one machine, which starts many times.
+const PACKAGES: &str = "packages";
 /// Only with `--long`, or by this name.
 const PLANTED: &str = "planted";
 /// The part of it that has no bug.
@@ -92,7 +95,7 @@ pub struct Test {
 
 /// Whether `--run` takes this name.
 pub fn is_run(name: &str) -> bool {
-    ["host", SANITIZE, LINT, SCREEN, PLANTED].contains(&name)
+    ["host", SANITIZE, LINT, SCREEN, PACKAGES, PLANTED].contains(&name)
         || RUNS.iter().any(|run| run.name == name)
 }
 
@@ -131,6 +134,9 @@ impl Test {
             );
             println!("{SCREEN}: pinbuf-demo on default, and its picture on the guest's screen");
             println!(
+                "{PACKAGES}: the Debian packages, on a machine that systemd starts from its disk (--long)"
+            );
+            println!(
                 "{PLANTED}: the bugs of tests/planted, one at a time, and cargo mutants (--long)"
             );
             return Ok(0);
@@ -168,8 +174,12 @@ impl Test {
         if screen {
             queue.push_back(Work::Screen);
         }
-        let named = self.run.iter().any(|name| name == PLANTED);
-        if named || self.run.is_empty() && self.long && self.filter.is_empty() && everywhere {
+        let slow = self.run.is_empty() && self.long && self.filter.is_empty() && everywhere;
+        let named = |wanted| self.run.iter().any(|name| name == wanted);
+        if slow || named(PACKAGES) {
+            queue.push_back(Work::Packages);
+        }
+        if slow || named(PLANTED) {
             queue.push_back(Work::Planted);
         }
         let all = self.work(queue);
@@ -389,6 +399,7 @@ impl Test {
             _ if !built => counts.failed = usize::from(said),
             Work::Guest(job) => counts = self.guest(job),
             Work::Screen => counts = show(),
+            Work::Packages => counts = install_packages(),
             Work::Planted => counts = self.planted(),
             Work::Host(_) => {}
         }
@@ -624,6 +635,41 @@ fn show() -> Counts {
     counts
 }
 
+/// The Debian packages, on a machine of their own.
+fn install_packages() -> Counts {
+    say(&format!("== {PACKAGES}: tests/packages/run"));
+    let start = Instant::now();
+    let mut counts = Counts::default();
+    match packages::test() {
+        Ok(reports) => {
+            for (step, report) in reports {
+                counts.passed += report.passed.len();
+                counts.failed += report.failed.len();
+                for (name, diagnostics) in &report.failed {
+                    say(&format!(
+                        "FAILED {PACKAGES}: {name}\n    {}",
+                        diagnostics.join("\n    ")
+                    ));
+                }
+                for (name, reason) in &report.skipped {
+                    let line = skip(&mut counts, &format!("{PACKAGES}: {name}"), reason);
+                    line.iter().for_each(|line| say(line));
+                }
+                for problem in &report.problems {
+                    counts.failed += 1;
+                    say(&format!("FAILED {PACKAGES}: {step}: {problem}"));
+                }
+            }
+        }
+        Err(error) => {
+            counts.failed += 1;
+            say(&format!("FAILED {PACKAGES}: {error:#}"));
+        }
+    }
+    say(&summary(PACKAGES, counts, start));
+    counts
+}
+
 fn clear_progress() {
     if show_progress() {
         eprint!("\r\x1b[K");
@@ -648,6 +694,8 @@ enum Work {
     Guest(Job),
     /// The demo.
     Screen,
+    /// The Debian packages.
+    Packages,
     /// The planted bugs.
     Planted,
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Makes a buffer of memory and reads it through the buffer: cc export.c -lpinbuf_c */
+/* Makes a buffer of memory and reads it through the buffer: cc export.c -lpinbuf */
 
 #include <libpinbuf.h>
 #include <stdio.h>

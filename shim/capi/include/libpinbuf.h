@@ -2,7 +2,7 @@
 /*
  * libpinbuf: dma-bufs of a process's own memory, for C.
  *
- * Link with -lpinbuf_c.  All lengths are in bytes, and multiples of the page size unless stated
+ * Link with -lpinbuf.  All lengths are in bytes, and multiples of the page size unless stated
  * otherwise.  On success, functions return zero or a positive number; on failure, a negative error
  * number, as <linux/pinbuf.h> documents for the kernel's calls.  They do not set errno.  All
  * functions may be called from any thread.

@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `packages`: the Debian packages, on a machine that firmware, GRUB and systemd start from its disk.
+//!
+//! `packaging/build-deb` builds them in two versions. They are installed and purged in a Debian tree,
+//! then on a disk made of that tree, step by step: `tests/packages/run` has what happens in each.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+
+use super::ktap::{self, Report};
+use crate::debian::archive::{self, Stock};
+use crate::debian::tree::{inside, remove, Tree};
+use crate::guest::{qemu, watch};
+use crate::paths;
+use crate::ui::{say, seconds, step, Step};
+
+/// What the machine has, beside its kernels. The packages that `pinbuf-dkms` depends on are among them,
+/// since the guest has no network.
+const PACKAGES: &[&str] = &[
+    "acl",
+    "apparmor",
+    "bc",
+    "bindgen",
+    "bison",
+    "dbus",
+    "dkms",
+    "dwarves",
+    "flex",
+    "gcc-14",
+    "grub-efi-amd64-bin",
+    "grub-efi-amd64-signed",
+    "grub2-common",
+    "initramfs-tools",
+    "kmod",
+    "libc6-dev",
+    "libclang-19-dev",
+    "libelf-dev",
+    "libpam-systemd",
+    "libssl-dev",
+    "linux-base/trixie-backports",
+    "login",
+    "make",
+    "mokutil",
+    "pkgconf",
+    "procps",
+    "python3",
+    "rust-src",
+    "rustc",
+    "shim-signed",
+    "systemd-sysv",
+    "udev",
+    "xz-utils",
+    "zstd",
+];
+
+/// What makes disks and firmware.
+const DISK_TOOLS: &[&str] = &[
+    "dosfstools",
+    "fdisk",
+    "mtools",
+    "ovmf",
+    "python3-virt-firmware",
+    "qemu-utils",
+];
+
+/// A version below any that is released, for upgrades.
+const OLD: &str = "0.0.1";
+
+/// The firmware that a machine starts with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Firmware {
+    Plain,
+    /// Secure Boot, with Microsoft's keys, which Debian's shim is signed with.
+    SecureBoot,
+    /// The same, and the key of the machine's DKMS is enrolled.
+    Enrolled,
+}
+
+/// The starts of the machine, in this order, and for how long each may last. The disk keeps what a step did.
+const STARTS: &[(&str, Firmware, u64)] = &[
+    ("old", Firmware::Plain, 2400),
+    ("upgrade", Firmware::Plain, 2400),
+    ("signed", Firmware::SecureBoot, 1200),
+    ("enrolled", Firmware::Enrolled, 1200),
+    ("second", Firmware::Plain, 3600),
+    ("next", Firmware::Plain, 1200),
+    ("without", Firmware::Plain, 1200),
+    ("purge", Firmware::Plain, 1200),
+    ("purged", Firmware::Plain, 1200),
+];
+
+/// Everything that the row makes; what it needs again is in caches elsewhere.
+fn place() -> PathBuf {
+    paths::build().join("packages")
+}
+
+/// Runs all steps, and returns what each reported.
+pub fn test() -> Result<Vec<(String, Report)>> {
+    let tools = Tree::tools()?;
+    tools.require("disks", DISK_TOOLS)?;
+    remove(&place())?;
+    let media = place().join("media");
+    for (version, name) in [(env!("CARGO_PKG_VERSION"), "new"), (OLD, "old")] {
+        let target = media.join(name);
+        fs::create_dir_all(&target)?;
+        build(version, &target)?;
+    }
+    let stocks = archive::kernels(&tools)?;
+    let first = archive::select(&stocks, "default-cloud")?;
+    let second = archive::select(&stocks, "newest-cloud")?;
+    let tree = machine(first, second, &media)?;
+    let mut reports = Vec::new();
+    let in_tree = step("packages in a Debian tree", |_| in_tree(&tree))?;
+    reports.push(("chroot".to_owned(), in_tree));
+    step("disk of a machine", |step| {
+        disk(&tools, step, &tree, &first.release)
+    })?;
+    for &(name, firmware, limit) in STARTS {
+        let start = Instant::now();
+        let report = boot(&tools, name, firmware, Duration::from_secs(limit))
+            .with_context(|| format!("the step `{name}`"))?;
+        say(&format!(
+            "  ok  packages: {name} ({})",
+            seconds(start.elapsed())
+        ));
+        reports.push((name.to_owned(), report));
+    }
+    remove(&place())?;
+    Ok(reports)
+}
+
+/// Builds the packages in a version, and puts them into a directory.
+fn build(version: &str, target: &Path) -> Result<()> {
+    let mut command = Command::new(paths::root().join("packaging/build-deb"));
+    command.args(["--version", version]);
+    step(format!("packages of version {version}"), |step| {
+        step.run(&mut command, "deb.log")
+    })
+    .context("packaging/build-deb failed")?;
+    for entry in fs::read_dir(paths::build().join("deb").join(version))? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.ends_with(".deb") && !name.contains("-dbgsym_") {
+            fs::copy(&path, target.join(&*name))?;
+        }
+    }
+    Ok(())
+}
+
+/// A copy of the machine's tree, and the packages of its second kernel in `media`.
+fn machine(first: &Stock, second: &Stock, media: &Path) -> Result<Tree> {
+    let (image, headers) = (
+        format!("linux-image-{}", first.release),
+        format!("linux-headers-{}", first.release),
+    );
+    let mut packages = PACKAGES.to_vec();
+    // Debian's own kernel has no Rust.
+    packages.extend([
+        image.as_str(),
+        headers.as_str(),
+        "linux-image-cloud-amd64/trixie",
+        "linux-headers-cloud-amd64/trixie",
+    ]);
+    let whole = Tree::with_packages("guest-disk", &packages)?;
+    let tree = whole.copy("packages-machine")?;
+    let kernels = media.join("kernel");
+    fs::create_dir_all(kernels.join("partial"))?;
+    let archives = format!("Dir::Cache::archives={}", inside(&kernels)?);
+    let mut command = tree.network(&[
+        "apt-get",
+        "install",
+        "--yes",
+        "--download-only",
+        "--no-install-recommends",
+        "-o",
+        &archives,
+        &format!("linux-image-{}", second.release),
+        &format!("linux-headers-{}", second.release),
+    ])?;
+    step("packages of a second kernel", |step| {
+        step.run(&mut command, "deb.log")
+    })?;
+    remove(&kernels.join("partial"))?;
+    let modules = fs::read_dir(tree.path.join("usr/lib/modules"))?;
+    let without = modules
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .find(|release| *release != first.release)
+        .context("the tree has one kernel only")?;
+    fs::write(
+        media.join("kernels"),
+        format!("{}\n{}\n{without}\n", first.release, second.release),
+    )?;
+    let script = media.join("run");
+    fs::copy(paths::root().join("tests/packages/run"), &script)?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    Ok(tree)
+}
+
+/// What is installed and purged in the tree.
+fn in_tree(tree: &Tree) -> Result<Report> {
+    let media = inside(&place().join("media"))?;
+    let output = tree
+        .network(&[&format!("{media}/run"), "chroot"])?
+        .env("PINBUF_MEDIA", &media)
+        .output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    fs::create_dir_all(paths::logs())?;
+    fs::write(paths::logs().join("test-packages-chroot.log"), &*text)?;
+    Ok(ktap::parse(&text))
+}
+
+/// Enrolls the key of the machine's DKMS, which the step before printed, as a user does in the menu of
+/// shim after `mokutil --import`.
+fn enroll(tools: &Tree) -> Result<()> {
+    let output = fs::read_to_string(paths::logs().join("test-packages-signed.log"))?;
+    let lines: Vec<&str> = output
+        .lines()
+        .filter_map(|line| line.strip_prefix("# key: "))
+        .map(str::trim)
+        .collect();
+    fs::write(place().join("key.pem"), lines.join("\n") + "\n")?;
+    let variables = inside(&place().join("variables.fd"))?;
+    // Any owner will do.
+    const OWNER: &str = "12345678-1234-4234-8234-123456789abc";
+    let output = tools
+        .command(&[
+            "virt-fw-vars",
+            "--inplace",
+            &variables,
+            "--add-mok",
+            OWNER,
+            &inside(&place().join("key.pem"))?,
+        ])?
+        .output()?;
+    if !output.status.success() {
+        bail!("virt-fw-vars: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
+
+/// The machine's disk, and the disk with the packages.
+fn disk(tools: &Tree, step: &Step, tree: &Tree, kernel: &str) -> Result<()> {
+    let (tree_inside, place_inside) = (inside(&tree.path)?, inside(&place())?);
+    let script = place().join("disk");
+    fs::copy(paths::root().join("tests/packages/disk"), &script)?;
+    for arguments in [
+        &[
+            "sh",
+            &format!("{place_inside}/disk"),
+            &tree_inside,
+            &format!("{place_inside}/disk.img"),
+            kernel,
+        ][..],
+        &[
+            "mke2fs",
+            "-q",
+            "-t",
+            "ext4",
+            "-L",
+            "pinbuf-media",
+            "-d",
+            &format!("{place_inside}/media"),
+            &format!("{place_inside}/media.img"),
+            "3G",
+        ],
+        &[
+            "qemu-img",
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-b",
+            "disk.img",
+            "-F",
+            "raw",
+            &format!("{place_inside}/run.qcow2"),
+        ],
+    ] {
+        step.run(&mut tools.command(arguments)?, "deb.log")?;
+    }
+    remove(&tree.path)
+}
+
+/// Starts the machine, and returns what the step in it reported.
+fn boot(tools: &Tree, name: &str, firmware: Firmware, limit: Duration) -> Result<Report> {
+    let path = |name: &str| place().join(name).display().to_string();
+    let ovmf = |name: &str| tools.path.join("usr/share/OVMF").join(name);
+    let (code, variables) = match firmware {
+        Firmware::Plain => ("OVMF_CODE_4M.fd", "OVMF_VARS_4M.fd"),
+        _ => ("OVMF_CODE_4M.secboot.fd", "OVMF_VARS_4M.ms.fd"),
+    };
+    fs::copy(ovmf(variables), place().join("variables.fd"))?;
+    if firmware == Firmware::Enrolled {
+        enroll(tools)?;
+    }
+    fs::write(place().join("step"), name)?;
+    let mut command = qemu::command(tools, false);
+    command.args(["-smp", "2", "-m", "2G", "-machine"]);
+    if firmware == Firmware::Plain {
+        command.arg("q35");
+    } else {
+        // Only code in system management mode may write the firmware's variables.
+        command.args([
+            "q35,smm=on",
+            "-global",
+            "driver=cfi.pflash01,property=secure,value=on",
+        ]);
+    }
+    command.arg("-drive").arg(format!(
+        "if=pflash,unit=0,format=raw,readonly=on,file={}",
+        ovmf(code).display()
+    ));
+    for drive in [
+        format!("if=pflash,unit=1,format=raw,file={}", path("variables.fd")),
+        format!("if=none,id=disk,format=qcow2,file={}", path("run.qcow2")),
+        format!(
+            "if=none,id=media,format=raw,readonly=on,file={}",
+            path("media.img")
+        ),
+    ] {
+        command.arg("-drive").arg(drive);
+    }
+    for device in [
+        "virtio-blk-pci,drive=disk,bootindex=0",
+        "virtio-blk-pci,drive=media",
+        "virtio-rng-pci",
+        "VGA",
+    ] {
+        command.arg("-device").arg(device);
+    }
+    let console = paths::logs().join(format!("packages-{name}-console.log"));
+    let output = paths::logs().join(format!("test-packages-{name}.log"));
+    for file in [&console, &output] {
+        remove(file)?;
+        command
+            .arg("-serial")
+            .arg(format!("file:{}", file.display()));
+    }
+    command
+        .arg("-fw_cfg")
+        .arg(format!("name=opt/pinbuf-step,file={}", path("step")));
+    let mut child = qemu::spawn(&mut command, &paths::logs().join("packages-qemu.log"))?;
+    let start = Instant::now();
+    while child.try_wait()?.is_none() {
+        if start.elapsed() > limit {
+            child.kill()?;
+            child.wait()?;
+            bail!(
+                "the machine did not power off within {}; its console: {}",
+                seconds(limit),
+                paths::shown(&console)
+            );
+        }
+        sleep(Duration::from_millis(200));
+    }
+    let mut report = ktap::parse(&String::from_utf8_lossy(&fs::read(&output)?));
+    let log = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
+    for complaint in watch::complaints(&log) {
+        report
+            .problems
+            .push(format!("the kernel complained: {complaint}"));
+    }
+    Ok(report)
+}
