@@ -6,7 +6,6 @@
 //! then on a disk made of that tree, step by step: `tests/packages/run` has what happens in each.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::sleep;
@@ -198,9 +197,12 @@ fn machine(first: &Stock, second: &Stock, media: &Path) -> Result<Tree> {
         media.join("kernels"),
         format!("{}\n{}\n{without}\n", first.release, second.release),
     )?;
-    let script = media.join("run");
-    fs::copy(paths::root().join("tests/packages/run"), &script)?;
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    for name in ["run", "hold.c"] {
+        fs::copy(
+            paths::root().join("tests/packages").join(name),
+            media.join(name),
+        )?;
+    }
     Ok(tree)
 }
 
