@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Result};
 
 use super::ktap::{self, Report};
+use crate::cache::lock;
 use crate::debian::archive::{self, Stock};
 use crate::debian::tree::{inside, remove, Tree};
 use crate::guest::{qemu, watch};
@@ -208,6 +209,8 @@ fn machine(first: &Stock, second: &Stock, media: &Path) -> Result<Tree> {
 
 /// What is installed and purged in the tree.
 fn in_tree(tree: &Tree) -> Result<Report> {
+    // Trees share their cache of packages.
+    let _lock = lock("apt")?;
     let media = inside(&place().join("media"))?;
     let output = tree
         .network(&[&format!("{media}/run"), "chroot"])?
