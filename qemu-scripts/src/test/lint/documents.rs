@@ -18,7 +18,7 @@ use crate::test;
 
 /// Commands of the system that documents may name.
 const SYSTEM: &[&str] = &[
-    "cargo", "cd", "git", "grep", "modprobe", "mokutil", "prlimit", "sysctl", "udevadm",
+    "apt", "cargo", "cd", "git", "grep", "modprobe", "mokutil", "prlimit", "sysctl", "udevadm",
 ];
 
 /// Where the examples are that documents show.
