@@ -21,7 +21,7 @@ CARGO ?= cargo
 CARGO_FLAGS ?= --locked
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 # The number in the C library's SONAME, which changes when programs have to be compiled again.
-SONAME := $(shell sed -n 's/.*soname,libpinbuf\.so\.\([0-9]*\).*/\1/p' shim/capi/build.rs)
+SONAME = $(shell sed -n 's/.*soname,libpinbuf\.so\.\([0-9]*\).*/\1/p' shim/capi/build.rs)
 UNIT := $(DESTDIR)/usr/lib/systemd/system/pinbuf.service
 MODULES := $(DESTDIR)/lib/modules/$(RELEASE)
 DKMS_SOURCE := $(DESTDIR)/usr/src/pinbuf-$(VERSION)
