@@ -18,8 +18,8 @@
 //! # How a buffer is made
 //!
 //! udmabuf takes (memfd, offset, size), pinbuf takes addresses. The shim makes the checks that udmabuf makes,
-//! in udmabuf's order ([`plan`]), finds the addresses at which the program has the files mapped
-//! ([`maps`], [`hints`], [`spans`]), and maps the rest itself ([`window`]). The driver
+//! in udmabuf's order (the crate `pinbuf_udmabuf`, which the supervisor of `pinbuf run` uses too), finds the addresses at which the program has the files mapped
+//! ([`maps`], [`hints`]), and maps the rest itself. The driver
 //! compares each page with the file, so wrong addresses cost time and nothing else ([`create`]).
 //!
 //! # Which system calls it makes
@@ -39,7 +39,6 @@
 #![cfg_attr(test, allow(dead_code))] // The interposed functions are not in tests.
 
 mod align;
-mod buffer;
 mod create;
 mod device;
 mod discards;
@@ -51,8 +50,5 @@ mod log;
 mod maps;
 #[cfg(not(test))]
 mod next;
-mod plan;
-mod request;
-mod spans;
-mod sys;
-mod window;
+
+use pinbuf_udmabuf::{call, plan, procmap, request, spans, sys};

@@ -8,49 +8,16 @@
 //! says is a hint that the driver refuses where it is wrong.
 
 use core::ffi::c_int;
-use core::mem::{offset_of, size_of};
 use core::sync::atomic::{fence, AtomicU64, Ordering};
 
 use crate::log::log;
-use crate::spans::{FileId, Span, Spans};
+use crate::procmap;
+use crate::spans::{FileId, Spans};
 use crate::sys::{self, Errno};
 
 /// Numbers from here on are given to what is opened behind the program's back, so that its own descriptors
 /// have the numbers that they have without us. Below 1,024, the usual limit.
 const HIGH: c_int = 960;
-
-/// The most mappings that are looked at in one go. Shared and writable mappings of files are few, but for
-/// those of graphics drivers.
-const MOST: usize = 1024;
-
-/// `struct procmap_query`.
-#[repr(C)]
-#[derive(Default)]
-struct Query {
-    size: u64,
-    flags: u64,
-    addr: u64,
-    start: u64,
-    end: u64,
-    vma_flags: u64,
-    page_size: u64,
-    offset: u64,
-    ino: u64,
-    major: u32,
-    minor: u32,
-    name_size: u32,
-    build_id_size: u32,
-    name: u64,
-    build_id: u64,
-}
-
-const _: () = assert!(size_of::<Query>() == 104 && offset_of!(Query, major) == 72);
-
-/// `PROCMAP_QUERY`: `_IOWR('f', 17, struct procmap_query)`.
-const PROCMAP_QUERY: u32 = 3 << 30 | (size_of::<Query>() as u32) << 16 | (b'f' as u32) << 8 | 17;
-
-/// `PROCMAP_QUERY_VMA_READABLE`, `_WRITABLE`, `_SHARED`, `_COVERING_OR_NEXT_VMA`, `_FILE_BACKED_VMA`.
-const SHARED_AND_WRITABLE: u64 = 0x01 | 0x02 | 0x08 | 0x10 | 0x20;
 
 /// A descriptor of ours, and what proves that it is.
 pub struct Maps {
@@ -159,38 +126,14 @@ impl Maps {
         let Some(fd) = self.proved() else {
             return;
         };
-        let mut query = Query::default();
-        for _ in 0..MOST {
-            query.size = size_of::<Query>() as u64;
-            query.flags = SHARED_AND_WRITABLE;
-            query.addr = query.end;
-            // SAFETY: PROCMAP_QUERY reads and writes this struct, which names no other memory.
-            if unsafe { sys::ioctl(fd, PROCMAP_QUERY, &mut query) }.is_err() {
-                break;
-            }
-            let id = FileId {
-                dev: libc::makedev(query.major, query.minor),
-                ino: query.ino,
-            };
-            if wanted(id) {
-                let span = Span {
-                    id,
-                    offset: query.offset,
-                    len: query.end - query.start,
-                    addr: query.start,
-                };
-                if spans.push(span).is_err() {
-                    break;
-                }
-            }
-        }
-        spans.finish();
+        procmap::ask(fd, wanted, spans);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spans::Span;
 
     /// The numbers of descriptors are shared by all tests.
     static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());

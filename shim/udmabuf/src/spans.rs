@@ -8,16 +8,22 @@ use crate::sys::{Plain, Result};
 /// A file, as `fstat` and the maps of a process identify it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FileId {
+    /// The number of its device.
     pub dev: u64,
+    /// Its inode.
     pub ino: u64,
 }
 
 /// A part of a file that is mapped at consecutive addresses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Span {
+    /// The file.
     pub id: FileId,
+    /// The first byte in the file.
     pub offset: u64,
+    /// Length in bytes.
     pub len: u64,
+    /// The address of the first byte.
     pub addr: u64,
 }
 
@@ -46,6 +52,7 @@ impl core::ops::Deref for Spans {
 }
 
 impl Spans {
+    /// No spans.
     pub const fn new() -> Self {
         Self(Buffer::new())
     }

@@ -12,6 +12,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Errno(pub c_int);
 
+/// What a system call returns.
 pub type Result<T> = core::result::Result<T, Errno>;
 
 /// The calling thread's `errno`.
@@ -44,22 +45,26 @@ pub fn fcntl(fd: c_int, command: c_int, arg: c_int) -> Result<c_int> {
     check(unsafe { libc::syscall(libc::SYS_fcntl, fd, command, arg) }).map(|ret| ret as c_int)
 }
 
+/// `getpid`.
 pub fn getpid() -> c_int {
     // SAFETY: a call without conditions.
     unsafe { libc::syscall(libc::SYS_getpid) as c_int }
 }
 
+/// `close`, of a descriptor of the caller.
 pub fn close(fd: c_int) {
     // SAFETY: the callers own the descriptor.
     let _ = unsafe { libc::syscall(libc::SYS_close, fd) };
 }
 
+/// `open`, without `O_CREAT`.
 pub fn open(path: &CStr, flags: c_int) -> Result<c_int> {
     // SAFETY: `path` is a terminated string, and without O_CREAT no mode is read.
     let ret = unsafe { libc::syscall(libc::SYS_openat, libc::AT_FDCWD, path.as_ptr(), flags, 0) };
     check(ret).map(|fd| fd as c_int)
 }
 
+/// `fstat`.
 pub fn fstat(fd: c_int) -> Result<libc::stat> {
     let mut stat = MaybeUninit::<libc::stat>::uninit();
     // SAFETY: the kernel writes at most one struct stat to the memory given.

@@ -21,7 +21,9 @@ const LOOK_BACK: usize = 32;
 pub struct File {
     /// The program's descriptor of it.
     pub fd: c_int,
+    /// The size in bytes.
     pub size: u64,
+    /// Which file it is.
     pub id: FileId,
     /// The size of its pages: hugetlb's files say that as the size of a block.
     pub block: u64,
@@ -102,22 +104,27 @@ fn seals_fit(seals: c_int) -> Result<()> {
 pub struct Piece {
     /// The file's place in the list of files.
     pub file: usize,
+    /// The first byte in the file.
     pub offset: u64,
+    /// Length in bytes.
     pub len: u64,
 }
 
 /// What a call asks for, checked.
 pub struct Plan {
+    /// The files that the items name.
     pub files: Files,
     /// The items, with a file's place in the list for its descriptor, and in the place where they were read
     /// to: neighbours in the list that are neighbours in the file are one.
     items: Items,
     /// How many items there were.
     pub asked: usize,
+    /// The sum of the items in bytes.
     pub bytes: u64,
 }
 
 impl Plan {
+    /// A plan for nothing yet.
     pub const fn new() -> Self {
         Self {
             files: Files(Buffer::new()),

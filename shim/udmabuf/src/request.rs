@@ -47,9 +47,13 @@ struct ListHead {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Item {
+    /// The file.
     pub memfd: u32,
+    /// Ignored.
     pub pad: u32,
+    /// The first byte; a multiple of the page size.
     pub offset: u64,
+    /// Length in bytes.
     pub size: u64,
 }
 
