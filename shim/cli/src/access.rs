@@ -17,6 +17,8 @@ pub struct Credentials {
     groups: Vec<u32>,
     /// `CAP_DAC_OVERRIDE` where users are the host's: modes do not bind it.
     overrides: bool,
+    /// `CAP_IPC_LOCK` where users are the host's: what it locks is charged to nobody.
+    pub locks_memory: bool,
     /// Users are not the host's, so that one number stands for all that have none.
     in_namespace: bool,
     /// Filters of system calls that are in force.
@@ -33,12 +35,14 @@ impl Credentials {
         // The device belongs to the host's users, over whom a namespace's root has no power.
         found.in_namespace = !users.split_whitespace().eq(all);
         found.overrides &= !found.in_namespace;
+        found.locks_memory &= !found.in_namespace;
         Ok(found)
     }
 
     /// From /proc/PID/status. The process's name, in its first line, has its line breaks escaped.
     fn parse(text: &[u8]) -> Self {
         const DAC_OVERRIDE: u32 = 1;
+        const IPC_LOCK: u32 = 14;
         let field = |name: &str| -> Vec<String> {
             String::from_utf8_lossy(text)
                 .lines()
@@ -64,6 +68,7 @@ impl Credentials {
             uid: number(field("Uid").get(3)).unwrap_or(u32::MAX),
             groups,
             overrides: effective.is_some_and(|bits| bits >> DAC_OVERRIDE & 1 == 1),
+            locks_memory: effective.is_some_and(|bits| bits >> IPC_LOCK & 1 == 1),
             in_namespace: false,
             filters: if mode == 0 { 0 } else { filters.max(1) },
         }
@@ -170,12 +175,14 @@ mod tests {
             uid: 1000,
             groups: vec![27, 108, 1000],
             overrides: false,
+            locks_memory: false,
             in_namespace: false,
             filters: 3,
         };
         assert_eq!(user, wanted);
         let strict = Credentials::parse(b"Seccomp:\t1\nSeccomp_filters:\t0\nCapEff:\t2\n");
-        assert!(strict.overrides && strict.filters == 1);
+        assert!(strict.overrides && strict.filters == 1 && !strict.locks_memory);
+        assert!(Credentials::parse(b"CapEff:\t4000\n").locks_memory);
         assert_eq!(
             Credentials::parse(b"Seccomp:\t0\nSeccomp_filters:\t0\n").filters,
             0

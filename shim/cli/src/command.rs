@@ -35,32 +35,39 @@ pub enum Obstacle {
     Musl,
 }
 
+impl Obstacle {
+    /// Does the supervisor of `pinbuf run` reach it?
+    pub fn is_served(self) -> bool {
+        match self {
+            Self::Static | Self::Go | Self::Bits32 | Self::Musl => true,
+            // Under a filter it does not get its rights; on another machine's emulator, requests are not its own.
+            Self::SetId | Self::FileCapabilities | Self::OtherMachine => false,
+        }
+    }
+}
+
 impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::SetId => {
-                "it is set-user-ID or set-group-ID, so the dynamic linker ignores LD_PRELOAD; \
-                 remove the bit, and run it as the user that it would become"
+                "it is set-user-ID or set-group-ID, so the dynamic linker ignores LD_PRELOAD, and under the supervisor \
+                 it would not get these rights; remove the bit, and run it as the user that it would become"
             }
             Self::FileCapabilities => {
-                "its file has capabilities (getcap), so the dynamic linker ignores LD_PRELOAD; \
-                 remove them from the file (`setcap -r FILE`, again after each update of its package), and \
-                 give them by AmbientCapabilities= of a service: that does not help as long as the file has any"
+                "its file has capabilities (getcap), so the dynamic linker ignores LD_PRELOAD, and under the \
+                 supervisor it would not get them; remove them from the file (`setcap -r FILE`, again after each \
+                 update of its package), and give them by AmbientCapabilities= of a service: that does not help as \
+                 long as the file has any"
             }
-            Self::Static => {
-                "it is statically linked, so nothing can be preloaded; use a dynamically linked \
-                 build, or add support for /dev/pinbuf to it"
+            Self::Static => "it is statically linked, so nothing can be preloaded",
+            Self::Go => "it is written in Go, whose runtime makes system calls without libc",
+            Self::Bits32 => "it is a 32-bit program, and the shim is built for 64 bits",
+            Self::OtherMachine => {
+                "it is built for another architecture; use a build for this machine"
             }
-            Self::Go => {
-                "it is written in Go, whose runtime makes system calls without libc; add support for \
-                 /dev/pinbuf to it"
+            Self::Musl => {
+                "it is linked with musl, whose programs cannot load the shim, which is linked with glibc"
             }
-            Self::Bits32 => {
-                "it is a 32-bit program, and the shim is built for 64 bits; use a 64-bit build"
-            }
-            Self::OtherMachine => "it is built for another architecture; use a build for this machine",
-            Self::Musl => "it is linked with musl, whose programs cannot load the shim, which is linked with \
-                 glibc; use a build for glibc",
         })
     }
 }

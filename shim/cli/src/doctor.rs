@@ -11,17 +11,17 @@ use anyhow::Result;
 use clap::Args;
 use nix::sys::resource::{getrlimit, Resource};
 use pinbuf::{Device, Error, Region};
-use serde::Serialize;
 
-use crate::access::{Credentials, Node};
-use crate::apparmor::{self, Confinement};
+use crate::access::Credentials;
+use crate::apparmor;
 use crate::command::{self, Obstacle, Program};
+use crate::finding::{bad, good, note, Finding, State};
 use crate::process::Process;
-use crate::run::user_name;
+use crate::run::By;
 use crate::security::{self, Refusal};
+use crate::setup::{allowance, device, is_loaded, missing, module, of_selinux, read, user_name};
 use crate::shim;
 use crate::text::{self, of_path, say};
-use crate::version;
 
 /// Finds out what keeps pinbuf, or a program on it, from working, and how to fix it.
 ///
@@ -37,62 +37,6 @@ pub struct Doctor {
     /// A process that should be running on pinbuf.
     #[arg(long, value_name = "PID", conflicts_with = "command")]
     pid: Option<u32>,
-}
-
-/// How bad it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum State {
-    Good,
-    /// It works, but not everything, or not everywhere.
-    Note,
-    Bad,
-}
-
-/// Something that was looked at.
-#[derive(Debug, Serialize)]
-pub struct Finding {
-    what: &'static str,
-    state: State,
-    /// What was found.
-    pub text: String,
-    /// What can be done about it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub remedy: Option<String>,
-}
-
-impl Finding {
-    /// Does it keep pinbuf from working?
-    pub fn is_bad(&self) -> bool {
-        self.state == State::Bad
-    }
-}
-
-fn good(what: &'static str, text: impl Into<String>) -> Finding {
-    Finding {
-        what,
-        state: State::Good,
-        text: text.into(),
-        remedy: None,
-    }
-}
-
-fn note(what: &'static str, text: impl Into<String>, remedy: impl Into<String>) -> Finding {
-    Finding {
-        what,
-        state: State::Note,
-        text: text.into(),
-        remedy: Some(remedy.into()),
-    }
-}
-
-fn bad(what: &'static str, text: impl Into<String>, remedy: impl Into<String>) -> Finding {
-    Finding {
-        what,
-        state: State::Bad,
-        text: text.into(),
-        remedy: Some(remedy.into()),
-    }
 }
 
 /// What a 4K framebuffer takes, bytes.
@@ -147,225 +91,6 @@ fn print(findings: &[Finding]) {
             say!("      {remedy}");
         }
     }
-}
-
-fn read(path: impl AsRef<Path>) -> Option<String> {
-    let text = fs::read(path).ok()?;
-    Some(text::of_bytes(text.trim_ascii()))
-}
-
-fn release() -> String {
-    read("/proc/sys/kernel/osrelease").unwrap_or_default()
-}
-
-/// Is the module loaded? A sandbox may have neither of the places that say so.
-fn is_loaded() -> Option<bool> {
-    if Path::new("/sys/module").exists() {
-        return Some(Path::new("/sys/module/pinbuf").exists());
-    }
-    let modules = read("/proc/modules")?;
-    Some(modules.lines().any(|line| line.starts_with("pinbuf ")))
-}
-
-/// Is the module loaded?
-pub fn module() -> Finding {
-    let release = release();
-    match is_loaded() {
-        Some(true) => return loaded(&release),
-        Some(false) => {}
-        None => {
-            return note(
-                "module",
-                format!(
-                    "without /sys and /proc, nothing says whether it is loaded; kernel {release}"
-                ),
-                "run `pinbuf doctor` outside of this sandbox",
-            )
-        }
-    }
-    let mut series = release
-        .split(['.', '-'])
-        .map_while(|part| part.parse::<u32>().ok());
-    let series = (series.next().unwrap_or(0), series.next().unwrap_or(0));
-    if series < (7, 2) {
-        return bad(
-            "module",
-            format!("pinbuf.ko is not loaded; kernel {release} is too old"),
-            "pinbuf needs Linux 7.2 or newer with CONFIG_RUST: in Debian, trixie-backports has one",
-        );
-    }
-    if installed(&release) {
-        bad(
-            "module",
-            "pinbuf.ko is installed but not loaded",
-            "`modprobe pinbuf` as root; if that fails, see lockdown below, and the kernel's log (`dmesg`)",
-        )
-    } else {
-        bad(
-            "module",
-            format!("pinbuf.ko is not installed for kernel {release}"),
-            format!(
-                "install the packages pinbuf-dkms and linux-headers-{release} (`dkms status` reports whether the build \
-                 failed), or build it as docs/installing.md describes; then `modprobe pinbuf` as root"
-            ),
-        )
-    }
-}
-
-/// The loaded module, and whether it is of this command's version.
-fn loaded(release: &str) -> Finding {
-    let own = version::OWN;
-    match version::loaded() {
-        Some(module) if module == own => good(
-            "module",
-            format!("version {module} is loaded, on kernel {release}"),
-        ),
-        module => note(
-            "module",
-            format!(
-                "version {} is loaded, on kernel {release}, and this command has the version {own}",
-                module.as_deref().unwrap_or("(unknown)")
-            ),
-            version::REMEDY,
-        ),
-    }
-}
-
-/// Does modprobe know the module?
-fn installed(release: &str) -> bool {
-    let lists = ["/lib/modules", "/usr/lib/modules"];
-    lists.iter().any(|directory| {
-        read(format!("{directory}/{release}/modules.dep")).is_some_and(|text| {
-            text.lines().any(|line| {
-                let file = line.split(':').next().unwrap_or_default();
-                file.rsplit('/')
-                    .next()
-                    .is_some_and(|name| name.starts_with("pinbuf.ko"))
-            })
-        })
-    })
-}
-
-/// What there is to say of a `/dev` without the device.
-fn missing() -> &'static str {
-    if is_loaded() != Some(false) {
-        "udev is missing, the module is not loaded, or this is a sandbox: pass the device in (`--device /dev/pinbuf` for \
-         docker and podman, `--dev-bind /dev/pinbuf /dev/pinbuf` for bubblewrap; see docs/containers.md)"
-    } else {
-        "load the module"
-    }
-}
-
-/// How to give the device to a group.
-const RULE: &str =
-    "install packaging/60-pinbuf.rules in /etc/udev/rules.d, then `udevadm control --reload` and \
-                    `udevadm trigger /dev/pinbuf`";
-
-/// Is the device there, and open to us?
-pub fn device() -> Finding {
-    const WHAT: &str = "device";
-    let node = match Node::of("self", Device::PATH) {
-        Ok(node) => node,
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            return bad(WHAT, "/dev/pinbuf is missing", missing())
-        }
-        Err(error) => {
-            return bad(
-                WHAT,
-                format!("stat of /dev/pinbuf failed: {error}"),
-                "check the permissions of / and /dev",
-            )
-        }
-    };
-    if node.number == 0 {
-        return bad(
-            WHAT,
-            "/dev/pinbuf is no device",
-            "remove it, and load the module again",
-        );
-    }
-    let (mode, group) = (node.mode, node.group_name());
-    match Device::open() {
-        Ok(device) => {
-            let version = device.query().map(|query| query.version).unwrap_or(0);
-            if version != pinbuf_uapi::VERSION {
-                return bad(
-                    WHAT,
-                    format!(
-                        "/dev/pinbuf has version {version} of the interface, and this command needs {}",
-                        pinbuf_uapi::VERSION
-                    ),
-                    version::REMEDY,
-                );
-            }
-            let text = format!("/dev/pinbuf, version {version}, mode {mode:o}, group {group}");
-            if mode & 0o060 == 0o060 && group != "root" {
-                good(WHAT, text)
-            } else {
-                note(WHAT, format!("{text}: for root only"), RULE)
-            }
-        }
-        Err(Error::NotPermitted) => {
-            let who = Credentials::of("self").unwrap_or_default();
-            if node.on_nodev_mount() || node.permits(&who) == Some(true) {
-                return refused(&node, "self", "this shell");
-            }
-            if mode & 0o060 == 0o060 && group != "root" {
-                bad(
-                    WHAT,
-                    format!("/dev/pinbuf is open to the group {group}, and this user is not in it"),
-                    format!(
-                        "`adduser {} {group}` as root, then log in again; in a container of this user's, have its \
-                         groups kept (podman: `--group-add keep-groups`)",
-                        user_name()
-                    ),
-                )
-            } else {
-                bad(
-                    WHAT,
-                    format!("/dev/pinbuf is for root only (mode {mode:o}, group {group})"),
-                    RULE,
-                )
-            }
-        }
-        Err(error) => bad(
-            WHAT,
-            format!("/dev/pinbuf: {error}"),
-            "load the module again",
-        ),
-    }
-}
-
-/// What refuses the device where its mode does not, as far as /proc and /sys show it.
-fn refused(node: &Node, pid: &str, who: &str) -> Finding {
-    const WHAT: &str = "device";
-    if node.on_nodev_mount() {
-        return bad(
-            WHAT,
-            format!("/dev/pinbuf lies on a mount with `nodev`, so {who} may not open it"),
-            "bind the device itself into the sandbox, with devices allowed (bubblewrap: `--dev-bind`, not `--bind`)",
-        );
-    }
-    if let Some(refusing) = of_selinux(WHAT, pid, who).filter(Finding::is_bad) {
-        return refusing;
-    }
-    if apparmor::in_use() {
-        let confinement = apparmor::of_process(pid);
-        let refusing = confinement.map(|confinement| allowance(WHAT, who, &confinement));
-        if let Some(refusing) = refusing.filter(|finding| finding.state != State::Good) {
-            return refusing;
-        }
-    }
-    bad(
-        WHAT,
-        format!(
-            "mode {:o} of /dev/pinbuf lets {who} open it, but opening it fails",
-            node.mode
-        ),
-        "possible causes: the device controller of its control group (a container without `--device /dev/pinbuf`; a service \
-         with DevicePolicy= and without DeviceAllow=/dev/pinbuf), Landlock, or another security module: look for \
-         `denied` in the kernel's log (`dmesg`, or ausearch where auditd runs)",
-    )
 }
 
 fn mib(bytes: u64) -> String {
@@ -543,36 +268,6 @@ fn selinux() -> Finding {
     of_selinux("SELinux", "self", "this shell").unwrap_or_else(|| good("SELinux", "not in use"))
 }
 
-/// What SELinux allows a process; `None` where SELinux is not in use.
-fn of_selinux(what: &'static str, pid: &str, who: &str) -> Option<Finding> {
-    let enforces = security::selinux_enforces()?;
-    let unknown = || "unknown".to_owned();
-    let context = security::context_of_process(pid).unwrap_or_else(unknown);
-    let device = security::context_of_file(Device::PATH).unwrap_or_else(unknown);
-    let text = format!("{who} runs in SELinux's context {context}, and /dev/pinbuf has {device}");
-    let refused = security::selinux_refuses(&context, &device);
-    Some(match refused.as_deref() {
-        Some([]) => good(what, text),
-        Some(refused) if enforces => bad(
-            what,
-            format!("{text}: no right to {}", refused.join(", ")),
-            "give the device a type that it may use (`semanage fcontext -a -t kvm_device_t /dev/pinbuf`, then \
-             `restorecon /dev/pinbuf`), or write the rule (`ausearch -m avc | audit2allow`); containers: `setsebool -P \
-             container_use_devices on`. See docs/containers.md",
-        ),
-        Some(refused) => note(
-            what,
-            format!("{text}: no right to {}, which SELinux only logs (permissive)", refused.join(", ")),
-            "see docs/containers.md for the rules",
-        ),
-        None => note(
-            what,
-            format!("{text}; this user may not ask what that allows"),
-            "ask as root",
-        ),
-    })
-}
-
 /// The system calls that the shim makes.
 fn calls() -> String {
     format!(
@@ -609,37 +304,6 @@ fn refusals(pid: Option<u32>) -> Option<Finding> {
         format!("{by} refused: {line}"),
         "if that is not long ago, see docs/containers.md for the rules",
     ))
-}
-
-/// What a profile means for who is confined by it.
-fn allowance(what: &'static str, who: &str, confinement: &Confinement) -> Finding {
-    const MEND: &str = "its profile (for libvirt's machines: \
-                        /etc/apparmor.d/abstractions/libvirt-qemu.d/pinbuf) must have \
-                        `/dev/pinbuf rw,` and `/usr/lib/pinbuf/*.so mr,`";
-    let name = &confinement.name;
-    let device = confinement.allows(Path::new(Device::PATH));
-    let shim = shim::find().ok().and_then(|shim| confinement.allows(&shim));
-    let mut refused = Vec::new();
-    if device.is_some_and(|allowed| !allowed.read_write) {
-        refused.push(Device::PATH.to_owned());
-    }
-    if shim.is_some_and(|allowed| !allowed.library) {
-        refused.push("the shim".to_owned());
-    }
-    let text = format!("{who} is confined by the profile `{name}`");
-    if confinement.only_complains() {
-        good(what, format!("{text}, which only complains"))
-    } else if !refused.is_empty() {
-        bad(
-            what,
-            format!("{text}, which refuses {}", refused.join(" and ")),
-            MEND,
-        )
-    } else if device.is_none() {
-        note(what, text, MEND)
-    } else {
-        good(what, format!("{text}, which allows what is needed"))
-    }
 }
 
 fn qemu() -> Finding {
@@ -701,33 +365,19 @@ fn program(name: &Path) -> Vec<Finding> {
     };
     let loaded = of_path(&program.loaded);
     let mut findings = Vec::new();
-    findings.push(if !program.obstacles.is_empty() {
-        bad(
+    findings.push(match By::fitting(&program) {
+        Err(_) => bad(
             WHAT,
             format!("{loaded} cannot be reached by the shim"),
             reasons(&program.obstacles),
-        )
-    } else if let Some(calls @ 1..) = program.system_calls {
-        note(
-            WHAT,
-            format!(
-                "{loaded} has {calls} instructions of its own that make system calls, past libc: if it opens /dev/udmabuf \
-                 by them (Rust's rustix, io_uring), the shim does not see it"
-            ),
-            "start it and run `pinbuf doctor --pid PID`: if it has udmabuf's buffers or none, the program itself has to be changed to open /dev/pinbuf",
-        )
-    } else if program.system_calls.is_none() {
-        note(
-            WHAT,
-            format!(
-                "{loaded} can be reached by the shim; whether it makes system calls of its own, past libc, is not known: \
-                 pinbuf does not decode the instructions of this machine"
-            ),
-            "start it and run `pinbuf doctor --pid PID`, which says whose buffers it has",
-        )
-    } else {
+        ),
         // What its libraries do is not known.
-        good(WHAT, format!("{loaded} can be reached by the shim"))
+        Ok((By::Preload, _)) => good(WHAT, format!("{loaded} can be reached by the shim")),
+        Ok((by, why)) => note(
+            WHAT,
+            format!("`pinbuf run` serves {loaded} {}: {why}", by.name()),
+            "so it, and what it starts, gets no rights by set-user-ID or file capabilities (no_new_privs)",
+        ),
     });
     if apparmor::in_use() {
         findings.extend(
@@ -748,6 +398,9 @@ fn process(pid: u32) -> Vec<Finding> {
         }
     };
     let who = format!("{} ({})", of_path(&process.program), process.pid);
+    if let Some(supervisor) = process.supervisor {
+        return vec![supervised(&process, &who, supervisor)];
+    }
     let own_device = process.shim.then(|| own_device(&process, &who)).flatten();
     let mut findings = vec![reached(&process, &who, own_device.is_none())];
     findings.extend(own_device);
@@ -783,6 +436,24 @@ fn process(pid: u32) -> Vec<Finding> {
         );
     }
     findings
+}
+
+/// A process under a supervisor. That it has the kernel's udmabuf open is as it should be.
+fn supervised(process: &Process, who: &str, supervisor: u32) -> Finding {
+    const WHAT: &str = "process";
+    let text = format!(
+        "{who} is served by the supervisor of `pinbuf run` (process {supervisor}), and has {} buffers of pinbuf's",
+        process.pinbufs_buffers
+    );
+    match process.udmabufs_buffers {
+        0 => good(WHAT, text),
+        n => note(
+            WHAT,
+            format!("{text}, and {n} of the kernel's own udmabuf"),
+            "it received them from another process, or the supervisor may not look into it: it has changed its user, is \
+             not dumpable, or Yama's ptrace_scope is 2 or higher",
+        ),
+    }
 }
 
 /// Does the process run on pinbuf, and if not, why? `opens` says whether it can open the device.

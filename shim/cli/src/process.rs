@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::access::{number_of, Credentials, Node};
-use crate::{command, dmabuf};
+use crate::{command, dmabuf, supervise};
 
 /// A process, as far as it matters here.
 #[derive(Debug)]
@@ -27,6 +27,8 @@ pub struct Process {
     pub file_capabilities: bool,
     /// The shim is loaded.
     pub shim: bool,
+    /// The supervisor of `pinbuf run` that serves it.
+    pub supervisor: Option<u32>,
     /// pinbuf's device is open, under whichever name it was opened.
     pub pinbuf_open: bool,
     /// The kernel's own udmabuf is open.
@@ -69,6 +71,8 @@ impl Process {
             }
         }
         let (pinbufs_buffers, udmabufs_buffers) = buffers(pid)?;
+        let credentials = Credentials::of(&pid.to_string())?;
+        let supervisor = (credentials.filters > 0).then(|| supervisor(pid)).flatten();
         Ok(Self {
             pid,
             program,
@@ -76,12 +80,13 @@ impl Process {
             file_capabilities: File::open(path("exe"))
                 .is_ok_and(|file| command::has_capabilities(&file)),
             shim,
+            supervisor,
             pinbuf_open,
             udmabuf_open,
             pinbufs_buffers,
             udmabufs_buffers,
             device: Node::of(&pid.to_string(), "/dev/pinbuf"),
-            credentials: Credentials::of(&pid.to_string())?,
+            credentials,
         })
     }
 }
@@ -109,6 +114,20 @@ fn character_device(path: &Path) -> Option<u64> {
     (result == 0 && is_device).then(|| libc::makedev(major, minor))
 }
 
+/// The nearest of a process's ancestors that is a supervisor: it says so by its name.
+fn supervisor(pid: u32) -> Option<u32> {
+    let mut next = pid;
+    loop {
+        let status = fs::read(format!("/proc/{next}/status")).ok()?;
+        let field = |name: &[u8]| lines(&status).find_map(|line| line.strip_prefix(name));
+        if next != pid && field(b"Name:\t") == Some(supervise::NAME.to_bytes()) {
+            return Some(next);
+        }
+        let parent = std::str::from_utf8(field(b"PPid:\t")?).ok()?;
+        next = parent.parse().ok().filter(|&parent| parent != 0)?;
+    }
+}
+
 /// How many buffers of pinbuf's and of udmabuf's a process has descriptors of.
 fn buffers(pid: u32) -> io::Result<(usize, usize)> {
     let mut found = std::collections::BTreeMap::new();
@@ -121,7 +140,7 @@ fn buffers(pid: u32) -> io::Result<(usize, usize)> {
     Ok((of(dmabuf::PINBUF), of(dmabuf::UDMABUF)))
 }
 
-/// The lines of /proc/PID/maps, which are bytes: files' names are in them.
+/// The lines of a file in /proc, which are bytes: names are in them.
 fn lines(maps: &[u8]) -> impl Iterator<Item = &[u8]> {
     maps.split(|&byte| byte == b'\n')
         .filter(|line| !line.is_empty())
@@ -188,6 +207,7 @@ mod tests {
     fn this_process() {
         let process = Process::find(std::process::id()).unwrap();
         assert_eq!(process.program, std::env::current_exe().unwrap());
+        assert_eq!(process.supervisor, None);
         assert!(!process.secure && !process.shim && !process.udmabuf_open);
         assert_eq!((process.pinbufs_buffers, process.udmabufs_buffers), (0, 0));
         assert!(Process::find(u32::MAX).is_err());

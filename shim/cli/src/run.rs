@@ -10,13 +10,16 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{bail, Context, Result};
-use clap::Args;
+use clap::{Args, ValueEnum};
+use nix::errno::Errno;
 use nix::sys::resource::{getrlimit, setrlimit, Resource};
 use pinbuf::{Device, Error};
 
 use crate::command::{Missing, Program};
+use crate::finding::Finding;
+use crate::supervise::{self, Log, Outcome};
 use crate::text::{complain, of_path};
-use crate::{doctor, shim, OWN_ERROR};
+use crate::{setup, shim, OWN_ERROR};
 
 /// Runs a program written for udmabuf on pinbuf.
 ///
@@ -29,8 +32,14 @@ pub struct Run {
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "stderr",
           require_equals = true)]
     log: Option<PathBuf>,
-    /// Runs the command even if the shim cannot reach it.
-    #[arg(long)]
+    /// How the command's requests are served; without this, as its file requires.
+    #[arg(long, value_name = "WAY", value_enum)]
+    by: Option<By>,
+    /// Says on standard error how the command is served, and why.
+    #[arg(short, long)]
+    verbose: bool,
+    /// Runs the command with the shim preloaded even if nothing can serve it.
+    #[arg(long, conflicts_with = "by")]
     anyway: bool,
     /// The command and its arguments.
     #[arg(
@@ -59,15 +68,67 @@ extern "C" fn note_signals() {
     PIPE_IGNORED.store(result == 0 && handler == libc::SIG_IGN, Ordering::Relaxed);
 }
 
+/// How a program's requests are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum By {
+    /// By a library that is loaded into it (LD_PRELOAD): all calls by libc of dynamically linked 64-bit programs.
+    Preload,
+    /// By a process that the kernel reports its requests to (seccomp): all programs, without set-user-ID.
+    Supervisor,
+    /// By both, for programs that start others of all kinds.
+    Both,
+}
+
+impl By {
+    /// For a sentence.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Preload => "by the preloaded shim",
+            Self::Supervisor => "by the supervisor",
+            Self::Both => "by the preloaded shim and the supervisor",
+        }
+    }
+
+    /// The way that fits a program, and why; the reason alone if none does.
+    pub fn fitting(program: &Program) -> Result<(Self, String), String> {
+        if let Some(lost) = program.obstacles.iter().find(|found| !found.is_served()) {
+            return Err(lost.to_string());
+        }
+        // What one way cannot reach the other does; but under the supervisor no program gets rights by its file, so
+        // it is not chosen without a reason.
+        if let Some(obstacle) = program.obstacles.first() {
+            return Ok((Self::Supervisor, obstacle.to_string()));
+        }
+        Ok(match program.system_calls {
+            Some(calls @ 1..) => (
+                Self::Both,
+                format!("it has {calls} instructions of its own that make system calls"),
+            ),
+            None => (
+                Self::Preload,
+                "it is dynamically linked with glibc; whether it makes system calls of its own is not known on this \
+                 architecture"
+                    .to_owned(),
+            ),
+            Some(0) => (
+                Self::Preload,
+                "it is dynamically linked with glibc, and makes its system calls by it".to_owned(),
+            ),
+        })
+    }
+}
+
 impl Run {
     pub fn run(self) -> Result<ExitCode> {
         let (name, arguments) = self.command.split_first().context("no command")?;
-        let shim = shim::find()?;
-        if let Some(finding) = check_device()? {
-            complain!("{}", finding.text);
-            complain!("{}", finding.remedy.unwrap_or_default());
-            return Ok(ExitCode::from(OWN_ERROR));
-        }
+        let device = match open_device()? {
+            Ok(device) => device,
+            Err(finding) => {
+                complain!("{}", finding.text);
+                complain!("{}", finding.remedy.unwrap_or_default());
+                return Ok(ExitCode::from(OWN_ERROR));
+            }
+        };
         let program = match Program::find(Path::new(name)) {
             Ok(program) => program,
             Err(error) => {
@@ -79,33 +140,20 @@ impl Run {
                 return Ok(ExitCode::from(status));
             }
         };
-        if let Some(obstacle) = program.obstacles.first() {
-            let what = format!("{} cannot be reached: {obstacle}", of_path(&program.loaded));
-            if !self.anyway {
-                bail!("{what} (--anyway runs it nevertheless)");
-            }
-            complain!("{what}");
-        } else if let Some(calls @ 1..) = program.system_calls {
-            complain!(
-                "{} has {} instructions of its own that make system calls: if it opens /dev/udmabuf by them, it gets \
-                 the kernel's udmabuf or ENOENT, and no buffer of pinbuf's (`pinbuf doctor --pid` says so while it \
-                 runs)",
-                of_path(&program.loaded),
-                calls
-            );
-        }
+        let by = self.way(&program)?;
         raise_memlock();
         let mut command = Command::new(&program.path);
         command.arg0(name).args(arguments);
-        let before = std::env::var_os("LD_PRELOAD");
-        command.env("LD_PRELOAD", shim::preload(&shim, before.as_deref()));
-        if let Some(log) = &self.log {
-            let log = if log == Path::new("stderr") {
-                log.clone()
-            } else {
-                std::path::absolute(log)?
-            };
-            command.env("PINBUF_SHIM_LOG", log);
+        let log = self.log()?;
+        if by != By::Supervisor {
+            let before = std::env::var_os("LD_PRELOAD");
+            let shim = shim::find()?;
+            command.env("LD_PRELOAD", shim::preload(&shim, before.as_deref()));
+            match &log {
+                Log::Off => {}
+                Log::Stderr => drop(command.env("PINBUF_SHIM_LOG", "stderr")),
+                Log::File(path) => drop(command.env("PINBUF_SHIM_LOG", path)),
+            }
         }
         if PIPE_IGNORED.load(Ordering::Relaxed) {
             let ignore = || {
@@ -113,33 +161,68 @@ impl Run {
                 unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
                 Ok(())
             };
-            // SAFETY: a system call; and there is no fork here.
+            // SAFETY: a system call, which is all that there is between fork and exec.
             unsafe { command.pre_exec(ignore) };
         }
-        let error = command.exec();
+        let served = by != By::Preload && supervise::is_served(&device);
+        let error = if by == By::Preload || served {
+            command.exec()
+        } else {
+            match supervise::run(command, device, log)? {
+                Outcome::Ended(status) => return Ok(status),
+                Outcome::NoFilter(Errno::EBUSY) => bail!(
+                    "the kernel reports this process's system calls to a supervisor already (a container's manager), and \
+                     allows one; use `--by preload`, or start the command outside of it"
+                ),
+                Outcome::NoFilter(error) => bail!(
+                    "the kernel refuses the filter of system calls that the supervisor needs: {error}; \
+                     use `--by preload`"
+                ),
+                Outcome::NoProgram(error) => error.into(),
+            }
+        };
         complain!("{}: {error}", of_path(&program.path));
         Ok(ExitCode::from(126))
     }
-}
 
-/// Says now what the program would fail with later, and less clearly.
-fn check_device() -> Result<Option<doctor::Finding>> {
-    match Device::open() {
-        Ok(_) => Ok(None),
-        Err(Error::TooManyFiles | Error::NoMemory) => bail!("no descriptor is free, or no memory"),
-        Err(_) => {
-            let [module, device] = [doctor::module(), doctor::device()];
-            Ok(Some(if module.is_bad() { module } else { device }))
+    /// Chooses the way.
+    fn way(&self, program: &Program) -> Result<By> {
+        let loaded = of_path(&program.loaded);
+        let (by, why) = match (self.by, By::fitting(program)) {
+            (Some(by), _) => (by, "as asked for".to_owned()),
+            (None, Ok(fitting)) => fitting,
+            (None, Err(why)) if self.anyway => {
+                complain!("{loaded} cannot be reached: {why}");
+                (By::Preload, "as asked for".to_owned())
+            }
+            (None, Err(why)) => {
+                bail!("{loaded} cannot be reached: {why} (--anyway runs it nevertheless)")
+            }
+        };
+        if self.verbose {
+            complain!("{loaded} is served {}: {why}", by.name());
         }
+        Ok(by)
+    }
+
+    fn log(&self) -> Result<Log> {
+        Ok(match &self.log {
+            None => Log::Off,
+            Some(path) if path == Path::new("stderr") => Log::Stderr,
+            Some(path) => Log::File(std::path::absolute(path)?),
+        })
     }
 }
 
-/// The user's name, or number.
-pub fn user_name() -> String {
-    let uid = nix::unistd::getuid();
-    match nix::unistd::User::from_uid(uid) {
-        Ok(Some(user)) => user.name,
-        _ => uid.to_string(),
+/// Opens the device, or says now what the program would fail with later, and less clearly.
+fn open_device() -> Result<Result<Device, Finding>> {
+    match Device::open() {
+        Ok(device) => Ok(Ok(device)),
+        Err(Error::TooManyFiles | Error::NoMemory) => bail!("no descriptor is free, or no memory"),
+        Err(_) => {
+            let [module, device] = [setup::module(), setup::device()];
+            Ok(Err(if module.is_bad() { module } else { device }))
+        }
     }
 }
 

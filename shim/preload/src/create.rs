@@ -108,11 +108,11 @@ fn create(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> Result<c_i
         if call.missing == 0 {
             late::request(&call.ranges);
         }
-        match call.make_with(device, flags, plan, &found) {
+        match call.make_with(device, flags, plan, &found, |_| Ok(())) {
             Err(Errno(libc::EAGAIN | libc::EFAULT)) => {}
             result => return result,
         }
     }
 
-    call.make_by_window(device, flags, plan)
+    call.make_by_window(device, flags, plan, |_| Ok(()))
 }

@@ -105,13 +105,15 @@ impl Call {
         }
     }
 
-    /// Makes the buffer of what the program has mapped, which was located, and of a window onto the rest.
+    /// Makes the buffer of what the program has mapped, which was located, and of a window onto the rest, which `ready`
+    /// gets to see once it is mapped.
     pub fn make_with(
         &mut self,
         device: c_int,
         flags: u32,
         plan: &Plan,
         theirs: &Spans,
+        ready: impl FnOnce(&Window) -> Result<()>,
     ) -> Result<c_int> {
         let mut window = Window::new(&plan.files);
         if self.missing > 0 {
@@ -120,6 +122,7 @@ impl Call {
                 None => window.add(piece),
             })?;
             window.map()?;
+            ready(&window)?;
             let mut ranges = self.ranges.iter_mut();
             each_part(plan, theirs, |piece, address| {
                 let range = ranges.next();
@@ -133,18 +136,24 @@ impl Call {
     }
 
     /// Makes the buffer of mappings of our own alone, again where the file's pages change meanwhile.
-    pub fn make_by_window(&mut self, device: c_int, flags: u32, plan: &Plan) -> Result<c_int> {
+    pub fn make_by_window(
+        &mut self,
+        device: c_int,
+        flags: u32,
+        plan: &Plan,
+        ready: impl Fn(&Window) -> Result<()>,
+    ) -> Result<c_int> {
         // Nothing is cut: there is a range for each piece.
         let none = Spans::new();
         if !self.locate(plan, &none)? {
             return Err(Errno(libc::EINVAL));
         }
-        let mut result = self.make_with(device, flags, plan, &none);
+        let mut result = self.make_with(device, flags, plan, &none, &ready);
         for _ in 1..TRIES {
             if result != Err(Errno(libc::EAGAIN)) {
                 break;
             }
-            result = self.make_with(device, flags, plan, &none);
+            result = self.make_with(device, flags, plan, &none, &ready);
         }
         result
     }

@@ -140,6 +140,16 @@ impl<'a> Window<'a> {
         self.runs.truncate(kept);
     }
 
+    /// The whole pages of the file that have a piece which was mapped: where they are, and their length.
+    pub fn pages(&self, piece: Piece) -> Option<(u64, u64)> {
+        let file = &self.files[piece.file];
+        let block = file.block.max(sys::page_size());
+        let start = piece.offset - piece.offset % block;
+        let end = (piece.offset + piece.len).checked_next_multiple_of(block)?;
+        let address = self.spans.at(file.id, start).0?;
+        Some((address, end - start))
+    }
+
     /// Where a piece is that was mapped, or 0. Its pages are entered into the page table: a read fault enters
     /// those around the address as well, while pinning takes one fault for each. A file's huge pages take few
     /// faults anyway.

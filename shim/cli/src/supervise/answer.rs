@@ -1,0 +1,433 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Answering calls: what is not for udmabuf is the kernel's, a request for a buffer is answered as udmabuf would.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::mem::size_of;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::errno::Errno;
+use pinbuf_udmabuf::call::{as_udmabuf, each_part, flags_of, Call as DriversCall, TRIES};
+use pinbuf_udmabuf::plan::Plan;
+use pinbuf_udmabuf::request::{self, MAX_ITEMS};
+use pinbuf_udmabuf::spans::Spans;
+use pinbuf_udmabuf::sys;
+use pinbuf_udmabuf::window::Window;
+
+use super::filter::{self, Opening};
+use super::late::{self, Guard};
+use super::listener::{Answer, Call, Listener};
+use super::log::Log;
+use super::target::Target;
+use crate::access::{number_of, Credentials};
+use crate::text::complain;
+
+const UDMABUF: &[u8] = b"/dev/udmabuf\0";
+
+/// Answers the calls of a tree of processes.
+pub struct Answers {
+    /// pinbuf's device, open.
+    device: File,
+    /// Its number, which is nobody else's while it is open.
+    number: u64,
+    /// Nothing that we make is charged, so it is not made for processes without that privilege.
+    unlimited: bool,
+    log: Log,
+    /// It was reported that a process cannot be served.
+    complained: AtomicBool,
+}
+
+/// What is not answered by an error: the thread was killed.
+struct Gone;
+
+impl Answers {
+    /// Answers calls with this device.
+    pub fn new(device: pinbuf::Device, log: Log) -> anyhow::Result<Self> {
+        let unlimited = Credentials::of("self")?.locks_memory;
+        let device = File::from(OwnedFd::from(device));
+        let number = device.metadata()?.rdev();
+        Ok(Self {
+            device,
+            number,
+            unlimited,
+            log,
+            complained: AtomicBool::new(false),
+        })
+    }
+
+    /// Answers a call.
+    pub fn answer(&self, call: &Call, listener: &Listener) {
+        let answer = match filter::opening(&call.data) {
+            Some(opening) => self.open(call, listener, opening),
+            None => self.request(call, listener),
+        };
+        let Ok((answer, report)) = answer else {
+            return;
+        };
+        let given = match listener.answer(call, &answer) {
+            // The program's own descriptors are used up, or a security module refuses it the buffer.
+            Err(error) if error != Errno::ENOENT => {
+                let _ = listener.answer(call, &Answer::Error(error));
+                Err(error)
+            }
+            given => given,
+        };
+        if let Some(report) = report {
+            self.log.line(&match (&answer, given) {
+                (_, Err(error)) => report.failed(error),
+                (Answer::Error(error), _) => report.failed(*error),
+                (_, Ok(fd)) => report.made(fd),
+            });
+        }
+    }
+
+    /// A call that opens something: udmabuf's device is pinbuf's.
+    ///
+    /// Only a name that is exactly this is looked at, and every other call is the kernel's, with whatever the program
+    /// has in its memory then: nothing is kept from it.
+    fn open(
+        &self,
+        call: &Call,
+        listener: &Listener,
+        opening: Opening,
+    ) -> Result<(Answer, Option<Report>), Gone> {
+        const KERNELS: (Answer, Option<Report>) = (Answer::TheKernels, None);
+        let [first, second, third, ..] = call.data.args;
+        let path = match opening {
+            Opening::Open | Opening::Creat => first,
+            Opening::Openat | Opening::Openat2 => second,
+        };
+        let Some(target) = self.target(call, listener)? else {
+            return Ok(KERNELS);
+        };
+        let mut name = [0; UDMABUF.len()];
+        if target.read(path, &mut name).is_err() || name != UDMABUF {
+            return Ok(KERNELS);
+        }
+        let flags = match opening {
+            Opening::Open => second,
+            Opening::Creat => libc::O_WRONLY as u64,
+            Opening::Openat => third,
+            Opening::Openat2 => {
+                // `struct open_how` begins with the flags.
+                let mut word = [0; 8];
+                match target.read(third, &mut word) {
+                    Ok(()) => u64::from_ne_bytes(word),
+                    Err(_) => return Ok(KERNELS),
+                }
+            }
+        };
+        if !listener.is_waiting(call) {
+            return Err(Gone);
+        }
+        if !self.may_serve(&target) {
+            return Ok(KERNELS);
+        }
+        let flags = flags as i32;
+        let exclusive = libc::O_CREAT | libc::O_EXCL;
+        if flags & exclusive == exclusive {
+            return Ok((Answer::Error(Errno::EEXIST), None));
+        }
+        let mode = flags & libc::O_ACCMODE;
+        let opened = OpenOptions::new()
+            .read(mode != libc::O_WRONLY)
+            .write(mode != libc::O_RDONLY)
+            .custom_flags(flags & (libc::O_PATH | libc::O_NONBLOCK) | libc::O_NOCTTY)
+            .open(pinbuf::Device::PATH);
+        Ok(match opened {
+            Ok(file) => (
+                Answer::Descriptor {
+                    file: file.into(),
+                    cloexec: flags & libc::O_CLOEXEC != 0,
+                },
+                Some(Report::opened(&target)),
+            ),
+            Err(_) => KERNELS,
+        })
+    }
+
+    /// One of udmabuf's requests, for whatever file.
+    fn request(&self, call: &Call, listener: &Listener) -> Result<(Answer, Option<Report>), Gone> {
+        const KERNELS: (Answer, Option<Report>) = (Answer::TheKernels, None);
+        let [descriptor, number, argument, ..] = call.data.args;
+        let Some(target) = self.target(call, listener)? else {
+            return Ok(KERNELS);
+        };
+        // A number without a file: the kernel says so.
+        let Ok(device) = target.file(descriptor as i32) else {
+            return Ok(KERNELS);
+        };
+        if !self.is_ours(device.into()) || !self.may_serve(&target) {
+            return Ok(KERNELS);
+        }
+        let mut report = Report::created(&target);
+        let made = self.create(
+            &target,
+            call,
+            listener,
+            number as u32,
+            argument,
+            &mut report,
+        );
+        // Nothing that was read or taken is of use if the number is another thread's meanwhile.
+        if !listener.is_waiting(call) {
+            return Err(Gone);
+        }
+        Ok((
+            match made {
+                Ok((file, cloexec)) => Answer::Descriptor { file, cloexec },
+                Err(error) => Answer::Error(error),
+            },
+            Some(report),
+        ))
+    }
+
+    /// The thread that made a call; `None` if it cannot be served.
+    fn target(&self, call: &Call, listener: &Listener) -> Result<Option<Target>, Gone> {
+        match Target::of(call, listener) {
+            Ok(Some(target)) => Ok(Some(target)),
+            Ok(None) => Err(Gone),
+            Err(error) => {
+                self.complain(&format!("process {} cannot be served: {error}", call.pid));
+                Ok(None)
+            }
+        }
+    }
+
+    fn complain(&self, what: &str) {
+        if !self.complained.swap(true, Ordering::Relaxed) {
+            complain!("{what}");
+        }
+    }
+
+    /// Is it pinbuf's device, or the kernel's udmabuf, and can it be used for requests?
+    fn is_ours(&self, device: File) -> bool {
+        let Ok(status) = device.metadata() else {
+            return false;
+        };
+        let is_device = status.mode() & libc::S_IFMT == libc::S_IFCHR;
+        let known = status.rdev() == self.number || Some(status.rdev()) == number_of("udmabuf");
+        // SAFETY: no memory is involved.
+        let flags = unsafe { libc::fcntl(device.as_raw_fd(), libc::F_GETFL) };
+        is_device && known && flags & libc::O_PATH == 0
+    }
+
+    /// A buffer that we make is charged to our user. Where that means that it is charged to nobody, only processes of
+    /// which the same holds are served: a program that has given up root's rights has limits.
+    fn may_serve(&self, target: &Target) -> bool {
+        if !self.unlimited {
+            return true;
+        }
+        let who = Credentials::of(&target.number().to_string());
+        let served = who.is_ok_and(|who| who.locks_memory);
+        if !served {
+            self.complain(&format!(
+                "process {} has given up rights that `pinbuf run` has, so its buffers could not be charged to its user, \
+                 and it does not get any: start `pinbuf run` as that user",
+                target.number()
+            ));
+        }
+        served
+    }
+
+    /// Makes a buffer as udmabuf does, and says whether its descriptor is closed on `exec`.
+    fn create(
+        &self,
+        target: &Target,
+        call: &Call,
+        listener: &Listener,
+        number: u32,
+        argument: u64,
+        report: &mut Report,
+    ) -> nix::Result<(OwnedFd, bool)> {
+        let words = copy(target, number, argument)?;
+        let mut plan = Plan::new();
+        let from = words.as_ptr() as usize;
+        let flags = match number {
+            request::CREATE => request::read_single(plan.items(), from),
+            _ => request::read_list(plan.items(), from),
+        }
+        .map_err(errno)?;
+        drop(words);
+        // From here on the files are ours, whatever other threads put at the numbers. A number without a file stays
+        // one, so that the checks find it in their turn.
+        let mut files: HashMap<u32, Option<OwnedFd>> = HashMap::new();
+        for item in plan.items().iter_mut() {
+            let file = match files.get(&item.memfd) {
+                Some(file) => file,
+                None => {
+                    let file = match target.file(item.memfd as i32) {
+                        Ok(file) => Some(file),
+                        Err(Errno::EBADF) => None,
+                        Err(_) => return Err(Errno::ENOMEM),
+                    };
+                    files.entry(item.memfd).or_insert(file)
+                }
+            };
+            item.memfd = file.as_ref().map_or(-1, AsRawFd::as_raw_fd) as u32;
+        }
+        plan.check().map_err(errno)?;
+        report.asked(&plan);
+        let fd = self.make(target, call, listener, flags_of(flags), &plan);
+        // SAFETY: the driver has just returned it.
+        let buffer = unsafe { OwnedFd::from_raw_fd(fd.map_err(|error| errno(as_udmabuf(error)))?) };
+        Ok((buffer, flags & request::FLAGS_CLOEXEC != 0))
+    }
+
+    /// Asks the driver, with mappings of our own, once the program has what it waits for.
+    fn make(
+        &self,
+        target: &Target,
+        call: &Call,
+        listener: &Listener,
+        flags: u32,
+        plan: &Plan,
+    ) -> sys::Result<i32> {
+        // Our copy is not the program's.
+        let flags = flags | pinbuf_uapi::CREATE_CLOEXEC;
+        let device = self.device.as_raw_fd();
+        let mut drivers = DriversCall::new();
+        let mut result = Err(sys::Errno(libc::EFAULT));
+        // Whether a page may be missing because it comes later is asked once one is.
+        let mut later = true;
+        for _ in 0..TRIES {
+            if !listener.is_waiting(call) {
+                return Err(sys::Errno(libc::EINTR));
+            }
+            let mapped = late::mappings(target, plan);
+            let guarded = match late::wait(target, plan, &mapped, || listener.is_waiting(call)) {
+                Ok(guarded) => guarded && later,
+                // Another thread changed the mappings, or the memory cannot be had.
+                Err(Errno::EFAULT) if later => {
+                    later = late::may_come_later(target, &mapped);
+                    continue;
+                }
+                Err(Errno::EFAULT) => false,
+                Err(error) => return Err(sys::Errno(error as i32)),
+            };
+            let guard = if guarded { Guard::new().ok() } else { None };
+            result = drivers.make_by_window(device, flags, plan, |window| match &guard {
+                Some(guard) => watch(guard, window, plan, &mapped),
+                None => Ok(()),
+            });
+            if guard.is_none() || result != Err(sys::Errno(libc::EFAULT)) {
+                break;
+            }
+            later = late::may_come_later(target, &mapped);
+        }
+        result
+    }
+}
+
+/// Guards what the program has mapped.
+fn watch(guard: &Guard, window: &Window, plan: &Plan, mapped: &Spans) -> sys::Result<()> {
+    let mut joined: Option<(u64, u64)> = None;
+    let register = |(start, len): (u64, u64)| {
+        // Files of other kinds have no late pages.
+        let _ = guard.watch(start, len);
+    };
+    each_part(plan, mapped, |piece, address| {
+        if address.is_some() {
+            if let Some((start, len)) = window.pages(piece) {
+                joined = match joined {
+                    Some((first, before)) if first + before == start => Some((first, before + len)),
+                    Some(before) => {
+                        register(before);
+                        Some((start, len))
+                    }
+                    None => Some((start, len)),
+                };
+            }
+        }
+        Ok(())
+    })?;
+    if let Some(last) = joined {
+        register(last);
+    }
+    Ok(())
+}
+
+/// Copies a request from the program's memory, each byte of it once.
+fn copy(target: &Target, number: u32, argument: u64) -> nix::Result<Vec<u64>> {
+    let head = if number == request::CREATE { 24 } else { 8 };
+    let mut bytes = vec![0; head];
+    target.read(argument, &mut bytes)?;
+    if number == request::CREATE_LIST {
+        let count = u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
+        // udmabuf compares the count with its limit before it reads any further.
+        if count > MAX_ITEMS {
+            return Err(Errno::EINVAL);
+        }
+        bytes.resize(head + count as usize * size_of::<request::Item>(), 0);
+        target.read(argument.wrapping_add(head as u64), &mut bytes[head..])?;
+    }
+    // Words, so that they are aligned as the structs are.
+    Ok(bytes
+        .chunks_exact(8)
+        .map(|word| u64::from_ne_bytes(word.try_into().unwrap_or_default()))
+        .collect())
+}
+
+fn errno(error: sys::Errno) -> Errno {
+    Errno::from_raw(error.0)
+}
+
+/// What a line of the log says.
+struct Report {
+    process: i32,
+    opened: bool,
+    bytes: u64,
+    items: usize,
+    pieces: usize,
+}
+
+impl Report {
+    fn created(target: &Target) -> Self {
+        Self {
+            process: target.number().as_raw(),
+            opened: false,
+            bytes: 0,
+            items: 0,
+            pieces: 0,
+        }
+    }
+
+    fn opened(target: &Target) -> Self {
+        Self {
+            opened: true,
+            ..Self::created(target)
+        }
+    }
+
+    fn asked(&mut self, plan: &Plan) {
+        (self.bytes, self.items, self.pieces) = (plan.bytes, plan.asked, plan.pieces().len());
+    }
+
+    fn made(&self, fd: i32) -> String {
+        if self.opened {
+            return format!(
+                "/dev/udmabuf opened as /dev/pinbuf: fd {fd} of process {}",
+                self.process
+            );
+        }
+        self.of_request(&format!("created fd {fd}"))
+    }
+
+    fn failed(&self, error: Errno) -> String {
+        if self.opened {
+            let process = self.process;
+            return format!("/dev/pinbuf cannot be given to process {process}: {error}");
+        }
+        self.of_request(&format!("failed with errno {}", error as i32))
+    }
+
+    fn of_request(&self, outcome: &str) -> String {
+        format!(
+            "{outcome}: {} bytes, {} items, {} pieces, by the supervisor for process {}",
+            self.bytes, self.items, self.pieces, self.process
+        )
+    }
+}

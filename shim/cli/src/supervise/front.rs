@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! `pinbuf run` itself, while the program runs: it passes signals on to the program, stops when the program stops, and
+//! ends as the program ends.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::resource::{setrlimit, Resource};
+use nix::sys::signal::{raise, signal, SigHandler, SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::Pid;
+
+use super::{adopt_orphans, Outcome};
+use crate::text::complain;
+
+/// What the supervisor tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// The program was started, by this number.
+    Started(Pid),
+    /// The program has ended, stopped or continued: a status as of `waitpid`.
+    Changed(i32),
+    NoFilter(Errno),
+    NoProgram(Errno),
+}
+
+impl Message {
+    /// Writes it, in one piece.
+    pub fn send(self, mut to: &File) -> std::io::Result<()> {
+        let (kind, value) = match self {
+            Self::Started(program) => (0, program.as_raw()),
+            Self::Changed(status) => (1, status),
+            Self::NoFilter(errno) => (2, errno as i32),
+            Self::NoProgram(errno) => (3, errno as i32),
+        };
+        let mut bytes = [0; 8];
+        bytes[..4].copy_from_slice(&i32::to_ne_bytes(kind));
+        bytes[4..].copy_from_slice(&value.to_ne_bytes());
+        to.write_all(&bytes)
+    }
+
+    /// Reads one; `None` if the supervisor has ended.
+    fn receive(mut from: &File) -> Option<Self> {
+        let mut bytes = [0; 8];
+        from.read_exact(&mut bytes).ok()?;
+        let [kind, value] =
+            [0, 4].map(|at| i32::from_ne_bytes([0, 1, 2, 3].map(|i: usize| bytes[at + i])));
+        match kind {
+            0 => Some(Self::Started(Pid::from_raw(value))),
+            1 => Some(Self::Changed(value)),
+            2 => Some(Self::NoFilter(Errno::from_raw(value))),
+            3 => Some(Self::NoProgram(Errno::from_raw(value))),
+            _ => None,
+        }
+    }
+}
+
+/// The program.
+struct Program {
+    number: Pid,
+    /// None if it had ended before we could ask for one.
+    pidfd: Option<OwnedFd>,
+}
+
+impl Program {
+    fn of(number: Pid) -> nix::Result<Self> {
+        // SAFETY: no memory is involved.
+        let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, number.as_raw(), 0) });
+        let pidfd = match fd {
+            // SAFETY: the call has just returned it.
+            Ok(fd) => Some(unsafe { OwnedFd::from_raw_fd(fd as i32) }),
+            Err(Errno::ESRCH) => None,
+            Err(error) => return Err(error),
+        };
+        Ok(Self { number, pidfd })
+    }
+
+    /// Sends it a signal, unless it has ended.
+    fn send(&self, signal: i32) {
+        if let Some(pidfd) = &self.pidfd {
+            let fd = pidfd.as_raw_fd();
+            // SAFETY: without further information no memory is involved.
+            let _ = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, 0, 0) };
+        }
+    }
+}
+
+/// Waits until the program has ended.
+pub fn wait(messages: File) -> Result<Outcome> {
+    // Should the supervisor be killed, its children become ours.
+    adopt_orphans()?;
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    let signals = SignalFd::with_flags(&SigSet::all(), flags)?;
+    let mut messages = Some(messages);
+    let mut program: Option<Program> = None;
+    loop {
+        let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        fds.extend(
+            messages
+                .as_ref()
+                .map(|messages| PollFd::new(messages.as_fd(), PollFlags::POLLIN)),
+        );
+        match poll(&mut fds, PollTimeout::NONE) {
+            Err(Errno::EINTR) => continue,
+            result => result?,
+        };
+        let spoken = fds.len() > 1 && fds[1].revents().is_some_and(|events| !events.is_empty());
+        let mut statuses = Vec::new();
+        if let Some(from) = messages.as_ref().filter(|_| spoken) {
+            match Message::receive(from) {
+                Some(Message::Started(number)) => program = Some(Program::of(number)?),
+                Some(Message::Changed(status)) => statuses.push(status),
+                Some(Message::NoFilter(errno)) => return Ok(Outcome::NoFilter(errno)),
+                Some(Message::NoProgram(errno)) => return Ok(Outcome::NoProgram(errno)),
+                None if program.is_none() => {
+                    anyhow::bail!("the supervisor ended before the program was started")
+                }
+                None => {
+                    complain!(
+                        "the supervisor has ended: the program's requests for buffers fail from now on (ENOSYS)"
+                    );
+                    messages = None;
+                }
+            }
+        }
+        while let Some(signal) = signals.read_signal()? {
+            if let Some(program) = &program {
+                pass_on(&signal, program);
+            }
+        }
+        if let Some(program) = program.as_ref().filter(|_| messages.is_none()) {
+            statuses.extend(changes(program.number));
+        }
+        for status in statuses {
+            if libc::WIFSTOPPED(status) {
+                raise(Signal::SIGSTOP)?;
+                // We were continued, and perhaps nobody else.
+                if let Some(program) = &program {
+                    program.send(libc::SIGCONT);
+                }
+            } else if libc::WIFEXITED(status) {
+                let code = libc::WEXITSTATUS(status);
+                return Ok(Outcome::Ended(ExitCode::from(code as u8)));
+            } else if libc::WIFSIGNALED(status) {
+                end_by(libc::WTERMSIG(status))?;
+            }
+        }
+    }
+}
+
+/// Passes a signal on that somebody has sent to us. The kernel's own, such as those of a terminal, go to the whole
+/// group of processes, to which the program belongs as well.
+fn pass_on(signal: &libc::signalfd_siginfo, program: &Program) {
+    let number = signal.ssi_signo as i32;
+    let sent = signal.ssi_code <= 0;
+    let by_program = signal.ssi_pid == program.number.as_raw() as u32;
+    if sent && !by_program && number != libc::SIGCHLD {
+        program.send(number);
+    }
+}
+
+/// What has become of the program, now that it is our own child.
+fn changes(program: Pid) -> Vec<i32> {
+    let mut found = Vec::new();
+    loop {
+        let mut status = 0;
+        // SAFETY: the status is written to `status`.
+        match unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG | libc::WUNTRACED) } {
+            child if child == program.as_raw() => found.push(status),
+            child if child > 0 => {}
+            _ => return found,
+        }
+    }
+}
+
+/// Ends this process by a signal, as the program was.
+fn end_by(number: i32) -> Result<()> {
+    // The program's memory may be worth a file, ours is not.
+    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    if let Ok(ending) = Signal::try_from(number) {
+        if ending != Signal::SIGKILL {
+            // SAFETY: no handler is set.
+            unsafe { signal(ending, SigHandler::SigDfl) }?;
+        }
+        let mut only = SigSet::empty();
+        only.add(ending);
+        raise(ending)?;
+        only.thread_unblock()?;
+    }
+    // A signal for programs' own use (real-time).
+    std::process::exit(128 + number)
+}

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The supervisor: udmabuf for programs that make their own system calls.
+//!
+//! A filter of system calls ([`filter`]) reports udmabuf's two requests, and the supervisor answers them ([`answer`]): it
+//! takes the files from the program ([`target`]), makes the buffer of mappings of its own, and gives the program the
+//! descriptor. No other call of the program's is slowed down.
+//!
+//! # Processes
+//!
+//! ```text
+//! pinbuf run            waits; passes signals on, stops and ends as the program does
+//!  └─ the supervisor    answers calls until no process is under the filter any more
+//!      └─ the program
+//! ```
+//!
+//! The supervisor is an ancestor of everything that it serves, since Yama (`ptrace_scope` 1) lets only ancestors look
+//! into a process; processes whose parent has ended become its children (`PR_SET_CHILD_SUBREAPER`). It is a process of
+//! its own because what the program leaves running is served further, when `pinbuf run` has ended with the program's
+//! status. If the supervisor is killed, the program goes on, and its requests fail with `ENOSYS`.
+//!
+//! # Calls
+//!
+//! Each is answered by a thread, since some wait for long ([`late`]). There are up to [`pool::MOST`] of them; further calls wait in
+//! the kernel, so that a program which floods the supervisor costs it nothing. What a call has taken (descriptors,
+//! mappings, memory) is gone once it is answered, also if the program was killed meanwhile.
+
+mod answer;
+mod filter;
+mod front;
+mod late;
+mod listener;
+mod log;
+mod pool;
+mod server;
+mod target;
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::signal::SigSet;
+use nix::unistd::{fork, pipe2, ForkResult};
+use pinbuf::Device;
+use pinbuf_udmabuf::request;
+
+use crate::access::number_of;
+use crate::text::complain;
+
+pub use log::Log;
+
+/// The supervisor's name in lists of processes.
+pub const NAME: &CStr = c"pinbuf-superv";
+
+/// How it went.
+pub enum Outcome {
+    /// The program ended with this status.
+    Ended(ExitCode),
+    /// The kernel refuses the filter.
+    NoFilter(Errno),
+    /// The program cannot be executed.
+    NoProgram(Errno),
+}
+
+/// Is there a udmabuf that a program can open? Otherwise the calls that open have to be reported as well.
+pub fn can_open_udmabuf() -> bool {
+    let opened = File::options().read(true).write(true).open("/dev/udmabuf");
+    let number = opened.and_then(|file| Ok(file.metadata()?.rdev())).ok();
+    number.is_some() && ["udmabuf", "pinbuf"].map(number_of).contains(&number)
+}
+
+/// Is this process under a supervisor already? pinbuf's device itself knows no request of udmabuf's.
+pub fn is_served(device: &Device) -> bool {
+    let device = device.as_fd().as_raw_fd();
+    // SAFETY: the request has no memory, which is the only thing that is wrong with it.
+    let answer = unsafe { libc::ioctl(device, libc::c_ulong::from(request::CREATE), 0) };
+    Errno::result(answer) == Err(Errno::EFAULT)
+}
+
+/// Runs a program under the supervisor, to its end.
+pub fn run(command: Command, device: Device, log: Log) -> Result<Outcome> {
+    // Signals are read from a descriptor; the program gets the mask that we had.
+    let mask = SigSet::thread_get_mask()?;
+    SigSet::all().thread_set_mask()?;
+    let (from_supervisor, to_us) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
+    // SAFETY: this process has one thread.
+    match unsafe { fork() }.context("fork")? {
+        ForkResult::Parent { .. } => {
+            drop((to_us, device));
+            front::wait(from_supervisor.into())
+        }
+        ForkResult::Child => {
+            drop(from_supervisor);
+            if let Err(error) = server::serve(command, &mask, device, log, to_us.into()) {
+                complain!("the supervisor: {error:#}");
+            }
+            // SAFETY: ends this process, without what the parent will do at its end.
+            unsafe { libc::_exit(0) }
+        }
+    }
+}
+
+/// Makes this process the parent of all that it has started, directly or not, and whose own parent has ended.
+fn adopt_orphans() -> nix::Result<()> {
+    // SAFETY: no memory is involved.
+    Errno::result(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) })?;
+    Ok(())
+}

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The supervisor's process: starts the program under the filter, and serves it and all that it starts.
+
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::{open, OFlag};
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::prctl;
+use nix::sys::resource::{getrlimit, setrlimit, Resource};
+use nix::sys::signal::{kill, SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{
+    recvmsg, sendmsg, socketpair, AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags,
+    SockFlag, SockType, UnixAddr,
+};
+use nix::sys::stat::Mode;
+use nix::unistd::{chdir, dup2_stderr, dup2_stdin, dup2_stdout, getppid, Pid};
+use pinbuf::Device;
+
+use super::answer::Answers;
+use super::filter::Filter;
+use super::front::Message;
+use super::listener::Listener;
+use super::log::Log;
+use super::pool::Pool;
+use super::{adopt_orphans, can_open_udmabuf, NAME};
+
+/// Starts the program, and answers its calls until no process is under the filter any more. What `pinbuf run` has to
+/// know is written to `front`.
+pub fn serve(command: Command, mask: &SigSet, device: Device, log: Log, front: File) -> Result<()> {
+    let parent = getppid();
+    adopt_orphans()?;
+    let (program, listener) = match start(command, mask)? {
+        Ok(started) => started,
+        Err(message) => return Ok(message.send(&front)?),
+    };
+    Message::Started(program).send(&front)?;
+    leave_the_surroundings()?;
+    let quiet = !matches!(log, Log::Stderr);
+    let pool = Pool::start(listener, Answers::new(device, log)?)?;
+
+    let ended = SigSet::from(Signal::SIGCHLD);
+    let ended = SignalFd::with_flags(&ended, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let mut front = Some(front);
+    loop {
+        let mut fds = [
+            PollFd::new(ended.as_fd(), PollFlags::POLLIN),
+            // Asked for nothing, it says when nobody is under the filter any more.
+            PollFd::new(pool.listener().as_fd(), PollFlags::empty()),
+        ];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Err(Errno::EINTR) => continue,
+            result => result?,
+        };
+        let deserted = fds[1].revents().is_some_and(|events| !events.is_empty());
+        while ended.read_signal()?.is_some() {}
+        for (child, status) in changes() {
+            if child != program {
+                continue;
+            }
+            if libc::WIFCONTINUED(status) && getppid() == parent {
+                // It may have been continued alone.
+                let _ = kill(parent, Signal::SIGCONT);
+            }
+            if let Some(to) = &front {
+                // The parent may have been killed.
+                let _ = Message::Changed(status).send(to);
+            }
+            if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
+                front = None;
+                if quiet {
+                    let nothing = open("/dev/null", OFlag::O_RDWR, Mode::empty())?;
+                    dup2_stderr(&nothing)?;
+                }
+            }
+        }
+        if front.is_none() && deserted {
+            return Ok(());
+        }
+        if deserted {
+            // The program's end is still to come: that is a signal, and this would be reported without a pause.
+            let mut fds = [PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(Errno::EINTR) => {}
+                result => drop(result?),
+            }
+        }
+    }
+}
+
+/// Starts the program under the filter.
+fn start(mut command: Command, mask: &SigSet) -> Result<Result<(Pid, Listener), Message>> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Datagram, None, flags)?;
+    let mut filter = Filter::new(!can_open_udmabuf());
+    let mask = *mask;
+    let enter = move || -> io::Result<()> {
+        let listener = filter.enter()?;
+        let fds = [listener.as_raw_fd()];
+        let message = [IoSlice::new(b"!")];
+        let control = [ControlMessage::ScmRights(&fds)];
+        sendmsg::<UnixAddr>(
+            theirs.as_raw_fd(),
+            &message,
+            &control,
+            MsgFlags::empty(),
+            None,
+        )?;
+        mask.thread_set_mask()?;
+        Ok(())
+    };
+    // SAFETY: this process has one thread, so the child may do what any program may.
+    unsafe { command.pre_exec(enter) };
+    let started = command.spawn();
+    drop(command);
+    let listener = receive(&ours);
+    Ok(match (started, listener) {
+        (Ok(child), Some(listener)) => Ok((
+            Pid::from_raw(i32::try_from(child.id())?),
+            Listener::from(listener),
+        )),
+        (Ok(_), None) => {
+            anyhow::bail!("the program was started, and its filter's listener was not received")
+        }
+        (Err(error), listener) => {
+            let errno = Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+            Err(match listener {
+                Some(_) => Message::NoProgram(errno),
+                None => Message::NoFilter(errno),
+            })
+        }
+    })
+}
+
+/// The descriptor in a message that is there already.
+fn receive(from: &OwnedFd) -> Option<OwnedFd> {
+    let mut byte = [0];
+    let mut message = [IoSliceMut::new(&mut byte)];
+    let mut room = nix::cmsg_space!(std::os::fd::RawFd);
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let received =
+        recvmsg::<UnixAddr>(from.as_raw_fd(), &mut message, Some(&mut room), flags).ok()?;
+    let fd = received.cmsgs().ok()?.find_map(|control| match control {
+        ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
+        _ => None,
+    })?;
+    // SAFETY: the kernel has just installed it.
+    Some(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The supervisor may outlive the program, so it keeps neither its directory nor its input and output; and it takes as
+/// many descriptors as it may have, since it takes the program's.
+fn leave_the_surroundings() -> Result<()> {
+    prctl::set_name(NAME)?;
+    let nothing = open("/dev/null", OFlag::O_RDWR, Mode::empty()).context("/dev/null")?;
+    dup2_stdin(&nothing)?;
+    dup2_stdout(&nothing)?;
+    chdir("/")?;
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+    Ok(())
+}
+
+/// Children that have ended, stopped or continued since this was asked last.
+fn changes() -> Vec<(Pid, i32)> {
+    let mut found = Vec::new();
+    loop {
+        let mut status = 0;
+        let options = libc::WNOHANG | libc::WUNTRACED | libc::WCONTINUED;
+        // SAFETY: the status is written to `status`.
+        match unsafe { libc::waitpid(-1, &mut status, options) } {
+            child if child > 0 => found.push((Pid::from_raw(child), status)),
+            _ => return found,
+        }
+    }
+}

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The thread that made a call: its descriptors and its memory.
+
+use std::fs::File;
+use std::io::IoSliceMut;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::uio::{process_vm_readv, RemoteIoVec};
+use nix::unistd::Pid;
+
+use super::listener::{Call, Listener};
+
+/// A thread that waits for the answer to its call.
+///
+/// Its number is another thread's once it is killed, so [`Listener::is_waiting`] follows whatever is done by the
+/// number. Descriptors are taken by a pidfd, which stays that thread's.
+pub struct Target {
+    thread: Pid,
+    pidfd: OwnedFd,
+}
+
+impl Target {
+    /// The thread that made a call; `None` if it was killed.
+    pub fn of(call: &Call, listener: &Listener) -> nix::Result<Option<Self>> {
+        let thread = Pid::from_raw(call.pid as i32);
+        // Threads may have tables of descriptors of their own.
+        // SAFETY: no memory is involved.
+        let pidfd = Errno::result(unsafe {
+            libc::syscall(libc::SYS_pidfd_open, thread.as_raw(), libc::PIDFD_THREAD)
+        });
+        if !listener.is_waiting(call) {
+            return Ok(None);
+        }
+        // SAFETY: the call has just returned it.
+        let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd? as i32) };
+        Ok(Some(Self { thread, pidfd }))
+    }
+
+    /// The file of a descriptor, which is ours then, whatever becomes of the number.
+    pub fn file(&self, descriptor: i32) -> nix::Result<OwnedFd> {
+        // SAFETY: no memory is involved.
+        let fd = Errno::result(unsafe {
+            libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), descriptor, 0)
+        })?;
+        // SAFETY: the call has just returned it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    }
+
+    /// Copies all of this memory, once: `EFAULT` if it cannot be read.
+    pub fn read(&self, address: u64, to: &mut [u8]) -> nix::Result<()> {
+        let len = to.len();
+        let remote = [RemoteIoVec {
+            base: address as usize,
+            len,
+        }];
+        let read = process_vm_readv(self.thread, &mut [IoSliceMut::new(to)], &remote)?;
+        if read == len {
+            Ok(())
+        } else {
+            Err(Errno::EFAULT)
+        }
+    }
+
+    /// Reads a byte at each of these addresses, as many as one call takes, and returns how many could be read. A page
+    /// that has yet to arrive (userfaultfd) is waited for, as the thread itself would.
+    pub fn touch(&self, addresses: &[u64]) -> nix::Result<usize> {
+        let some = &addresses[..addresses.len().min(libc::UIO_MAXIOV as usize)];
+        let mut bytes = vec![0; some.len()];
+        let remote: Vec<_> = some
+            .iter()
+            .map(|&address| RemoteIoVec {
+                base: address as usize,
+                len: 1,
+            })
+            .collect();
+        process_vm_readv(self.thread, &mut [IoSliceMut::new(&mut bytes)], &remote)
+    }
+
+    /// A file in the thread's directory of `/proc`.
+    pub fn proc(&self, name: &str) -> std::io::Result<File> {
+        File::open(format!("/proc/{}/{name}", self.thread))
+    }
+
+    /// The thread's number.
+    pub fn number(&self) -> Pid {
+        self.thread
+    }
+}
