@@ -4,7 +4,7 @@
 //!
 //! Each side is measured in a process of its own, which gets nothing but the kind and size of the
 //! memory: pinbuf's own call, udmabuf's interface on the kernel's own udmabuf, and the same
-//! interface under the shim. The turns of the sides alternate, so that what changes on the machine
+//! interface under the shim and under the supervisor of `pinbuf run`. The turns of the sides alternate, so that what changes on the machine
 //! meanwhile meets all of them.
 
 use std::collections::BTreeMap;
@@ -48,6 +48,7 @@ enum Side {
     Pinbuf,
     Udmabuf,
     Shim,
+    Supervisor,
 }
 
 /// Of what.
@@ -226,7 +227,7 @@ impl Bench {
         };
         let mut times: BTreeMap<Side, Vec<Times>> = BTreeMap::new();
         let mut native = Vec::new();
-        let sides = [Side::Pinbuf, Side::Udmabuf, Side::Shim];
+        let sides = [Side::Pinbuf, Side::Udmabuf, Side::Shim, Side::Supervisor];
         let sides = sides.into_iter().filter(|side| memory.suits(*side));
         // In turns, the first of which only warms up.
         let turns = self.repeat.min(3);
@@ -281,7 +282,11 @@ impl Bench {
                 .map(|value| value.get_name().to_owned())
                 .unwrap_or_default()
         };
-        let mut command = Command::new(std::env::current_exe()?);
+        let this = std::env::current_exe()?;
+        let mut command = Command::new(&this);
+        if side == Side::Supervisor {
+            command.args(["run", "--by", "supervisor", "--"]).arg(&this);
+        }
         command
             .args(["bench", "--side", &name(side.to_possible_value())])
             .args(["--memory", &memory.name()])
@@ -315,7 +320,7 @@ fn print(report: &Report) {
         report.kernel
     );
     say!(
-        "{:24}{:10}{:>18}{:>18}{:>18}{:>18}",
+        "{:24}{:12}{:>18}{:>18}{:>18}{:>18}",
         "memory",
         "by",
         "create",
@@ -326,7 +331,7 @@ fn print(report: &Report) {
     for row in &report.rows {
         for (side, times) in &row.medians {
             let mut line = format!(
-                "{:24}{:10}",
+                "{:24}{:12}",
                 row.memory.name(),
                 format!("{side:?}").to_lowercase()
             );
@@ -349,7 +354,7 @@ fn print(report: &Report) {
         }
         for (side, why) in &row.missing {
             say!(
-                "{:24}{:10}{why}",
+                "{:24}{:12}{why}",
                 row.memory.name(),
                 format!("{side:?}").to_lowercase()
             );
