@@ -246,6 +246,32 @@ pub fn init(tools: &Tree, arch: Arch) -> Result<PathBuf> {
     Ok(program)
 }
 
+/// Builds the program of the conformance tests without libraries, as LD_PRELOAD does not reach it, and returns its path.
+/// Without `build`, that of the last one.
+pub fn static_client(build: bool) -> Result<PathBuf> {
+    const PACKAGE: &str = "pinbuf-conformance";
+    let triple = Arch::Amd64.rust();
+    let target = guest_target();
+    let built = target.join(triple).join("debug/udmabuf-conformance");
+    if !build {
+        return Ok(built);
+    }
+    let key = Key::new()
+        .text("3")
+        .files(&paths::root().join("tests/conformance"))?;
+    cache::ensure("static-client", "static client of udmabuf", key, |step| {
+        let mut command = cargo();
+        command
+            .args(["build", "--package", PACKAGE, "--target", triple])
+            .env("CARGO_TARGET_DIR", &target)
+            .env("RUSTFLAGS", "-C target-feature=+crt-static");
+        step.run(&mut command, "userspace.log").context(
+            "the static client does not compile; it needs gcc and libc6-dev (`apt-get install gcc libc6-dev` as root)",
+        )
+    })?;
+    Ok(built)
+}
+
 /// Where a file goes in the guest.
 pub fn place(path: &Path) -> Option<PathBuf> {
     let name = path.file_name()?;

@@ -15,6 +15,7 @@ use anyhow::{bail, Context, Result};
 
 use super::ktap::{self, Report};
 use crate::cache::lock;
+use crate::debian::arch::Arch;
 use crate::debian::archive::{self, Stock};
 use crate::debian::tree::{inside, remove, Tree};
 use crate::guest::{qemu, watch};
@@ -112,7 +113,7 @@ pub fn test() -> Result<Vec<(String, Report)>> {
         fs::create_dir_all(&target)?;
         build(version, &target)?;
     }
-    let stocks = archive::kernels(&tools)?;
+    let stocks = archive::kernels(&tools, Arch::Amd64)?;
     let first = archive::select(&stocks, "default-cloud")?;
     let second = archive::select(&stocks, "newest-cloud")?;
     let tree = machine(first, second, &media)?;
@@ -307,7 +308,7 @@ fn boot(tools: &Tree, name: &str, firmware: Firmware, limit: Duration) -> Result
         enroll(tools)?;
     }
     fs::write(place().join("step"), name)?;
-    let mut command = qemu::command(tools, false);
+    let mut command = qemu::command(tools, Arch::Amd64, false);
     command.args(["-smp", "2", "-m", "2G", "-machine"]);
     if firmware == Firmware::Plain {
         command.arg("q35");

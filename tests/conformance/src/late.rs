@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::cases::{device, free_hugepages, mark, File, Spec, Table, HUGE, HUGETLB, OK, PLAIN};
+use crate::cases::{
+    device, free_hugepages, mark, soon, File, Spec, Table, HUGE, HUGETLB, OK, PLAIN,
+};
 use crate::mappings::has;
 use crate::run::{Expect, Outcome};
 use crate::udmabuf::{check, close, create, create_list, Item, Map, PAGE};
@@ -442,7 +444,10 @@ fn killed(t: &mut Table) {
                 // SAFETY: the status is written to `status`.
                 ended = unsafe { libc::waitpid(child, &mut status, libc::WNOHANG) } == child;
                 let stack = std::fs::read_to_string(format!("/proc/{child}/stack"));
-                waited = stack.is_ok_and(|stack| stack.contains("handle_userfault"));
+                waited = stack.is_ok_and(|stack| {
+                    // Under the supervisor, it is that which waits for the page.
+                    stack.contains("handle_userfault") || stack.contains("seccomp")
+                });
                 thread::sleep(Duration::from_millis(1));
             }
             if !ended {
@@ -451,8 +456,6 @@ fn killed(t: &mut Table) {
                 // SAFETY: the status is written to `status`.
                 unsafe { libc::waitpid(child, &mut status, 0) };
             }
-            // The page that did come stays with the file.
-            punch(file.fd, 0, spec.bytes)?;
             let mut outcome = Outcome {
                 ret: "0".to_owned(),
                 ..Outcome::default()
@@ -460,7 +463,12 @@ fn killed(t: &mut Table) {
             outcome.fact("waited", waited);
             let signaled = libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL;
             outcome.fact("killed", signaled);
-            outcome.fact("nothing left", (pins()?, free_hugepages()) == before);
+            let nothing_left = soon(|| {
+                // The page that did come stays with the file.
+                punch(file.fd, 0, spec.bytes)?;
+                Ok((pins()?, free_hugepages()) == before)
+            })?;
+            outcome.fact("nothing left", nothing_left);
             Ok(outcome)
         });
     }

@@ -2,8 +2,8 @@
 
 //! `udmabuf-conformance`: a program that tests udmabuf's interface and nothing else.
 //!
-//! Run it on the kernel's own udmabuf and under the shim, in the same guest, with `--json`; then `--compare`
-//! demands that every case had the same result, except for the differences in [`compare::INTENDED`]. Each case
+//! Run it on the kernel's own udmabuf, and under the shim or its supervisor, in the same guest, with `--json`; then
+//! `--compare` demands that every case had the same result, except for the differences in [`compare::INTENDED`]. Each case
 //! runs in its own process, so that a crash is a result like others.
 
 mod cases;
@@ -35,6 +35,12 @@ struct Arguments {
     /// Compare two such files, udmabuf's first, instead of running the cases.
     #[arg(long, num_args = 2, value_names = ["UDMABUF", "SHIM"], conflicts_with = "json")]
     compare: Option<Vec<PathBuf>>,
+    /// The second of the two was served by the supervisor, which stands outside of the program.
+    #[arg(long, requires = "compare")]
+    supervisor: bool,
+    /// Leave out the cases that the supervisor answers differently from the shim, by design.
+    #[arg(long)]
+    supervised: bool,
     /// Run only the cases whose names contain this.
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
@@ -56,7 +62,7 @@ fn main() -> Result<ExitCode> {
             let text = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
             serde_json::from_slice(&text).with_context(|| format!("parsing {}", path.display()))
         };
-        let same = compare::compare(&read(&files[0])?, &read(&files[1])?);
+        let same = compare::compare(&read(&files[0])?, &read(&files[1])?, arguments.supervisor);
         return Ok(if same {
             ExitCode::SUCCESS
         } else {
@@ -65,6 +71,9 @@ fn main() -> Result<ExitCode> {
     }
     let mut cases = cases::all();
     cases.retain(|case| case.name.contains(&arguments.only));
+    if arguments.supervised {
+        cases.retain(|case| compare::left_out(&case.name).is_none());
+    }
     if arguments.list {
         for case in &cases {
             println!("{}", case.name);
