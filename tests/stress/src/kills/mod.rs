@@ -30,11 +30,12 @@ use requests::{Progress, REQUESTS, STEPS};
 use victims::{Scene, Victim};
 
 pub use shim::client;
-use shim::under_the_shim;
+use shim::{under_the_shim, under_the_supervisor};
 
 tests! { "kills":
     anywhere within 600,
     under_the_shim within 600,
+    under_the_supervisor within 600,
 }
 
 /// Victims that live at the same time, at most.

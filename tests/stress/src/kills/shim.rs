@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Programs under `pinbuf run` that are killed, and `pinbuf run` itself. It executes the program in its own
-//! process, so the signal arrives in either, or in the loader and the constructor of the shim between them.
+//! Programs under `pinbuf run` that are killed, and `pinbuf run` itself. With the shim, it executes the program in its own
+//! process, so the signal arrives in either, or in the loader and the constructor of the shim between them. With the
+//! supervisor these are three processes, and each of them is killed in turn.
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -14,7 +15,9 @@ use anyhow::{bail, Context, Result};
 use fastrand::Rng;
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, open, FcntlArg, OFlag, SealFlag};
+use nix::sys::signal::{kill, killpg, Signal};
 use nix::sys::stat::Mode;
+use nix::unistd::Pid;
 
 use super::baseline::Baseline;
 use super::victims::Scene;
@@ -36,6 +39,17 @@ const OPTION: &str = "--udmabuf-client";
 
 /// Kills programs that use udmabuf's interface under the shim.
 pub fn under_the_shim() -> Result<()> {
+    under(one)
+}
+
+/// Kills programs that use udmabuf's interface under the supervisor, the supervisor, and `pinbuf run` above it.
+pub fn under_the_supervisor() -> Result<()> {
+    under(one_supervised)
+}
+
+/// Kills until there were as many as asked for. `one` starts a program, kills, and returns whether the program had
+/// made a buffer.
+fn under(one: fn(&mut Rng) -> Result<bool>) -> Result<()> {
     let Settings { kills, seed, .. } = Settings::get();
     let kills = (kills / SHARE).max(15);
     let (interval, count) = intervals(kills);
@@ -94,6 +108,56 @@ fn one(rng: &mut Rng) -> Result<bool> {
         "a program under the shim ended by itself: {status}"
     );
     Ok(said || rest == AT_WORK)
+}
+
+/// Starts a program under the supervisor, and kills one of the processes; then the others.
+fn one_supervised(rng: &mut Rng) -> Result<bool> {
+    let wait = rng.bool();
+    let mut command = Command::new("pinbuf");
+    let own = std::env::current_exe().context("this program's file")?;
+    command.args(["run", "--by", "supervisor", "--"]).arg(own);
+    command.args([OPTION, &rng.u64(..).to_string()]);
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    // What the others say of the one that is killed.
+    command.stderr(Stdio::null()).process_group(0);
+    if rng.bool() {
+        command.uid(USER).gid(USER);
+    }
+    let mut child = command.spawn().context("starting `pinbuf run`")?;
+    let group = Pid::from_raw(i32::try_from(child.id())?);
+    let said = if wait { hear(&mut child)? } else { false };
+    std::thread::sleep(if wait {
+        moment(rng)
+    } else {
+        START.mul_f64(rng.f64() * rng.f64())
+    });
+    // `pinbuf run`, the supervisor or the program; the last of them that there is already.
+    let mut victim = group;
+    for _ in 0..rng.u32(0..3) {
+        victim = child_of(victim).unwrap_or(victim);
+    }
+    kill(victim, Signal::SIGKILL).context("kill")?;
+    std::thread::sleep(moment(rng));
+    killpg(group, Signal::SIGKILL).context("killing what is left")?;
+    let mut rest = Vec::new();
+    if let Some(mut output) = child.stdout.take() {
+        output.read_to_end(&mut rest)?;
+    }
+    let status = child.wait()?;
+    // Where the supervisor was killed, the program may have ended by the error that it got.
+    check!(
+        status.signal() == Some(libc::SIGKILL) || victim != group,
+        "a program under the supervisor ended by itself: {status}"
+    );
+    Ok(said || rest == AT_WORK)
+}
+
+/// The first child of a process.
+fn child_of(process: Pid) -> Option<Pid> {
+    let path = format!("/proc/{process}/task/{process}/children");
+    let text = std::fs::read_to_string(path).ok()?;
+    let number = text.split_whitespace().next()?.parse().ok()?;
+    Some(Pid::from_raw(number))
 }
 
 /// Waits until the program has made a buffer.
