@@ -2,12 +2,14 @@
 
 //! The file systems that guests run on: read-only layers, which the guest joins to its root.
 
+mod foreign;
 pub mod initramfs;
 pub mod payload;
 pub mod userspace;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{bail, Result};
 use walkdir::WalkDir;
@@ -167,7 +169,14 @@ pub fn ensure(tools: &Tree, name: &str, arch: Arch) -> Result<PathBuf> {
     };
     let stamp = fs::read_to_string(paths::build().join("stamps/tree").join(tree_name))?;
     let image = paths::build().join(format!("images/{name}.img"));
-    let key = Key::new().text("1").text(&stamp);
+    let mut key = Key::new().text("1").text(&stamp);
+    let foreign = match name {
+        "clients" => Some(foreign::ensure()?),
+        _ => None,
+    };
+    if let Some(programs) = &foreign {
+        key = key.files(programs)?;
+    }
     cache::ensure(
         &format!("image/{name}"),
         &format!("guest image `{name}`"),
@@ -175,6 +184,11 @@ pub fn ensure(tools: &Tree, name: &str, arch: Arch) -> Result<PathBuf> {
         |step| {
             for path in LEFT_OUT {
                 crate::debian::tree::remove(&tree.path.join(path))?;
+            }
+            if let Some(programs) = &foreign {
+                let mut copy = Command::new("cp");
+                copy.arg("-a").arg(programs.join(".")).arg(&tree.path);
+                step.run(&mut copy, "images.log")?;
             }
             pack(tools, step, &tree.path, &image)
         },

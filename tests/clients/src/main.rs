@@ -16,6 +16,7 @@ mod process;
 mod qemu;
 mod run;
 mod selinux;
+mod supervised;
 mod udev;
 mod user;
 mod vulkan;
@@ -41,6 +42,7 @@ fn tests() -> impl Iterator<Item = &'static Test> + Clone {
         libcamera::TESTS,
         user::TESTS,
         run::TESTS,
+        supervised::TESTS,
         doctor::TESTS,
         info::TESTS,
         watch::TESTS,

@@ -26,7 +26,7 @@ tests!("run":
     says_that_the_device_is_missing,
     says_that_the_module_is_not_loaded,
     says_that_root_alone_may,
-    refuses_what_the_shim_cannot_reach,
+    refuses_what_nothing_can_reach,
 );
 
 fn shell(script: &str) -> Start {
@@ -243,19 +243,25 @@ fn says_that_root_alone_may() -> Result<()> {
     )
 }
 
-fn refuses_what_the_shim_cannot_reach() -> Result<()> {
-    let program = "/usr/bin/busybox";
-    let end = Start::program(&[program, "echo", "ran"])
-        .on_pinbuf()
-        .by_kvm_user()
-        .end()?;
-    refused(&end, &[program, "statically linked", "--anyway"])?;
-    let end = Start::program(&["pinbuf", "run", "--anyway", "--", program, "echo", "ran"])
-        .by_kvm_user()
-        .end()?;
+fn refuses_what_nothing_can_reach() -> Result<()> {
+    let program = "/usr/local/bin/set-user-id";
+    fs::copy("/usr/bin/echo", program)?;
+    fs::set_permissions(program, fs::Permissions::from_mode(0o4755))?;
+    let ended = || -> Result<(End, End)> {
+        let refused = Start::program(&[program, "ran"]).on_pinbuf();
+        let anyway = ["pinbuf", "run", "--anyway", "--", program, "ran"];
+        Ok((
+            refused.by_kvm_user().end()?,
+            Start::program(&anyway).by_kvm_user().end()?,
+        ))
+    };
+    let ended = ended();
+    fs::remove_file(program)?;
+    let (end, anyway) = ended?;
+    refused(&end, &[program, "set-user-ID", "--anyway"])?;
     ensure!(
-        end.status == Some(0) && end.out == "ran\n" && end.err.contains("statically linked"),
-        "{end:?}"
+        anyway.status == Some(0) && anyway.out == "ran\n" && anyway.err.contains("set-user-ID"),
+        "{anyway:?}"
     );
     Ok(())
 }

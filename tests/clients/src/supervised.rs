@@ -1,0 +1,439 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Programs that the shim cannot be loaded into, or that make their own system calls: `pinbuf run` serves them by its
+//! supervisor.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure, Context, Result};
+use nix::mount::{mount, umount, MsFlags};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+use pinbuf_test_harness::tests;
+
+use crate::process::{no_udmabuf, End, Start};
+
+tests!("supervised":
+    client_on_rustix_is_served,
+    client_of_libc_is_served,
+    static_client_is_served,
+    client_of_32_bits_is_served,
+    client_of_musl_is_served,
+    client_in_go_is_served,
+    programs_of_all_kinds_in_one_tree_are_served,
+    way_and_reason_are_printed,
+    lines_are_logged,
+    ancestors_may_look_into_a_process_under_yama,
+    signals_are_passed_on,
+    end_by_a_signal_is_passed_back,
+    stop_and_continue_are_mirrored,
+    failing_exec_is_reported,
+    nested_runs_are_served_by_the_first,
+    what_stays_behind_is_served,
+    calls_fail_once_the_supervisor_is_killed,
+    doctor_recognises_the_supervisor,
+    user_that_root_becomes_is_not_served,
+);
+
+const RUSTIX: &str = "pinbuf-raw-client";
+const CLIENT: &str = "pinbuf-udmabuf-client";
+const MADE: &str = "33177600 bytes by pinbuf\n";
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// `pinbuf run`, with options and a command.
+fn run(words: &[&str]) -> Start {
+    let words: Vec<&str> = ["pinbuf", "run"].iter().chain(words).copied().collect();
+    Start::program(&words).by_kvm_user()
+}
+
+fn made(end: &End) -> Result<()> {
+    no_udmabuf()?;
+    ensure!(end.status == Some(0) && end.out == MADE, "{end:?}");
+    Ok(())
+}
+
+fn client_on_rustix_is_served() -> Result<()> {
+    made(&run(&["--", RUSTIX]).end()?)?;
+    made(&run(&["--by", "supervisor", "--", RUSTIX]).end()?)
+}
+
+/// Of each kind that `pinbuf run` has to recognise by itself.
+fn served_by_default(program: &str, reason: &str) -> Result<()> {
+    let end = run(&["-v", "--", program]).end()?;
+    let line = format!("{program} is served by the supervisor: {reason}");
+    ensure!(end.err.contains(&line), "{end:?}");
+    made(&end)
+}
+
+fn static_client_is_served() -> Result<()> {
+    served_by_default("pinbuf-c-client-static", "it is statically linked")
+}
+
+fn client_of_32_bits_is_served() -> Result<()> {
+    served_by_default("pinbuf-c-client-32", "it is a 32-bit program")
+}
+
+fn client_of_musl_is_served() -> Result<()> {
+    served_by_default("pinbuf-c-client-musl", "it is linked with musl")
+}
+
+/// Three threads of it ask at the same time, and its runtime interrupts them by signals.
+fn client_in_go_is_served() -> Result<()> {
+    served_by_default("pinbuf-go-client", "it is written in Go")
+}
+
+/// Its calls reach the kernel, as the shim is not there.
+fn client_of_libc_is_served() -> Result<()> {
+    made(&run(&["--by", "supervisor", "--", CLIENT]).end()?)
+}
+
+/// A static shell, of which others are children and grandchildren, started by `exec` and `fork`, one after the other and at
+/// the same time.
+fn programs_of_all_kinds_in_one_tree_are_served() -> Result<()> {
+    let script = format!(
+        "{RUSTIX}; ({CLIENT}); env -u LD_PRELOAD {CLIENT}; sh -c 'exec {RUSTIX}'; \
+         for i in 1 2 3; do {RUSTIX} & done; wait; exec {CLIENT}"
+    );
+    for by in ["supervisor", "both"] {
+        let end = run(&["--by", by, "--", "busybox", "sh", "-c", &script]).end()?;
+        ensure!(
+            end.status == Some(0) && end.out == MADE.repeat(8),
+            "{by}: {end:?}"
+        );
+    }
+    Ok(())
+}
+
+fn way_and_reason_are_printed() -> Result<()> {
+    for (options, program, line) in [
+        (
+            &["-v"][..],
+            "true",
+            "true is served by the preloaded shim: it is dynamically",
+        ),
+        (
+            &["-v"],
+            "busybox",
+            "busybox is served by the supervisor: it is statically linked",
+        ),
+        (
+            &["-v", "--by", "both"],
+            "true",
+            "true is served by the preloaded shim and the supervisor: as asked for",
+        ),
+        (&[], "busybox", ""),
+    ] {
+        let words: Vec<&str> = options
+            .iter()
+            .copied()
+            .chain(["--", program, "true"])
+            .collect();
+        let end = run(&words).end()?;
+        let one = if line.is_empty() { 0 } else { 1 };
+        ensure!(
+            end.status == Some(0) && end.err.lines().count() == one && end.err.contains(line),
+            "{end:?}"
+        );
+    }
+    Ok(())
+}
+
+fn lines_are_logged() -> Result<()> {
+    for (case, line) in [
+        ("extent/one-page", "pinbuf: created fd "),
+        ("extent/size-1", "pinbuf: failed with errno 22: "),
+        ("kind/closed", "pinbuf: failed with errno 77: "),
+        ("pointer/single-null", "pinbuf: failed with errno 14: "),
+    ] {
+        let words = [
+            "--by",
+            "supervisor",
+            "--log",
+            "--",
+            "udmabuf-conformance",
+            "--only",
+            case,
+        ];
+        let end = run(&words).end()?;
+        ensure!(
+            end.status == Some(0)
+                && end.err.contains("/dev/udmabuf opened as /dev/pinbuf")
+                && end.err.contains(line),
+            "{case}: {end:?}"
+        );
+    }
+    Ok(())
+}
+
+/// Yama, where it is in the kernel, lets a user's process look into its descendants alone.
+fn ancestors_may_look_into_a_process_under_yama() -> Result<()> {
+    const SCOPE: &str = "/proc/sys/kernel/yama/ptrace_scope";
+    let before = fs::read_to_string(SCOPE).context("the kernel has no Yama")?;
+    fs::write(SCOPE, "1")?;
+    // The last one is an orphan.
+    let script = format!("{RUSTIX}; ({RUSTIX} & exec true); sleep 3");
+    let end = run(&["--by", "supervisor", "--", "busybox", "sh", "-c", &script]).end();
+    fs::write(SCOPE, before.trim())?;
+    let end = end?;
+    ensure!(
+        end.status == Some(0) && end.out == MADE.repeat(2),
+        "{end:?}"
+    );
+    Ok(())
+}
+
+/// A program that runs, whose lines are read as they come.
+struct Running {
+    child: Child,
+    lines: BufReader<std::process::ChildStdout>,
+}
+
+impl Running {
+    fn start(start: &Start) -> Result<Self> {
+        let mut command = start.command();
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let lines = BufReader::new(child.stdout.take().context("no output")?);
+        Ok(Self { child, lines })
+    }
+
+    fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        self.lines.read_line(&mut line)?;
+        Ok(line)
+    }
+
+    fn pid(&self) -> Result<Pid> {
+        Ok(Pid::from_raw(i32::try_from(self.child.id())?))
+    }
+
+    fn end(mut self) -> Result<End> {
+        drop(self.child.stdin.take());
+        let mut out = String::new();
+        std::io::Read::read_to_string(&mut self.lines, &mut out)?;
+        let mut end = End::from(self.child.wait_with_output()?);
+        end.out = out;
+        Ok(end)
+    }
+}
+
+/// The supervisor below a `pinbuf run`.
+fn supervisor_of(pid: Pid) -> Result<Pid> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    let child = text.split_whitespace().next().context("it has no child")?;
+    Ok(Pid::from_raw(child.parse()?))
+}
+
+fn becomes(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
+    let start = Instant::now();
+    while !is_so()? {
+        ensure!(
+            start.elapsed() < PATIENCE,
+            "not within {PATIENCE:?}: {what}"
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+fn state(pid: Pid) -> Result<char> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let (_, rest) = text.rsplit_once(") ").context("stat")?;
+    rest.chars().next().context("stat")
+}
+
+fn signals_are_passed_on() -> Result<()> {
+    let script = "trap 'echo usr1' USR1; trap 'echo term; exit 9' TERM; echo $$; \
+                  while :; do sleep 0.1; done";
+    let mut running = Running::start(&run(&[
+        "--by",
+        "supervisor",
+        "--",
+        "busybox",
+        "sh",
+        "-c",
+        script,
+    ]))?;
+    running.line()?;
+    kill(running.pid()?, Signal::SIGUSR1)?;
+    ensure!(running.line()? == "usr1\n", "SIGUSR1 did not arrive");
+    kill(running.pid()?, Signal::SIGTERM)?;
+    let end = running.end()?;
+    ensure!(end.status == Some(9) && end.out == "term\n", "{end:?}");
+    Ok(())
+}
+
+fn end_by_a_signal_is_passed_back() -> Result<()> {
+    use std::os::unix::process::ExitStatusExt;
+
+    for signal in [libc::SIGTERM, libc::SIGKILL, libc::SIGSEGV, libc::SIGINT] {
+        let script = format!("kill -{signal} $$");
+        let status = run(&["--by", "supervisor", "--", "busybox", "sh", "-c", &script])
+            .command()
+            .status()?;
+        ensure!(status.signal() == Some(signal), "{signal}: {status}");
+    }
+    Ok(())
+}
+
+fn stop_and_continue_are_mirrored() -> Result<()> {
+    let script = "echo $$; read line; echo $line";
+    let mut running = Running::start(&run(&[
+        "--by",
+        "supervisor",
+        "--",
+        "busybox",
+        "sh",
+        "-c",
+        script,
+    ]))?;
+    let program = Pid::from_raw(running.line()?.trim().parse()?);
+    let front = running.pid()?;
+    kill(program, Signal::SIGSTOP)?;
+    becomes("`pinbuf run` stops", || Ok(state(front)? == 'T'))?;
+    kill(front, Signal::SIGCONT)?;
+    becomes("the program continues", || Ok(state(program)? != 'T'))?;
+    // Asked to by `kill`, the program stops, and so do we.
+    kill(front, Signal::SIGTSTP)?;
+    becomes("both stop", || {
+        Ok(state(program)? == 'T' && state(front)? == 'T')
+    })?;
+    // The program alone is continued.
+    kill(program, Signal::SIGCONT)?;
+    becomes("both continue", || {
+        Ok(state(program)? != 'T' && state(front)? != 'T')
+    })?;
+    let end = running.end()?;
+    ensure!(end.out == "\n", "{end:?}");
+    Ok(())
+}
+
+/// What can be found and not be executed.
+fn failing_exec_is_reported() -> Result<()> {
+    let (directory, none) = ("/mnt", None::<&str>);
+    mount(
+        Some("tmpfs"),
+        directory,
+        Some("tmpfs"),
+        MsFlags::MS_NOEXEC,
+        none,
+    )?;
+    fs::copy("/usr/bin/busybox", "/mnt/busybox")?;
+    let end = run(&["--by", "supervisor", "--", "/mnt/busybox", "true"]).end();
+    umount(directory)?;
+    let end = end?;
+    ensure!(
+        end.status == Some(126) && end.err.contains("/mnt/busybox: Permission denied"),
+        "{end:?}"
+    );
+    Ok(())
+}
+
+fn nested_runs_are_served_by_the_first() -> Result<()> {
+    for by in ["supervisor", "both", "preload"] {
+        let inner = ["pinbuf", "run", "--by", by, "--", RUSTIX];
+        let words: Vec<&str> = ["--by", "supervisor", "--"]
+            .iter()
+            .copied()
+            .chain(inner)
+            .collect();
+        made(&run(&words).end()?)?;
+    }
+    Ok(())
+}
+
+/// What the program leaves running is served when `pinbuf run` has ended, and the supervisor ends with it.
+fn what_stays_behind_is_served() -> Result<()> {
+    let file = "/tmp/left-behind";
+    let _ = fs::remove_file(file);
+    let script = format!(
+        "(sleep 2; {RUSTIX} >{file}.new 2>&1; mv {file}.new {file}) >/dev/null 2>&1 & exit 5"
+    );
+    let started = Instant::now();
+    let end = run(&["--by", "supervisor", "--", "busybox", "sh", "-c", &script]).end()?;
+    ensure!(end.status == Some(5), "{end:?}");
+    ensure!(
+        started.elapsed() < Duration::from_secs(2) || !fs::exists(file)?,
+        "it waited for what was left"
+    );
+    becomes("the program left behind ends", || Ok(fs::exists(file)?))?;
+    let text = fs::read_to_string(file)?;
+    fs::remove_file(file)?;
+    ensure!(text == MADE, "{text}");
+    // It may stay as a zombie of whoever started this.
+    becomes("the supervisor ends", || {
+        let end = Start::program(&["pgrep", "-x", "-r", "D,R,S", "pinbuf-superv"]).end()?;
+        Ok(end.out.is_empty())
+    })
+}
+
+fn calls_fail_once_the_supervisor_is_killed() -> Result<()> {
+    // There is no /dev/udmabuf, so nothing can be opened either: no library, for example.
+    let script = "echo; read line; pinbuf-c-client-static 2>&1; exit 3";
+    let mut running = Running::start(&run(&[
+        "--by",
+        "supervisor",
+        "--",
+        "busybox",
+        "sh",
+        "-c",
+        script,
+    ]))?;
+    running.line()?;
+    kill(supervisor_of(running.pid()?)?, Signal::SIGKILL)?;
+    let end = running.end()?;
+    ensure!(
+        end.status == Some(3)
+            && end.out == "opening /dev/udmabuf: Function not implemented\n"
+            && end.err.contains("the supervisor has ended"),
+        "{end:?}"
+    );
+    Ok(())
+}
+
+fn doctor_recognises_the_supervisor() -> Result<()> {
+    let mut running = Running::start(&run(&["--by", "supervisor", "--", CLIENT, "--hold"]))?;
+    ensure!(running.line()? == MADE, "no buffer");
+    let supervisor = supervisor_of(running.pid()?)?;
+    let program = supervisor_of(supervisor)?;
+    let doctor = Start::program(&["pinbuf", "doctor", "--pid", &program.to_string()]).end()?;
+    let end = running.end()?;
+    ensure!(end.status == Some(0), "{end:?}");
+    let line = format!(
+        "is served by the supervisor of `pinbuf run` (process {supervisor}), and has 1 buffers"
+    );
+    ensure!(doctor.out.contains(&line), "{doctor:?}");
+    Ok(())
+}
+
+/// What root's supervisor makes is charged to nobody, so nobody else gets it.
+fn user_that_root_becomes_is_not_served() -> Result<()> {
+    no_udmabuf()?;
+    let inner = ["setpriv", "--reuid=1000", "--clear-groups", "--", CLIENT];
+    let words: Vec<&str> = ["pinbuf", "run", "--by", "supervisor", "--"]
+        .iter()
+        .copied()
+        .chain(inner)
+        .collect();
+    let end = Start::program(&words).end()?;
+    ensure!(
+        end.status == Some(1)
+            && end.err.contains("No such file")
+            && end
+                .err
+                .contains("has given up rights that `pinbuf run` has"),
+        "{end:?}"
+    );
+    let words = ["pinbuf", "run", "--by", "supervisor", "--", CLIENT];
+    let end = Start::program(&words).end()?;
+    if end.out != MADE {
+        bail!("root itself: {end:?}");
+    }
+    Ok(())
+}
