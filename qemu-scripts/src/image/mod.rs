@@ -170,7 +170,7 @@ pub fn ensure(tools: &Tree, name: &str, arch: Arch) -> Result<PathBuf> {
     let stamp = fs::read_to_string(paths::build().join("stamps/tree").join(tree_name))?;
     let image = paths::build().join(format!("images/{name}.img"));
     let mut key = Key::new().text("1").text(&stamp);
-    let foreign = match name {
+    let foreign = match name.as_str() {
         "clients" => Some(foreign::ensure()?),
         _ => None,
     };
