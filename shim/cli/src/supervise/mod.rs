@@ -39,12 +39,13 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::sys::signal::SigSet;
+use nix::sys::signal::{signal, SigHandler, SigSet, Signal};
 use nix::unistd::{fork, pipe2, ForkResult};
 use pinbuf::Device;
 use pinbuf_udmabuf::request;
@@ -83,7 +84,19 @@ pub fn is_served(device: &Device) -> bool {
 }
 
 /// Runs a program under the supervisor, to its end.
-pub fn run(command: Command, device: Device, log: Log) -> Result<Outcome> {
+pub fn run(mut command: Command, device: Device, log: Log) -> Result<Outcome> {
+    // The kernel does not report the end of children to a process that ignores SIGCHLD. The program ignores it again.
+    // SAFETY: no handler is installed.
+    let before = unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
+    if matches!(before, SigHandler::SigIgn) {
+        let ignore = || {
+            // SAFETY: no handler is installed.
+            unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
+            Ok(())
+        };
+        // SAFETY: a system call, which is all that there is between fork and exec.
+        unsafe { command.pre_exec(ignore) };
+    }
     // Signals are read from a descriptor; the program gets the mask that we had.
     let mask = SigSet::thread_get_mask()?;
     SigSet::all().thread_set_mask()?;
