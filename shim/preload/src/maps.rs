@@ -126,7 +126,7 @@ impl Maps {
         let Some(fd) = self.proved() else {
             return;
         };
-        procmap::ask(fd, wanted, spans);
+        procmap::ask(fd, procmap::MOST, wanted, spans);
     }
 }
 

@@ -8,9 +8,9 @@ use core::mem::{offset_of, size_of};
 use crate::spans::{FileId, Span, Spans};
 use crate::sys;
 
-/// The most mappings that are looked at in one go. Shared and writable mappings of files are few, but for
+/// The most mappings that a program looks at in one go. Shared and writable mappings of files are few, but for
 /// those of graphics drivers.
-const MOST: usize = 1024;
+pub const MOST: usize = 1024;
 
 /// `struct procmap_query`.
 #[repr(C)]
@@ -41,10 +41,11 @@ const PROCMAP_QUERY: u32 = 3 << 30 | (size_of::<Query>() as u32) << 16 | (b'f' a
 /// `PROCMAP_QUERY_VMA_READABLE`, `_WRITABLE`, `_SHARED`, `_COVERING_OR_NEXT_VMA`, `_FILE_BACKED_VMA`.
 const SHARED_AND_WRITABLE: u64 = 0x01 | 0x02 | 0x08 | 0x10 | 0x20;
 
-/// Adds where these files are mapped shared, for reading and writing. `fd` is an open `/proc/PID/maps`.
-pub fn ask(fd: c_int, wanted: impl Fn(FileId) -> bool, spans: &mut Spans) {
+/// Adds where these files are mapped shared, for reading and writing. `fd` is an open `/proc/PID/maps`, of whose
+/// shared mappings the first `most` are looked at.
+pub fn ask(fd: c_int, most: usize, wanted: impl Fn(FileId) -> bool, spans: &mut Spans) {
     let mut query = Query::default();
-    for _ in 0..MOST {
+    for _ in 0..most {
         query.size = size_of::<Query>() as u64;
         query.flags = SHARED_AND_WRITABLE;
         query.addr = query.end;
