@@ -7,8 +7,10 @@ use std::fs::{File, OpenOptions};
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use anyhow::{bail, Context};
 use nix::errno::Errno;
 use pinbuf_udmabuf::call::{as_udmabuf, each_part, flags_of, Call as DriversCall, TRIES};
 use pinbuf_udmabuf::plan::Plan;
@@ -46,6 +48,11 @@ struct Gone;
 impl Answers {
     /// Answers calls with this device.
     pub fn new(device: pinbuf::Device, log: Log) -> anyhow::Result<Self> {
+        // What is read of processes by their numbers would be of other ones.
+        let ours = std::fs::read_link("/proc/self").context("/proc/self")?;
+        if ours != Path::new(&std::process::id().to_string()) {
+            bail!("/proc is that of another namespace of processes: mount it anew (`unshare --mount-proc`)");
+        }
         let unlimited = Credentials::of("self")?.locks_memory;
         let device = File::from(OwnedFd::from(device));
         let number = device.metadata()?.rdev();

@@ -37,14 +37,16 @@ use super::{adopt_orphans, can_open_udmabuf, NAME};
 pub fn serve(command: Command, mask: &SigSet, device: Device, log: Log, front: File) -> Result<()> {
     let parent = getppid();
     adopt_orphans()?;
+    let quiet = !matches!(log, Log::Stderr);
+    // A program that was started cannot be taken back.
+    let answers = Answers::new(device, log)?;
     let (program, listener) = match start(command, mask)? {
         Ok(started) => started,
         Err(message) => return Ok(message.send(&front)?),
     };
     Message::Started(program).send(&front)?;
     leave_the_surroundings()?;
-    let quiet = !matches!(log, Log::Stderr);
-    let pool = Pool::start(listener, Answers::new(device, log)?)?;
+    let pool = Pool::start(listener, answers)?;
 
     let ended = SigSet::from(Signal::SIGCHLD);
     let ended = SignalFd::with_flags(&ended, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
