@@ -93,7 +93,7 @@ impl Process {
 
 /// The number of the character device that a path leads to. The file system is not asked for what the kernel knows: that
 /// of another user (FUSE) may never answer.
-fn character_device(path: &Path) -> Option<u64> {
+pub fn character_device(path: &Path) -> Option<u64> {
     let path = CString::new(path.as_os_str().as_bytes()).ok()?;
     let mut found = MaybeUninit::<libc::statx>::zeroed();
     let (flags, mask) = (libc::AT_STATX_DONT_SYNC, libc::STATX_TYPE);

@@ -25,6 +25,7 @@ use super::listener::{Answer, Call, Listener};
 use super::log::Log;
 use super::target::Target;
 use crate::access::{number_of, Credentials};
+use crate::process::character_device;
 use crate::text::complain;
 
 const UDMABUF: &[u8] = b"/dev/udmabuf\0";
@@ -167,7 +168,7 @@ impl Answers {
         let Ok(device) = target.file(descriptor as i32) else {
             return Ok(KERNELS);
         };
-        if !self.is_ours(device.into()) || !self.may_serve(&target) {
+        if !self.is_ours(&device) || !self.may_serve(&target) {
             return Ok(KERNELS);
         }
         let mut report = Report::created(&target);
@@ -211,15 +212,14 @@ impl Answers {
     }
 
     /// Is it pinbuf's device, or the kernel's udmabuf, and can it be used for requests?
-    fn is_ours(&self, device: File) -> bool {
-        let Ok(status) = device.metadata() else {
-            return false;
-        };
-        let is_device = status.mode() & libc::S_IFMT == libc::S_IFCHR;
-        let known = status.rdev() == self.number || Some(status.rdev()) == number_of("udmabuf");
+    fn is_ours(&self, device: &OwnedFd) -> bool {
+        // Any file may be at that number, and the file system of some never answers (FUSE).
+        let path = format!("/proc/self/fd/{}", device.as_raw_fd());
+        let number = character_device(Path::new(&path));
+        let known = number.is_some() && [Some(self.number), number_of("udmabuf")].contains(&number);
         // SAFETY: no memory is involved.
         let flags = unsafe { libc::fcntl(device.as_raw_fd(), libc::F_GETFL) };
-        is_device && known && flags & libc::O_PATH == 0
+        known && flags & libc::O_PATH == 0
     }
 
     /// A buffer that we make is charged to our user. Where that means that it is charged to nobody, only processes of
