@@ -164,9 +164,18 @@ impl Answers {
         let Some(target) = self.target(call, listener)? else {
             return Ok(KERNELS);
         };
-        // A number without a file: the kernel says so.
-        let Ok(device) = target.file(descriptor as i32) else {
-            return Ok(KERNELS);
+        let device = match target.file(descriptor as i32) {
+            Ok(device) => device,
+            // A number without a file: the kernel says so.
+            Err(Errno::EBADF) => return Ok(KERNELS),
+            Err(_) if !listener.is_waiting(call) => return Err(Gone),
+            Err(error) => {
+                self.complain(&format!(
+                    "process {} cannot be served, as its descriptors cannot be had: {error}",
+                    call.pid
+                ));
+                return Ok(KERNELS);
+            }
         };
         if !self.is_ours(&device) || !self.may_serve(&target) {
             return Ok(KERNELS);
