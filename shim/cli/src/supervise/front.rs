@@ -100,7 +100,11 @@ pub fn wait(messages: File) -> Result<Outcome> {
     let mut messages = Some(messages);
     let mut program: Option<Program> = None;
     loop {
-        let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        let wanted = match &program {
+            Some(_) => PollFlags::POLLIN,
+            None => PollFlags::empty(),
+        };
+        let mut fds = vec![PollFd::new(signals.as_fd(), wanted)];
         fds.extend(
             messages
                 .as_ref()
@@ -129,8 +133,9 @@ pub fn wait(messages: File) -> Result<Outcome> {
                 }
             }
         }
-        while let Some(signal) = signals.read_signal()? {
-            if let Some(program) = &program {
+        // Until there is a program, signals for it are kept.
+        if let Some(program) = &program {
+            while let Some(signal) = signals.read_signal()? {
                 pass_on(&signal, program);
             }
         }
