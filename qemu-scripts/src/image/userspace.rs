@@ -293,9 +293,8 @@ mod tests {
         for directory in ["shim", "tests", "qemu-scripts", "uapi"] {
             for entry in WalkDir::new(root.join(directory)) {
                 let path = entry.unwrap().into_path();
-                if !path.ends_with("Cargo.toml")
-                    || !fs::read_to_string(&path).unwrap().contains("test = false")
-                {
+                let says = |text: String| text.lines().any(|line| line == "test = false");
+                if !path.ends_with("Cargo.toml") || !says(fs::read_to_string(&path).unwrap()) {
                     continue;
                 }
                 without += 1;

@@ -110,11 +110,11 @@ fn the_minimum_is_the_same_everywhere() {
             format!("BUILD_EXCLUSIVE_KERNEL_MIN=\"{oldest}\""),
         ),
         (
-            "shim/cli/src/doctor.rs",
+            "shim/cli/src/setup.rs",
             format!("series < ({major}, {minor})"),
         ),
         (
-            "shim/cli/src/doctor.rs",
+            "shim/cli/src/setup.rs",
             format!("pinbuf needs Linux {oldest} or newer"),
         ),
         (
