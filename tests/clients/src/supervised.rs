@@ -36,6 +36,8 @@ tests!("supervised":
     calls_fail_once_the_supervisor_is_killed,
     doctor_recognises_the_supervisor,
     user_that_root_becomes_is_not_served,
+    ends_where_the_end_of_children_is_ignored,
+    refuses_a_proc_of_another_namespace,
 );
 
 const RUSTIX: &str = "pinbuf-raw-client";
@@ -436,4 +438,31 @@ fn user_that_root_becomes_is_not_served() -> Result<()> {
         bail!("root itself: {end:?}");
     }
     Ok(())
+}
+
+/// Some programs start others with SIGCHLD ignored, and `wait` then finds no child.
+fn ends_where_the_end_of_children_is_ignored() -> Result<()> {
+    let words =
+        "timeout -s KILL 20 env --ignore-signal=CHLD pinbuf run --by supervisor -- busybox sh -c";
+    let mut words: Vec<&str> = words.split(' ').collect();
+    words.push("exit 3");
+    let end = Start::program(&words).by_kvm_user().end()?;
+    ensure!(end.status == Some(3), "{end:?}");
+    Ok(())
+}
+
+/// What `/proc` says of a number there is of another process: its user, limits, and memory.
+fn refuses_a_proc_of_another_namespace() -> Result<()> {
+    let start = |mount: &[&'static str]| {
+        let words = ["unshare", "--pid", "--fork"].iter().chain(mount);
+        let rest = ["pinbuf", "run", "--by", "supervisor", "--", CLIENT];
+        let words: Vec<&str> = words.chain(&rest).copied().collect();
+        Start::program(&words).end()
+    };
+    let end = start(&[])?;
+    ensure!(
+        end.status == Some(125) && end.out.is_empty() && end.err.contains("/proc"),
+        "{end:?}"
+    );
+    made(&start(&["--mount-proc"])?)
 }

@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{bail, Context};
 use nix::errno::Errno;
@@ -30,6 +31,9 @@ use crate::text::complain;
 
 const UDMABUF: &[u8] = b"/dev/udmabuf\0";
 
+/// The number of items from which on lists are answered one after the other: the longest take 100 MB each meanwhile.
+const LONG: u32 = 1 << 12;
+
 /// Answers the calls of a tree of processes.
 pub struct Answers {
     /// pinbuf's device, open.
@@ -41,6 +45,8 @@ pub struct Answers {
     log: Log,
     /// It was reported that a process cannot be served.
     complained: AtomicBool,
+    /// The right to answer a request with a list of more than [`LONG`] items.
+    long: Mutex<()>,
 }
 
 /// What is not answered by an error: the thread was killed.
@@ -63,6 +69,7 @@ impl Answers {
             unlimited,
             log,
             complained: AtomicBool::new(false),
+            long: Mutex::new(()),
         })
     }
 
@@ -242,7 +249,7 @@ impl Answers {
         if !served {
             self.complain(&format!(
                 "process {} has given up rights that `pinbuf run` has, so its buffers could not be charged to its user, \
-                 and it does not get any: start `pinbuf run` as that user",
+                 and the kernel's udmabuf, if there is one, answers it: start `pinbuf run` as that user",
                 target.number()
             ));
         }
@@ -259,7 +266,7 @@ impl Answers {
         argument: u64,
         report: &mut Report,
     ) -> nix::Result<(OwnedFd, bool)> {
-        let words = copy(target, number, argument)?;
+        let (words, _long) = self.copy(target, number, argument)?;
         let mut plan = Plan::new();
         let from = words.as_ptr() as usize;
         let flags = match number {
@@ -291,6 +298,38 @@ impl Answers {
         // SAFETY: the driver has just returned it.
         let buffer = unsafe { OwnedFd::from_raw_fd(fd.map_err(|error| errno(as_udmabuf(error)))?) };
         Ok((buffer, flags & request::FLAGS_CLOEXEC != 0))
+    }
+
+    /// Copies a request from the program's memory, each byte of it once. With a long list comes the right to answer one,
+    /// which is given back when the request is answered.
+    fn copy(
+        &self,
+        target: &Target,
+        number: u32,
+        argument: u64,
+    ) -> nix::Result<(Vec<u64>, Option<MutexGuard<'_, ()>>)> {
+        let head = if number == request::CREATE { 24 } else { 8 };
+        let mut bytes = vec![0; head];
+        target.read(argument, &mut bytes)?;
+        let mut long = None;
+        if number == request::CREATE_LIST {
+            let count = u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
+            // udmabuf compares the count with its limit before it reads any further.
+            if count > MAX_ITEMS {
+                return Err(Errno::EINVAL);
+            }
+            if count > LONG {
+                long = Some(self.long.lock().unwrap_or_else(PoisonError::into_inner));
+            }
+            bytes.resize(head + count as usize * size_of::<request::Item>(), 0);
+            target.read(argument.wrapping_add(head as u64), &mut bytes[head..])?;
+        }
+        // Words, so that they are aligned as the structs are.
+        let words = bytes
+            .chunks_exact(8)
+            .map(|word| u64::from_ne_bytes(word.try_into().unwrap_or_default()))
+            .collect();
+        Ok((words, long))
     }
 
     /// Asks the driver, with mappings of our own, once the program has what it waits for.
@@ -364,27 +403,6 @@ fn watch(guard: &Guard, window: &Window, plan: &Plan, mapped: &Spans) -> sys::Re
         register(last);
     }
     Ok(())
-}
-
-/// Copies a request from the program's memory, each byte of it once.
-fn copy(target: &Target, number: u32, argument: u64) -> nix::Result<Vec<u64>> {
-    let head = if number == request::CREATE { 24 } else { 8 };
-    let mut bytes = vec![0; head];
-    target.read(argument, &mut bytes)?;
-    if number == request::CREATE_LIST {
-        let count = u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
-        // udmabuf compares the count with its limit before it reads any further.
-        if count > MAX_ITEMS {
-            return Err(Errno::EINVAL);
-        }
-        bytes.resize(head + count as usize * size_of::<request::Item>(), 0);
-        target.read(argument.wrapping_add(head as u64), &mut bytes[head..])?;
-    }
-    // Words, so that they are aligned as the structs are.
-    Ok(bytes
-        .chunks_exact(8)
-        .map(|word| u64::from_ne_bytes(word.try_into().unwrap_or_default()))
-        .collect())
 }
 
 fn errno(error: sys::Errno) -> Errno {

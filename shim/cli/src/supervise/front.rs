@@ -127,7 +127,8 @@ pub fn wait(messages: File) -> Result<Outcome> {
                 }
                 None => {
                     complain!(
-                        "the supervisor has ended: the program's requests for buffers fail from now on (ENOSYS)"
+                        "the supervisor has ended: the program's requests for buffers fail from now on (ENOSYS), and without \
+                         /dev/udmabuf all its calls that open files"
                     );
                     messages = None;
                 }

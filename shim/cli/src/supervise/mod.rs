@@ -22,7 +22,7 @@
 //! # Calls
 //!
 //! Each is answered by a thread, since some wait for long ([`late`]). There are up to [`pool::MOST`] of them; further calls wait in
-//! the kernel, so that a program which floods the supervisor costs it nothing. What a call has taken (descriptors,
+//! the kernel, and long lists for each other, so that a program which floods the supervisor costs it a bounded amount of memory. What a call has taken (descriptors,
 //! mappings, memory) is gone once it is answered, also if the program was killed meanwhile.
 
 mod answer;

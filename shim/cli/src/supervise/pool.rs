@@ -88,8 +88,13 @@ impl Pool {
                 // A call without an answer would never return.
                 let _ = self.listener.answer(&call, &Answer::Error(Errno::EIO));
             }
-            if self.idle.fetch_add(1, Ordering::AcqRel) >= IDLE {
-                break;
+            // One that leaves must never count as idle, or another one would rely on it.
+            let stay = |idle| (idle < IDLE).then_some(idle + 1);
+            let idle = self
+                .idle
+                .fetch_update(Ordering::AcqRel, Ordering::Acquire, stay);
+            if idle.is_err() {
+                return;
             }
         }
         self.idle.fetch_sub(1, Ordering::AcqRel);
