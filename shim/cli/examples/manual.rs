@@ -29,11 +29,15 @@ fn main() -> Result<()> {
 
 /// The page of a command, and those of its subcommands.
 fn pages(command: &Command, directory: &Path) -> Result<()> {
-    Man::new(command.clone())
+    let page = Man::new(command.clone())
         .date(DATE)
         .source(concat!("pinbuf ", env!("CARGO_PKG_VERSION")))
-        .manual("User Commands")
-        .generate_to(directory)?;
+        .manual("User Commands");
+    let mut text = Vec::new();
+    page.render(&mut text)?;
+    // Before a list of values, clap_mangen writes line breaks around an empty line, which mandoc complains of.
+    let text = String::from_utf8(text)?.replace(".br\n\n.br\n", ".br\n");
+    std::fs::write(directory.join(page.get_filename()), text)?;
     command
         .get_subcommands()
         .filter(|inner| !inner.is_hide_set())

@@ -32,7 +32,7 @@ use crate::text::complain;
 const UDMABUF: &[u8] = b"/dev/udmabuf\0";
 
 /// The number of items from which on lists are answered one after the other: the longest take 100 MB each meanwhile.
-const LONG: u32 = 1 << 12;
+const LONG: u32 = 10_000;
 
 /// Answers the calls of a tree of processes.
 pub struct Answers {
