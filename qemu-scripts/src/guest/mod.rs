@@ -53,7 +53,7 @@ pub struct Options {
     pub share: Option<PathBuf>,
     /// How long it all may take.
     pub timeout: Option<Duration>,
-    /// How long the kernel may take to start its first process.
+    /// How long the guest may take until it loads its first module from outside of the kernel's tree.
     pub boot_limit: Option<Duration>,
     /// Leave out pinbuf.
     pub bare: bool,
@@ -122,15 +122,15 @@ pub enum End {
     Crashed(String),
     /// The time ran out.
     TimedOut,
-    /// The kernel did not start its first process within [`Options::boot_limit`].
+    /// No module from outside of the kernel's tree was loaded within [`Options::boot_limit`], and no command started.
     NotBooted,
 }
 
 /// The file with what QEMU prints.
 const MESSAGES: &str = "qemu-messages";
 
-/// What the kernel prints when it starts its first process.
-const FIRST_PROCESS: &str = "as init process";
+/// What the kernel prints when it loads the first module from outside of its tree: until then, nothing of pinbuf has run.
+const FIRST_MODULE: &str = "loading out-of-tree module taints kernel";
 
 /// The outcome of a run.
 #[derive(Debug)]
@@ -157,7 +157,7 @@ impl Outcome {
                 "the guest stopped before the command ended: {reason}"
             )),
             End::NotBooted => Some(format!(
-                "the kernel did not start its first process within {}",
+                "the guest did not come to load pinbuf within {}",
                 seconds(self.total)
             )),
             End::TimedOut => Some(format!(
@@ -404,7 +404,7 @@ impl Guest {
             {
                 self.boot_limit = None;
                 let log = fs::read(&self.log).context("reading the guest's console")?;
-                if boot.is_none() && !String::from_utf8_lossy(&log).contains(FIRST_PROCESS) {
+                if boot.is_none() && !String::from_utf8_lossy(&log).contains(FIRST_MODULE) {
                     break End::NotBooted;
                 }
             }

@@ -55,7 +55,7 @@ const CONTROL: &str = "control";
 /// The part of it that `cargo mutants` does.
 const MUTANTS: &str = "mutants";
 
-/// The kernel starts its first process within this time, or never: about once in some hundred boots an emulated
+/// A guest comes to load pinbuf within this time, or never: about once in some hundred boots an emulated
 /// processor gets no more timer interrupts, and everything that waits for time hangs.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(150);
 
@@ -490,7 +490,7 @@ impl Test {
             // In this case nothing of pinbuf has run.
             attempt += 1;
             lines.push(format!(
-                "{title}: started again, as the kernel had not come to its first process after {}: {}",
+                "{title}: started again, as the guest had not come to load pinbuf after {}: {}",
                 seconds(outcome.total),
                 paths::shown(&outcome.log)
             ));
