@@ -247,17 +247,14 @@ pub fn init(tools: &Tree, arch: Arch) -> Result<PathBuf> {
 }
 
 /// Builds the program of the conformance tests without libraries, as LD_PRELOAD does not reach it, and returns its path.
-/// Without `build`, that of the last one.
-pub fn static_client(build: bool) -> Result<PathBuf> {
+pub fn static_client() -> Result<PathBuf> {
     const PACKAGE: &str = "pinbuf-conformance";
     let triple = Arch::Amd64.rust();
     let target = guest_target();
     let built = target.join(triple).join("debug/udmabuf-conformance");
-    if !build {
-        return Ok(built);
-    }
     let key = Key::new()
         .text("3")
+        .files(&paths::root().join("uapi"))?
         .files(&paths::root().join("tests/conformance"))?;
     cache::ensure("static-client", "static client of udmabuf", key, |step| {
         let mut command = cargo();
