@@ -5,7 +5,7 @@
 //! Under TCG a guest reads the host's counter. Its kernel measures the frequency against emulated timers for a few
 //! milliseconds; where the emulator gets no processor at that time, the result is wrong (226 and 348 MHz were seen instead
 //! of 2,300), and the guest's clock runs that much too fast for as long as it lives: whatever waits for
-//! something there gives up too early. So the guest's kernel is told the frequency.
+//! something there gives up too early. So the guest's kernel gets the frequency as a parameter.
 
 use std::arch::x86_64::_rdtsc;
 use std::time::{Duration, Instant};

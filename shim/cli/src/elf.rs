@@ -78,7 +78,7 @@ impl Fields<'_> {
     }
 }
 
-/// Reads so many bytes of a file, which must have them.
+/// Reads `len` bytes of a file, which must have them.
 fn part(file: &File, offset: u64, len: u64) -> Result<Vec<u8>> {
     let mut bytes = vec![0; usize::try_from(len)?];
     file.read_exact_at(&mut bytes, offset)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The module and its device: are they there, and who may use them?
+//! The module and its device: whether they are there, and whether this user may use them.
 
 use std::fs;
 use std::io::ErrorKind;

@@ -186,7 +186,7 @@ impl<T: Plain, const N: usize> Deref for Buffer<T, N> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        // SAFETY: by the invariants so many elements are filled in.
+        // SAFETY: by the invariants this number of elements is filled in.
         unsafe { slice::from_raw_parts(self.start(), self.len) }
     }
 }

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 const PAGE: u64 = 4096;
 
-/// The frames of so many pages from an address on; `None` for a page that is not present. `process` is a number, or
+/// The frames of a number of pages from an address on; `None` for a page that is not present. `process` is a number, or
 /// `self`.
 ///
 /// The kernel does not report mappings without pages of their own (`VM_PFNMAP`), such as those of dumb buffers and

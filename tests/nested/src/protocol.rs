@@ -20,7 +20,7 @@ pub enum Request {
     DrawQuietly(u32),
     /// Count the pixels of its memory that are not this frame's.
     Wrong(u32),
-    /// Allocate so many MiB page by page, then free every other page of that.
+    /// Allocate this number of MiB page by page, then free every other page of that.
     Fragment(u64),
     /// Make a process's own memory a dma-buf, by pinbuf, and show that instead of a dumb buffer.
     ShowExported,
@@ -34,7 +34,7 @@ pub enum Request {
     Inflate(Vec<usize>),
     /// How many pages of the screen, which is the process's own memory, lie above 4 GiB, where memory is plugged.
     HighPages,
-    /// Allocate so many MiB, write to each page, and free them.
+    /// Allocate this number of MiB, write to each page, and free them.
     Churn(usize),
 }
 

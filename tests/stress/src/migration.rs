@@ -30,7 +30,7 @@ const KINDS: [Kind; 4] = [
 /// What GUP calls to move pages, and what must be on the stack of an allocation that fails.
 const MOVER: &str = "migrate_pages";
 
-/// Expects so many of the memory's pages in the zone.
+/// Expects this number of the memory's pages in the zone.
 fn in_zone(memory: &Memory, pages: usize, when: &str) -> Result<()> {
     let found = within(&all_frames(memory)?, &[movable()?]);
     check_eq!(found, pages, "pages in ZONE_MOVABLE {when}");
@@ -59,7 +59,7 @@ fn refused_for_a_while() -> Result<()> {
 
 fn refused_for_good() -> Result<()> {
     const TIMES: i64 = 1_000_000;
-    /// Fewer than by default: after so many the pauses are still short.
+    /// Fewer than by default, so that the pauses are still short.
     const RETRIES: i64 = 5;
     let device = Device::open()?;
     for kind in KINDS {

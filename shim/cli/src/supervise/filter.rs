@@ -213,7 +213,7 @@ mod tests {
                 assert_eq!(run(true, arch, number, other), libc::SECCOMP_RET_ALLOW);
             }
         }
-        // `write` of so many bytes to that descriptor; `ioctl` by another architecture's number.
+        // `write` with such a length; `ioctl` by another architecture's number.
         for (arch, number) in [(X86_64, 1), (X86_64, 54), (I386, 16), (0xc000_0015, 54)] {
             assert_eq!(
                 run(true, arch, number, requests[0]),
