@@ -41,9 +41,9 @@ struct Arguments {
     /// Leave out the cases that the supervisor answers differently from the shim, by design.
     #[arg(long)]
     supervised: bool,
-    /// Run only the cases whose names contain this.
-    #[arg(long, value_name = "TEXT", default_value = "")]
-    only: String,
+    /// Run only the cases whose names contain this, or one of these.
+    #[arg(long, value_name = "TEXT")]
+    only: Vec<String>,
     /// Print the names of the cases.
     #[arg(long)]
     list: bool,
@@ -70,7 +70,8 @@ fn main() -> Result<ExitCode> {
         });
     }
     let mut cases = cases::all();
-    cases.retain(|case| case.name.contains(&arguments.only));
+    let only = &arguments.only;
+    cases.retain(|case| only.is_empty() || only.iter().any(|text| case.name.contains(text)));
     if arguments.supervised {
         cases.retain(|case| compare::left_out(&case.name).is_none());
     }

@@ -54,7 +54,7 @@ fn willing_blocks() -> Result<Vec<Block>> {
     Ok(willing)
 }
 
-/// Tries to take a block offline; the kernel tries until it is told to stop.
+/// Tries to take a block offline. The kernel retries until a signal ends the write.
 fn offline_patiently(block: Block) -> Result<bool> {
     offline_within(block, Duration::from_secs(30))
 }

@@ -17,6 +17,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
+use nix::sys::statfs::{statfs, HUGETLBFS_MAGIC};
 use pinbuf_udmabuf::call::each_part;
 use pinbuf_udmabuf::plan::{Piece, Plan};
 use pinbuf_udmabuf::procmap;
@@ -57,12 +58,13 @@ pub fn wait(
         return Ok(false);
     }
     let pagemap = target.proc("pagemap").map_err(errno)?;
+    let blocks: Vec<u64> = plan.files.iter().map(|file| block(file.fd)).collect();
     let mut unmarked = true;
     let mut late = Vec::new();
     let mut result = Ok(());
     let walked = each_part(plan, mapped, |piece, address| {
         if let Some(address) = address {
-            let block = plan.files[piece.file].block.max(sys::page_size());
+            let block = blocks[piece.file];
             result = missing(&pagemap, address, piece, block, &mut late, &mut unmarked);
         }
         match result {
@@ -85,6 +87,16 @@ pub fn wait(
         rest = &rest[touched..];
     }
     Ok(unmarked)
+}
+
+/// How much of a file comes at once: a page of hugetlb's, or a page. (`st_blksize` does not say that: it is the size of a
+/// huge page for shmem as well where that may have huge pages.)
+fn block(file: i32) -> u64 {
+    match statfs(format!("/proc/self/fd/{file}").as_str()) {
+        Ok(found) if found.filesystem_type() == HUGETLBFS_MAGIC => found.block_size() as u64,
+        _ => 0,
+    }
+    .max(sys::page_size())
 }
 
 /// Has the program registered any of these mappings with userfaultfd for pages that are missing? The kernel says that
