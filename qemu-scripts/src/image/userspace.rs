@@ -180,9 +180,9 @@ pub fn built(profile: Profile, to: Target) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Builds the program of `tests/selftest` that runs as a 32-bit process, and returns its path.
+/// Builds the program of `tests/guest` that runs as a 32-bit process, and returns its path.
 pub fn compat32(tools: &Tree, arch: Arch) -> Result<PathBuf> {
-    const SOURCE: &str = "tests/selftest/compat32.c";
+    const SOURCE: &str = "tests/guest/compat32.c";
     let gnu = arch.gnu32();
     let directory = guest_target().join("32-bit").join(gnu);
     let program = directory.join("pinbuf-compat32");

@@ -6,6 +6,7 @@ pub mod arena;
 pub mod device;
 pub mod frames;
 pub mod kernel;
+pub mod kinds;
 pub mod memory;
 pub mod probe;
 pub mod process;

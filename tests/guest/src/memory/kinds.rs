@@ -11,12 +11,11 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use pinbuf_uapi::Range;
 
-use crate::common::{
-    huge_private, refused, refused_anywhere, transparent, views_agree, works, works_whole,
-};
+use crate::common::{refused, refused_anywhere, views_agree, works, works_whole};
 use crate::frames::{all_frames, entries, flags, with_flag, Entry, HEAD, HUGETLB, KSM, ZERO_PAGE};
 use crate::swap::{force_out, page_out, Ext4, Swap};
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
+use pinbuf_test_harness::support::kinds::{huge_private, transparent};
 use pinbuf_test_harness::support::memory::{
     file_in, huge_memfd, memfd, pattern, BLOCK, GIGA, HUGE, PAGE, RW,
 };

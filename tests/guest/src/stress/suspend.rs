@@ -23,7 +23,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::time::{clock_gettime, ClockId};
 use pinbuf_test_importer::{Direction, Importer, Limits, Mapping};
 
-use crate::kinds::{scattered, Kind};
+use crate::kinds::{few, scattered, Kind};
 use pinbuf_test_harness::support::frames::frames;
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
 use pinbuf_test_harness::support::memory::{pattern, GIGA, HUGE, PAGE, RW};
@@ -309,10 +309,10 @@ fn buffers(device: &Device, giga: bool) -> Result<Vec<Used>> {
         ("private hugetlb", Kind::HugePrivate),
         ("shared hugetlb", Kind::HugeShared),
     ] {
-        all.push(Used::new(device, name, one(kind.present()?))?);
+        all.push(Used::new(device, name, one(kind.present(few(kind))?))?);
     }
     let mixed = [Kind::Anonymous, Kind::HugeShared, Kind::Shmem]
-        .map(|kind| kind.present().map(|memory| (memory, 30 * PAGE)));
+        .map(|kind| kind.present(few(kind)).map(|memory| (memory, 30 * PAGE)));
     let mixed = mixed.into_iter().collect::<Result<_>>()?;
     all.push(Used::new(device, "parts of several kinds", mixed)?);
     if giga {

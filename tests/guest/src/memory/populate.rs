@@ -16,9 +16,10 @@ use nix::sys::wait::WaitStatus;
 use pinbuf_test_importer::{Direction, Importer, Limits};
 use pinbuf_uapi::Range;
 
-use crate::common::{huge_private, refused, views_agree};
+use crate::common::{refused, views_agree};
 use crate::frames::{entries, Entry};
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
+use pinbuf_test_harness::support::kinds::huge_private;
 use pinbuf_test_harness::support::memory::{file_in, memfd, stamp, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::process::{become_user, in_child, set_memlock, Child, USER};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};

@@ -10,7 +10,7 @@ use pinbuf_uapi::{Backing, Range, CHARGE_ALLOWANCE};
 
 use super::inject::{Fault, Injector};
 use super::sweep::{Call, Expected, Held};
-use crate::kinds::{is_of, scattered, Kind, FEW};
+use crate::kinds::{few, is_of, scattered, Kind, FEW};
 use pinbuf_test_harness::support::kernel::Setting;
 use pinbuf_test_harness::support::memory::{memfd, stamp, PAGE, RW};
 use pinbuf_test_harness::support::process::{drop_ipc_lock, set_memlock};
@@ -62,8 +62,8 @@ fn create(kind: Kind, pages: usize) -> Result<()> {
     };
     let injector = Injector::new()?;
     let device = Device::open()?;
-    let _pool = kind.pool()?;
-    let memory = kind.present()?;
+    let _pool = kind.pool(few(kind))?;
+    let memory = kind.present(few(kind))?;
     Call {
         name: "memory that is there",
         prepare: || Ok(()),
@@ -76,7 +76,7 @@ fn create(kind: Kind, pages: usize) -> Result<()> {
     let fresh = |name, all: &[Expected<'_>]| {
         Call {
             name,
-            prepare: || kind.fresh(),
+            prepare: || kind.fresh(few(kind)),
             make: |memory: &Memory| device.create(&[memory.range()]),
             verify: |memory: &Memory, buffer: &Buffer| is_of(&device, buffer, memory),
         }
@@ -206,7 +206,7 @@ fn create_with_checked_backing() -> Result<()> {
 fn create_on_the_allowance() -> Result<()> {
     let injector = Injector::new()?;
     let device = Device::open()?;
-    let memory = Kind::Anonymous.present()?;
+    let memory = Kind::Anonymous.present(few(Kind::Anonymous))?;
     drop_ipc_lock()?;
     set_memlock(0)?;
     Call {

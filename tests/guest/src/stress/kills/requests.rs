@@ -15,7 +15,7 @@ use pinbuf_uapi::{Backing, Range};
 
 use super::may_fail;
 use super::victims::Scene;
-use crate::kinds::Kind;
+use crate::kinds::{few, Kind};
 use pinbuf_test_harness::support::memory::{memfd, PAGE, RW};
 use pinbuf_test_harness::support::process::Link;
 use pinbuf_test_harness::support::uffd::{Faults, Mode};
@@ -370,7 +370,7 @@ impl Work<'_> {
         ready()?;
         loop {
             // Other victims may have reserved all huge pages.
-            let Ok(memory) = kind.fresh() else {
+            let Ok(memory) = kind.fresh(few(kind)) else {
                 std::thread::yield_now();
                 continue;
             };

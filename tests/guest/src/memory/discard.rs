@@ -8,10 +8,10 @@ use std::os::fd::AsFd;
 use anyhow::Result;
 use pinbuf_test_importer::{Direction, Importer, Limits, Mapping};
 
-use crate::common::huge_private;
 use crate::frames::{all_frames, with_flag, Pfn, THP};
 use crate::swap::{give_up, page_out, SlowSwap};
 use pinbuf_test_harness::support::kernel::HugePool;
+use pinbuf_test_harness::support::kinds::huge_private;
 use pinbuf_test_harness::support::memory::{
     huge_memfd, memfd, pattern, punch_hole, HUGE, PAGE, RW,
 };

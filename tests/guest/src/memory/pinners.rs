@@ -9,12 +9,13 @@ use anyhow::{Context, Result};
 use io_uring::IoUring;
 use nix::errno::Errno;
 
-use crate::common::{views_agree, Kind};
+use crate::common::views_agree;
 use crate::frames::{all_frames, movable, within, Pfn};
 use crate::holders::Piped;
 use crate::passing::{sealed_memfd, udmabuf};
 use crate::vfio::Container;
 use pinbuf_test_harness::support::kernel::{vmstat, Setting};
+use pinbuf_test_harness::support::kinds::{Kind, Pooled};
 use pinbuf_test_harness::support::memory::{stamp, HUGE, PAGE};
 use pinbuf_test_harness::support::process::{drop_ipc_lock, in_child, set_memlock};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
@@ -60,8 +61,8 @@ impl Counters {
     }
 }
 
-fn memory_in_movable(kind: Kind, len: usize) -> Result<crate::common::Movable> {
-    let memory = kind.memory(len)?;
+fn memory_in_movable(kind: Kind, len: usize) -> Result<Pooled> {
+    let memory = kind.pooled(len)?;
     check_eq!(
         within(&all_frames(&memory.memory)?, &[movable()?]),
         len / PAGE,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Memory of the kinds that tests share, and what holds for every buffer.
+//! What holds for every buffer.
 
 use std::os::fd::AsFd;
 
@@ -9,13 +9,11 @@ use nix::errno::Errno;
 use pinbuf_test_importer::{Direction, Importer, Limits};
 use pinbuf_uapi::{Info, Range};
 
-use crate::frames;
-use pinbuf_test_harness::support::kernel::HugePool;
-use pinbuf_test_harness::support::memory::{huge_memfd, memfd, BLOCK, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::memory::PAGE;
 use pinbuf_test_harness::support::view::{
     agree, agree_sampled, DeviceView, KernelView, Mapped, Source, View,
 };
-use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::support::{check_eq, kernel, Buffer, Device, Memory};
 
 /// Compares all four views of a buffer, each writing and each reading: every byte up to 1 MiB, a
 /// sample beyond.
@@ -106,101 +104,4 @@ pub fn refused_anywhere(what: &str, expected: Errno, range: Range) -> Result<()>
         expected,
         &[range, fine.part(PAGE, PAGE)],
     )
-}
-
-/// Private memory in huge pages of the pool.
-pub fn huge_private(pages: usize) -> Result<Memory> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
-    Memory::map(pages * HUGE, RW, flags, None, 0).context("mapping private huge pages")
-}
-
-/// Memory in transparent huge pages, proved by their flags.
-pub fn transparent(pages: usize) -> Result<Memory> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    let memory = Memory::map_aligned(pages * HUGE, HUGE, RW, flags, None, 0)?;
-    memory.advise(0, memory.len(), libc::MADV_HUGEPAGE)?;
-    for page in 0..pages {
-        memory.set(page * HUGE, 1);
-    }
-    if !all_transparent(&memory)? {
-        kernel::write("/proc/sys/vm/compact_memory", "1")?;
-        // What it did not do shows below.
-        let _ = memory.advise(0, memory.len(), libc::MADV_COLLAPSE);
-        check!(
-            all_transparent(&memory)?,
-            "no {pages} transparent huge pages could be had"
-        );
-    }
-    Ok(memory)
-}
-
-fn all_transparent(memory: &Memory) -> Result<bool> {
-    memory.touch();
-    let heads: Vec<_> = frames::all_frames(memory)?
-        .into_iter()
-        .step_by(BLOCK)
-        .collect();
-    for &pfn in &heads {
-        if frames::flags(pfn)? & frames::THP == 0 || pfn % BLOCK as u64 != 0 {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// A kind of memory whose pages the kernel may move.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Private anonymous memory in small pages.
-    Anonymous,
-    /// A memfd.
-    Shmem,
-    /// Transparent huge pages.
-    Transparent,
-    /// Huge pages of the pool, private.
-    HugePrivate,
-    /// Huge pages of the pool, shared.
-    HugeShared,
-}
-
-/// Memory of a [`Kind`], and the pool that it is from.
-pub struct Movable {
-    /// The memory, all of it present.
-    pub memory: Memory,
-    /// Held until the memory is gone, which is declared before it.
-    _pool: Option<HugePool>,
-}
-
-impl Kind {
-    /// Memory of this kind, touched.
-    pub fn memory(self, len: usize) -> Result<Movable> {
-        let huge = (len / HUGE) as i64;
-        let (memory, pool) = match self {
-            Kind::Anonymous => (Memory::small_pages(len)?, None),
-            Kind::Shmem => {
-                let memory = Memory::shared(memfd(len, 0)?, len)?;
-                memory.advise(0, len, libc::MADV_NOHUGEPAGE)?;
-                (memory, None)
-            }
-            Kind::Transparent => (transparent(len / HUGE)?, None),
-            Kind::HugePrivate => {
-                let pool = HugePool::with_free(huge)?;
-                let memory = huge_private(len / HUGE)?;
-                // As pinbuf.h recommends; a fork would need as many huge pages again.
-                memory.advise(0, len, libc::MADV_DONTFORK)?;
-                (memory, Some(pool))
-            }
-            Kind::HugeShared => {
-                let pool = HugePool::with_free(huge)?;
-                (Memory::shared(huge_memfd(len)?, len)?, Some(pool))
-            }
-        };
-        for offset in (0..len).step_by(PAGE) {
-            memory.set(offset, offset as u64);
-        }
-        Ok(Movable {
-            memory,
-            _pool: pool,
-        })
-    }
 }

@@ -11,10 +11,11 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, SealFlag};
 
-use crate::common::{views_agree, Kind};
+use crate::common::views_agree;
 use crate::frames::{self, all_frames, movable, within};
 use crate::holders::{Piped, SlowDisk};
 use pinbuf_test_harness::support::kernel::{vmstat, Setting};
+use pinbuf_test_harness::support::kinds::Kind;
 use pinbuf_test_harness::support::memory::{memfd, HUGE, PAGE};
 use pinbuf_test_harness::support::process::PATIENCE;
 use pinbuf_test_harness::support::uffd::{Faults, Mode};
@@ -99,7 +100,7 @@ fn held_by_a_pipe(kind: Kind, len: usize, counters: &[&str]) -> Result<()> {
     let mut told = String::new();
 
     // Without retries.
-    let movable_memory = kind.memory(len)?;
+    let movable_memory = kind.pooled(len)?;
     let memory = &movable_memory.memory;
     checked(memory)?;
     let setting = Setting::parameter("pin_retries", 0)?;
@@ -132,7 +133,7 @@ fn held_by_a_pipe(kind: Kind, len: usize, counters: &[&str]) -> Result<()> {
 
     // For a short time. What moved meanwhile stays moved; new memory is in the zone again.
     drop(movable_memory);
-    let movable_memory = kind.memory(len)?;
+    let movable_memory = kind.pooled(len)?;
     let memory = &movable_memory.memory;
     checked(memory)?;
     let release = Piped::pages(memory, 20 * PAGE, HELD)?.release_after(SHORT);
@@ -181,7 +182,7 @@ fn hugetlb() -> Result<()> {
 /// same pages.
 fn many_pages_one_by_one() -> Result<()> {
     let device = Device::open()?;
-    let movable_memory = Kind::Anonymous.memory(2048 * PAGE)?;
+    let movable_memory = Kind::Anonymous.pooled(2048 * PAGE)?;
     let memory = &movable_memory.memory;
     checked(memory)?;
     let fails = vmstat("pgmigrate_fail")?;
@@ -282,7 +283,7 @@ fn direct_io() -> Result<()> {
     let device = Device::open()?;
     let disk = SlowDisk::new(TAKES)?;
     for (retries, expected) in [(0, Some(Errno::EBUSY)), (RETRIES, None)] {
-        let movable_memory = Kind::Shmem.memory(300 * PAGE)?;
+        let movable_memory = Kind::Shmem.pooled(300 * PAGE)?;
         let memory = &movable_memory.memory;
         checked(memory)?;
         let _setting = Setting::parameter("pin_retries", retries)?;
@@ -334,7 +335,7 @@ fn direct_io() -> Result<()> {
 /// that are not charged.
 fn does_not_wait_with_what_is_not_charged() -> Result<()> {
     let device = Device::open()?;
-    let movable_memory = Kind::Anonymous.memory(64 * PAGE)?;
+    let movable_memory = Kind::Anonymous.pooled(64 * PAGE)?;
     let memory = &movable_memory.memory;
     checked(memory)?;
     // The first page is a batch of its own.
@@ -361,7 +362,7 @@ fn does_not_wait_with_what_is_not_charged() -> Result<()> {
 /// However many pages are held, the time is bounded, and the parameter sets it.
 fn patience_has_an_end() -> Result<()> {
     let device = Device::open()?;
-    let movable_memory = Kind::Anonymous.memory(64 * PAGE)?;
+    let movable_memory = Kind::Anonymous.pooled(64 * PAGE)?;
     let memory = &movable_memory.memory;
     checked(memory)?;
     let piped = Piped::pages(memory, 0, 16)?;
@@ -388,7 +389,7 @@ fn killed_while_patient() -> Result<()> {
 
     let pins = kernel::pins()?;
     let _setting = Setting::parameter("pin_retries", 16)?;
-    let movable_memory = Kind::Shmem.memory(64 * PAGE)?;
+    let movable_memory = Kind::Shmem.pooled(64 * PAGE)?;
     let memory = &movable_memory.memory;
     checked(memory)?;
     let _piped = Piped::pages(memory, 0, 16)?;

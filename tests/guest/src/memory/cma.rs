@@ -10,10 +10,11 @@ use std::ops::Range;
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 
-use crate::common::{transparent, views_agree};
+use crate::common::views_agree;
 use crate::frames::{all_frames, giga_page, within, Pfn};
 use crate::holders::Piped;
 use pinbuf_test_harness::support::kernel::{vmstat, Setting};
+use pinbuf_test_harness::support::kinds::transparent;
 use pinbuf_test_harness::support::memory::{memfd, stamp, GIGA, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
 use pinbuf_test_harness::tests;

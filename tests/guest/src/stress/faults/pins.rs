@@ -15,7 +15,7 @@ use pinbuf_uapi::{Backing, Range};
 
 use super::inject::Burst;
 use super::sweep::{Allowed, Call};
-use crate::kinds::{is_of, Kind};
+use crate::kinds::{few, is_of, Kind};
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
 use pinbuf_test_harness::support::memory::{huge_memfd, memfd, stamp, HUGE, PAGE};
 use pinbuf_test_harness::support::process::{drop_ipc_lock, set_memlock};
@@ -214,7 +214,7 @@ fn pins_that_fail_again_and_again() -> Result<()> {
 fn pins_fail_for_one_thread() -> Result<()> {
     let pins = FailingPins::new()?;
     let device = Device::open()?;
-    let memory = Kind::Anonymous.present()?;
+    let memory = Kind::Anonymous.present(few(Kind::Anonymous))?;
     let failure = PinFailure {
         nth: 2,
         lasting: true,
@@ -278,17 +278,17 @@ fn pins_of_shmem() -> Result<()> {
 }
 
 fn pins_of_transparent() -> Result<()> {
-    pins_of(&Kind::Transparent.present()?, 2)
+    pins_of(&Kind::Transparent.present(few(Kind::Transparent))?, 2)
 }
 
 fn pins_of_hugetlb_private() -> Result<()> {
-    let _pool = Kind::HugePrivate.pool()?;
-    pins_of(&Kind::HugePrivate.present()?, 2)
+    let _pool = Kind::HugePrivate.pool(few(Kind::HugePrivate))?;
+    pins_of(&Kind::HugePrivate.present(few(Kind::HugePrivate))?, 2)
 }
 
 fn pins_of_hugetlb_shared() -> Result<()> {
-    let _pool = Kind::HugeShared.pool()?;
-    pins_of(&Kind::HugeShared.present()?, 2)
+    let _pool = Kind::HugeShared.pool(few(Kind::HugeShared))?;
+    pins_of(&Kind::HugeShared.present(few(Kind::HugeShared))?, 2)
 }
 
 /// Ranges of memory of all kinds, and single pages: what was pinned before an error is of all kinds.
@@ -307,7 +307,7 @@ fn pins_of_many_ranges() -> Result<()> {
     ];
     let mut memories = Vec::new();
     for kind in kinds {
-        memories.push(kind.present()?);
+        memories.push(kind.present(few(kind))?);
     }
     let pages = filled(Memory::small_pages(2 * SINGLE * PAGE)?);
     let ranges: Vec<Range> = memories
@@ -421,7 +421,7 @@ fn pins_of_missing_pages() -> Result<()> {
     ] {
         Call {
             name: "memory that is not there",
-            prepare: || kind.fresh(),
+            prepare: || kind.fresh(few(kind)),
             make: |memory: &Memory| device.create(&[memory.range()]),
             verify: |memory: &Memory, buffer: &Buffer| is_of(&device, buffer, memory),
         }

@@ -10,12 +10,13 @@ use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 use nix::sys::wait::WaitStatus;
 
-use crate::common::{views_agree, Kind, Movable};
+use crate::common::views_agree;
 use crate::frames::{
     all_frames, block_pages, movable, with_flag, within, Block, Pfn, HUGETLB, THP,
 };
 use crate::holders::Piped;
 use pinbuf_test_harness::support::kernel::{vmstat, HugePool};
+use pinbuf_test_harness::support::kinds::{Kind, Pooled};
 use pinbuf_test_harness::support::memory::{memfd, stamp, GIGA, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::process::Child;
 use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
@@ -103,10 +104,10 @@ fn fullest(pfns: &[Pfn], willing: &[Block]) -> Result<Option<(Block, usize)>> {
 /// Memory of a kind in blocks that can go offline. Some blocks cannot even without a buffer, as the kernel has
 /// put its own data there when it started; these are filled first.
 struct Placed {
-    memory: Option<Movable>,
+    memory: Option<Pooled>,
     block: Block,
     count: usize,
-    fillers: Vec<Movable>,
+    fillers: Vec<Pooled>,
 }
 
 impl Placed {
@@ -116,7 +117,7 @@ impl Placed {
         let zone = movable()?;
         let most = (zone.end - zone.start) as usize * PAGE / len;
         for _ in 0..most {
-            let candidate = kind.memory(len)?;
+            let candidate = kind.pooled(len)?;
             let pfns = all_frames(&candidate.memory)?;
             if let Some((block, count)) = fullest(&pfns, willing)? {
                 return Ok(Self {
@@ -301,7 +302,7 @@ fn plain_reference_blocks() -> Result<()> {
 fn hugetlb_without_spare() -> Result<()> {
     for kind in [Kind::HugePrivate, Kind::HugeShared] {
         let device = Device::open()?;
-        let movable_memory = kind.memory(4 * HUGE)?;
+        let movable_memory = kind.pooled(4 * HUGE)?;
         let memory = &movable_memory.memory;
         let before = all_frames(memory)?;
         check_eq!(HugePool::free()?, 0, "spare huge pages");
@@ -327,7 +328,7 @@ fn hugetlb_without_spare() -> Result<()> {
 fn part_of_it() -> Result<()> {
     let device = Device::open()?;
     for kind in [Kind::Anonymous, Kind::Shmem] {
-        let movable_memory = kind.memory(300 * PAGE)?;
+        let movable_memory = kind.pooled(300 * PAGE)?;
         let memory = &movable_memory.memory;
         let before = all_frames(memory)?;
         let buffer = device.create(&[
@@ -359,7 +360,7 @@ fn part_of_it() -> Result<()> {
 fn partly_pinned_huge() -> Result<()> {
     let device = Device::open()?;
     for kind in [Kind::Transparent, Kind::HugeShared] {
-        let movable_memory = kind.memory(2 * HUGE)?;
+        let movable_memory = kind.pooled(2 * HUGE)?;
         let memory = &movable_memory.memory;
         written(memory);
         let buffer = device.create(&[memory.part(HUGE - PAGE, 2 * PAGE)])?;
@@ -403,7 +404,7 @@ fn gigantic() -> Result<()> {
 fn used_again() -> Result<()> {
     let device = Device::open()?;
     let zone = movable()?;
-    let movable_memory = Kind::Shmem.memory(16 << 20)?;
+    let movable_memory = Kind::Shmem.pooled(16 << 20)?;
     let memory = &movable_memory.memory;
     let buffer = device.create(&[memory.range()])?;
     check_eq!(
@@ -412,7 +413,7 @@ fn used_again() -> Result<()> {
         "pages in ZONE_MOVABLE under a buffer"
     );
     // The zone's free memory is used by others meanwhile.
-    let other = Kind::Anonymous.memory(16 << 20)?;
+    let other = Kind::Anonymous.pooled(16 << 20)?;
     check_eq!(
         within(&all_frames(&other.memory)?, std::slice::from_ref(&zone)),
         4096,
@@ -420,7 +421,7 @@ fn used_again() -> Result<()> {
     );
     drop((buffer, other));
     drop(movable_memory);
-    let again = Kind::Shmem.memory(16 << 20)?;
+    let again = Kind::Shmem.pooled(16 << 20)?;
     check_eq!(
         within(&all_frames(&again.memory)?, &[zone]),
         4096,
@@ -451,13 +452,13 @@ fn several_at_once(callers: usize, rounds: usize) -> Result<()> {
     let device = Device::open()?;
     // What GUP takes for itself.
     let (alone, result) = {
-        let memory = Kind::Anonymous.memory(4 * HUGE)?;
+        let memory = Kind::Anonymous.pooled(4 * HUGE)?;
         timed(&device, &memory.memory)
     };
     result.context("alone")?;
     let mut all = Vec::new();
     for number in 0..rounds {
-        let memory = Kind::Anonymous.memory(4 * HUGE)?;
+        let memory = Kind::Anonymous.pooled(4 * HUGE)?;
         let memory = &memory.memory;
         let pfns = all_frames(memory)?;
         let inside = within(&pfns, &[movable()?]);

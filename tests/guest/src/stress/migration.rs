@@ -8,7 +8,7 @@ use nix::errno::Errno;
 
 use crate::faults::inject::Refusal;
 use crate::faults::sweep::Held;
-use crate::kinds::{is_of, Kind};
+use crate::kinds::{few, is_of, Kind};
 use pinbuf_test_harness::support::frames::{all_frames, movable, within};
 use pinbuf_test_harness::support::kernel::Setting;
 use pinbuf_test_harness::support::memory::{stamp, PAGE};
@@ -42,8 +42,8 @@ fn refused_for_a_while() -> Result<()> {
     const TIMES: i64 = 3;
     let device = Device::open()?;
     for kind in KINDS {
-        let _pool = kind.pool()?;
-        let memory = kind.present()?;
+        let _pool = kind.pool(few(kind))?;
+        let memory = kind.present(few(kind))?;
         in_zone(&memory, memory.len() / PAGE, "before")?;
         let refusal = Refusal::new(MOVER, TIMES)?;
         let buffer = device
@@ -63,8 +63,8 @@ fn refused_for_good() -> Result<()> {
     const RETRIES: i64 = 5;
     let device = Device::open()?;
     for kind in KINDS {
-        let _pool = kind.pool()?;
-        let memory = kind.present()?;
+        let _pool = kind.pool(few(kind))?;
+        let memory = kind.present(few(kind))?;
         for offset in (0..memory.len()).step_by(PAGE) {
             memory.set(offset, stamp(7, offset as u64));
         }
