@@ -183,7 +183,7 @@ where
     }
 }
 
-/// The retries of a call, in terms of those for the same pages: as `DESIGN.md` says.
+/// The retries of a call, in terms of those for the same pages: as `docs/limits-and-accounting.md` says.
 const IN_ALL: u64 = 4;
 
 /// Each of these pages can be pinned at the second try: a call retries up to its limit, and no more.
