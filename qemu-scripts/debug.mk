@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
-# Where KASAN does not look.  make reads this before each of the kernel's Makefiles, which still decide
-# for themselves if they say more ($(obj) is the directory that is being built).
+# The directories that KASAN does not instrument.  make reads this file before each of the kernel's Makefiles,
+# which can override it ($(obj) is the directory that is being built).
 #
-# What the driver allocates is touched by the driver, by memory management, by the cores of dma-buf, DRM,
-# media and IOMMUs, by the VFS, and by locks, queues and the scheduler: all that stays under KASAN, and so
-# does what is not named here.  What follows never sees an object of the driver's (sockets pass a
-# dma-buf's file, whose references the VFS drops), and would slow each guest down: ACPI's interpreter alone
-# took a third of the time until one was up.
+# Objects that the driver allocates are accessed by the driver, memory management, the cores of dma-buf, DRM,
+# media and IOMMUs, the VFS, locks, queues and the scheduler.  KASAN instruments all of these, and every
+# directory that is not listed here.  The code below never accesses such an object (sockets pass the file of a
+# dma-buf, but the VFS drops its references), and instrumenting it would slow down each guest: the interpreter
+# of ACPI alone took a third of the boot time.
 unchecked := \
 	arch/x86/events/% arch/x86/kernel/% arch/x86/lib/% arch/x86/pci/% \
 	block/partitions/% crypto/% \
