@@ -2,8 +2,8 @@
 
 //! A balloon driver that lies: it puts pages into the balloon that are in use.
 //!
-//! The kernel's driver allocates the pages that it puts in. This one drives the device from user space, by the registers
-//! of a transitional virtio device, with one queue and one message.
+//! The kernel's driver puts in only pages that it has allocated. This one drives the device from user space, through
+//! the registers of a transitional virtio device, with one queue and one message.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -42,7 +42,7 @@ const INFLATE: u16 = 0;
 /// Memory that the device may read and write, in one piece.
 const MEMORY: usize = 2 << 20;
 
-/// Where the message is in it, behind the queue.
+/// The message's offset in that memory, behind the queue.
 const MESSAGE: usize = 64 << 10;
 
 struct Memory(*mut u8);
@@ -131,7 +131,7 @@ pub fn inflate(frames: &[u64]) -> Result<()> {
     let size = usize::from(u16::from_le_bytes(size));
     ensure!(size > 0, "the balloon has no queue");
 
-    // Descriptors, the ring of what is available, and in the next page the ring of what was used.
+    // Descriptors and the available ring, and in the next page the used ring.
     let available = 16 * size;
     let used = (available + 6 + 2 * size).next_multiple_of(4096);
     let mut memory = Memory::new()?;
@@ -146,7 +146,7 @@ pub fn inflate(frames: &[u64]) -> Result<()> {
     memory.write(8, &u32::try_from(message.len())?.to_le_bytes());
     registers.write_all_at(&u32::try_from(frame)?.to_le_bytes(), register::QUEUE_FRAME)?;
     status(ACKNOWLEDGE | DRIVER | READY)?;
-    // Descriptor 0 is available, as the ring's first entry, which is zero already, says.
+    // Makes descriptor 0 available: the ring's first entry is zero already.
     fence(Ordering::SeqCst);
     memory.number(available + 2).store(1, Ordering::SeqCst);
     registers.write_all_at(&INFLATE.to_le_bytes(), register::NOTIFY)?;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! QEMU's D-Bus display with `gl=on`: a client that gets the descriptor of what is scanned out,
-//! maps it, and reads the pixels.
+//! QEMU's D-Bus display with `gl=on`: a client that gets the descriptor of the scanout, maps it, and reads the pixels.
 
 use std::os::fd::{AsFd, OwnedFd as StdFd};
 use std::os::unix::net::UnixStream;
@@ -31,7 +30,7 @@ const XB24: u32 = u32::from_le_bytes(*b"XB24");
 pub struct Scanout {
     /// The buffer.
     pub buffer: DmaBuf,
-    /// The call that brought it.
+    /// The call that passed it.
     pub call: &'static str,
     /// Pixels from left to right.
     pub width: u32,
@@ -116,7 +115,7 @@ struct Listener {
 
 impl Listener {
     fn tell(&self, event: Event) {
-        // Nobody listens any more when the scenario ends.
+        // There is no receiver any more when the scenario ends.
         let _ = self.events.send(event);
     }
 }
@@ -230,7 +229,7 @@ pub struct Display {
 
 impl Display {
     /// Connects to a QEMU that was started with `-display dbus,p2p=yes,gl=on`.  `second` offers
-    /// the newer way of handing out descriptors.
+    /// the newer interface for descriptors.
     pub fn connect(qmp: &mut Qmp, second: bool) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         qmp.pass_fd("display", theirs.as_fd())?;
@@ -302,25 +301,25 @@ impl Display {
                 other => seen.push(format!("{other:?}")),
             }
         }
-        bail!("QEMU handed out no dma-buf; what came: {seen:?}")
+        bail!("QEMU passed no dma-buf, only {seen:?}")
     }
 
-    /// Forgets what was told up to now.
+    /// Discards the events up to now.
     pub fn forget(&self) -> Result<()> {
         while let Some(event) = self.next(Instant::now())? {
             ensure!(
                 matches!(event, Event::Update),
-                "another screen came: {event:?}"
+                "unexpected screen: {event:?}"
             );
         }
         Ok(())
     }
 
-    /// Waits until QEMU tells that the scanout's contents changed.
+    /// Waits until QEMU reports that the scanout's contents changed.
     pub fn updated(&self, patience: Duration) -> Result<()> {
         match self.next(Instant::now() + patience)? {
             Some(Event::Update) => Ok(()),
-            other => bail!("instead of an update came {other:?}"),
+            other => bail!("expected an update, got {other:?}"),
         }
     }
 }

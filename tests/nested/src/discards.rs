@@ -23,10 +23,10 @@ use crate::scenarios::{note, timed};
 
 const PAGE: u64 = 4096;
 
-/// How long it may take to find a loss.
+/// The time within which a loss must be reported.
 const SOON: Duration = Duration::from_secs(1);
 
-/// How long to wait for one at all.
+/// The time after which waiting for a report ends.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A part of a buffer, as `pinbuf watch --json` prints it.
@@ -96,7 +96,7 @@ impl Watcher {
             }
             last = line.parts;
         }
-        bail!("`pinbuf watch` reported at last {last:?}, not {expected:?}")
+        bail!("`pinbuf watch` last reported {last:?}, not {expected:?}")
     }
 }
 
@@ -113,7 +113,7 @@ fn watch_command(process: u32) -> Command {
     command
 }
 
-/// The pages that go into the balloon, 256 of them: half in a row, half one by one.
+/// The 256 pages that go into the balloon: half of them adjacent, the others each by itself.
 fn chosen() -> BTreeSet<usize> {
     (100..228).chain((0..128).map(|i| 500 + 3 * i)).collect()
 }
@@ -135,7 +135,7 @@ fn parts_of(pages: &BTreeSet<usize>) -> Vec<Part> {
     parts
 }
 
-/// The pixels of a picture that are not what was drawn, and the pages of the screen in which they are.
+/// The number of pixels that differ from what was drawn, and the pages of the screen that contain them.
 fn wrong_pages(picture: &Picture, drawn: Pattern) -> (usize, BTreeSet<usize>) {
     let per_page = PAGE as usize / 4;
     let drawn = (0..drawn.height).flat_map(|y| drawn.row(y));
@@ -148,14 +148,14 @@ fn wrong_pages(picture: &Picture, drawn: Pattern) -> (usize, BTreeSet<usize>) {
     (wrong.len(), pages)
 }
 
-/// A time that was needed, from when the discards were over.
+/// The time from the end of the discards to the report.
 fn needed(what: &str, found: Instant, over: Instant) -> Result<()> {
     let needed = found.saturating_duration_since(over);
     note(&format!(
-        "{what} has all of it {:.2} s after the guest knew its pages to be in the balloon",
+        "{what} reports all of it {:.2} s after the guest saw its pages in the balloon",
         needed.as_secs_f64()
     ));
-    ensure!(needed <= SOON, "{what}: that is too late");
+    ensure!(needed <= SOON, "{what}: too late");
     Ok(())
 }
 
@@ -201,7 +201,7 @@ pub fn balloon() -> Result<()> {
                 }
                 std::thread::sleep(Duration::from_millis(50));
             }
-            bail!("the library's watch found at last {last:?}, not {expected:?}")
+            bail!("the library's watch last found {last:?}, not {expected:?}")
         });
         let asked = machine.ask(&request);
         let over = Instant::now();
@@ -218,7 +218,7 @@ pub fn balloon() -> Result<()> {
         "{info:?}, not {bytes} bytes"
     );
 
-    // What a user sees without all this.
+    // What a user sees without any report.
     let drawn = machine.draw(3)?;
     let (wrong, where_) = wrong_pages(&machine.picture()?, drawn);
     note(&format!(
@@ -231,7 +231,7 @@ pub fn balloon() -> Result<()> {
     );
     machine.guest_finds(3)?;
 
-    // A further buffer beside the lost one: the shim, which has a log, reports the loss at this call.
+    // One more buffer: the shim, which has a log, reports the loss of the first one at this call.
     machine.show(&Request::ShowAnother)?;
     machine.frames(4..6)?;
     let log = fs::read_to_string(machine.path("shim.log"))?;

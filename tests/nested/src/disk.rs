@@ -13,10 +13,10 @@ use anyhow::{bail, ensure, Result};
 use crate::pattern;
 use crate::protocol::DiskPlan;
 
-/// What is read or written at once.
+/// The number of bytes in one read or write.
 const CHUNK: usize = 256 << 10;
 
-/// Memory that O_DIRECT takes.
+/// Memory that is aligned for O_DIRECT.
 struct Buffer {
     words: Vec<u64>,
     start: usize,
@@ -40,7 +40,7 @@ impl Buffer {
     }
 }
 
-/// The nvme disks that there are.
+/// The nvme disks of the machine.
 pub fn namespaces() -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/sys/block")? {
@@ -54,7 +54,7 @@ pub fn namespaces() -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Waits for one.
+/// Waits for a disk.
 pub fn wait(patience: Duration) -> Result<PathBuf> {
     let start = Instant::now();
     while start.elapsed() < patience {
@@ -118,8 +118,8 @@ fn verify_chunk(
     Ok(())
 }
 
-/// Reads the first part and writes the second, both at least once, until told to stop: bytes read
-/// and found right, bytes written.
+/// Reads the first part and writes the second until `stop`, both at least once. Returns the bytes that were read and
+/// found right, and the bytes that were written.
 pub fn exercise(path: &Path, plan: DiskPlan, stop: &AtomicBool) -> Result<(u64, u64)> {
     let (file, mut buffer, mut expected) = (open(path)?, Buffer::new(), vec![0; CHUNK / 8]);
     let (mut read, mut written) = (0, 0);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What the kernel says of buffers, pins and locked pages.
+//! What the kernel reports about buffers, pins and locked pages.
 
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -17,9 +17,9 @@ use pinbuf_uapi::{Info, Query};
 pub struct Buffer {
     /// Its descriptor in that process.
     pub fd: i32,
-    /// Who made it.
+    /// The exporter's name.
     pub exporter: String,
-    /// Bytes.
+    /// Its size in bytes.
     pub size: u64,
     /// Its number, the same for every descriptor of it.
     pub inode: u64,
@@ -59,7 +59,7 @@ pub fn buffers(process: u32) -> Result<Vec<Buffer>> {
     Ok(found)
 }
 
-/// The dma-buf that a descriptor of ours is of.
+/// The dma-buf of a descriptor of this process.
 pub fn buffer_of(fd: BorrowedFd<'_>) -> Result<Buffer> {
     buffers(std::process::id())?
         .into_iter()
@@ -67,7 +67,7 @@ pub fn buffer_of(fd: BorrowedFd<'_>) -> Result<Buffer> {
         .context("the descriptor is no dma-buf's")
 }
 
-/// The last lines of a file, as far as there is one.
+/// The last lines of a file, which may be missing.
 pub fn tail(path: &Path) -> String {
     let bytes = fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -109,7 +109,7 @@ pub fn dma_bufs(exporter: &str) -> Result<usize> {
         .count())
 }
 
-/// What the kernel is doing for the first thread of a process: its functions, the innermost first.
+/// The kernel's stack of the first thread of a process, the innermost function first.
 pub fn kernel_stack(process: u32) -> Result<String> {
     fs::read_to_string(format!("/proc/{process}/stack")).context("the stack of QEMU's first thread")
 }
@@ -168,7 +168,7 @@ fn call<T>(command: u32, argument: &mut T) -> Result<()> {
     Ok(())
 }
 
-/// A descriptor of our own of a buffer of another process.
+/// A copy of another process's descriptor of a buffer.
 pub fn copy(process: u32, buffer: &Buffer) -> Result<OwnedFd> {
     // SAFETY: no memory is passed.
     let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) };
@@ -182,7 +182,7 @@ pub fn copy(process: u32, buffer: &Buffer) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// What pinbuf tells of a buffer of another process.
+/// `PINBUF_INFO` of a buffer of another process.
 pub fn info(process: u32, buffer: &Buffer) -> Result<Info> {
     let fd = copy(process, buffer)?;
     let mut info = Info {
@@ -194,7 +194,7 @@ pub fn info(process: u32, buffer: &Buffer) -> Result<Info> {
     Ok(info)
 }
 
-/// What pinbuf tells of the caller's limits.
+/// `PINBUF_QUERY`: the caller's limits.
 pub fn query() -> Result<Query> {
     let mut query = Query {
         size: size_of::<Query>() as u32,
@@ -204,7 +204,7 @@ pub fn query() -> Result<Query> {
     Ok(query)
 }
 
-/// What must be as before when a scenario is over.
+/// Counters that must have their old values when a scenario is over.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Balance {
     pins: i64,
@@ -214,7 +214,7 @@ pub struct Balance {
 }
 
 impl Balance {
-    /// As it is now.
+    /// Reads them.
     pub fn now() -> Result<Self> {
         let free = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
         Ok(Self {
@@ -226,7 +226,7 @@ impl Balance {
     }
 }
 
-/// Fails unless the kernel has no udmabuf at all, and nobody made a device of that name.
+/// Fails if the kernel has a udmabuf, or a device file of that name exists.
 pub fn no_udmabuf() -> Result<()> {
     ensure!(
         !fs::exists("/dev/udmabuf")? && !fs::exists("/sys/class/misc/udmabuf")?,
@@ -236,7 +236,7 @@ pub fn no_udmabuf() -> Result<()> {
     Ok(())
 }
 
-/// How many items each UDMABUF_CREATE_LIST names, as a probe in the kernel sees it.
+/// The number of items of each UDMABUF_CREATE_LIST, as a probe in the kernel sees it.
 #[derive(Debug)]
 pub struct ListTrace(());
 
@@ -244,7 +244,7 @@ const TRACING: &str = "/sys/kernel/tracing";
 const PROBE: &str = "events/kprobes/pinbuf_list";
 
 impl ListTrace {
-    /// Begins to look.
+    /// Starts the probe.
     pub fn start() -> Result<Self> {
         let write = |name: &str, text: &str| {
             fs::write(format!("{TRACING}/{name}"), text).with_context(|| format!("tracing: {name}"))
@@ -262,7 +262,7 @@ impl ListTrace {
         Ok(Self(()))
     }
 
-    /// Ends it: the items of each call.
+    /// Ends the probe, and returns the items of each call.
     pub fn end(self) -> Result<Vec<u32>> {
         fs::write(format!("{TRACING}/{PROBE}/enable"), "0")?;
         let text = fs::read_to_string(format!("{TRACING}/trace"))?;

@@ -10,18 +10,18 @@ use nix::fcntl::{fcntl, FcntlArg};
 
 const PAGE: usize = 4096;
 
-/// What a pipe holds.
+/// The capacity of a pipe, in bytes.
 const PIPE: usize = 1 << 20;
 
-/// Memory that stays allocated, so that what was freed stays apart.
+/// Memory that stays allocated, so that the freed pages are not adjacent.
 #[derive(Debug)]
 pub struct Held {
-    /// Pages that were freed.
+    /// The number of pages that were freed.
     pub freed: u64,
     _pipes: Vec<(File, File)>,
 }
 
-/// Allocates this number of bytes, page by page, and frees every other page of it again.
+/// Allocates this number of bytes page by page, and then frees every other page.
 ///
 /// These are pages of pipes: the kernel cannot move them to make contiguous memory, and allocates the pages of
 /// a screen from the same lists.

@@ -130,7 +130,7 @@ fn check_is_pinbufs(machine: &Machine, scanout: &Scanout) -> Result<()> {
     Ok(())
 }
 
-/// The comparison: without blob resources what is handed out is a copy that OpenGL made.
+/// The comparison: without blob resources, QEMU passes a copy that OpenGL made.
 fn copied(setup: Setup, exporter: &str) -> Result<()> {
     let setup = Setup {
         blob: false,
@@ -163,13 +163,13 @@ fn copied(setup: Setup, exporter: &str) -> Result<()> {
     machine.quit()
 }
 
-/// OpenGL in software has its copy from `/dev/udmabuf`, for which the shim answers.
+/// OpenGL in software allocates its copy by `/dev/udmabuf`, which is the shim.
 pub fn dbus_without_blob() -> Result<()> {
     evidence::no_udmabuf()?;
     copied(dbus_setup("dbus-copy")?, "pinbuf")
 }
 
-/// The same with the kernel's own: then no descriptor is pinbuf's.
+/// The same with the kernel's udmabuf: then no descriptor is pinbuf's.
 pub fn udmabuf_dbus_without_blob() -> Result<()> {
     let setup = Setup {
         pinbuf: false,
@@ -204,12 +204,12 @@ fn wait_for(
     }
 }
 
-/// QEMU maps its screen's dma-buf for reading; who imports it maps it again, for writing, too.
+/// QEMU maps its screen's dma-buf for reading; an importer maps it again, for writing too.
 fn check_imported(machine: &Machine, imported: bool) -> Result<()> {
     let buffer = machine.screen_fd()?;
     let mappings = evidence::mappings(machine.process(), buffer.inode)?;
     note(&format!(
-        "QEMU maps the screen's dma-buf so: {}",
+        "QEMU's mappings of the screen's dma-buf: {}",
         mappings.join(", ")
     ));
     let writable = mappings.iter().any(|mapping| mapping == "rw-s");
@@ -217,7 +217,7 @@ fn check_imported(machine: &Machine, imported: bool) -> Result<()> {
     Ok(())
 }
 
-/// OpenGL without a screen imports the dma-buf; what it draws is seen by VNC.
+/// OpenGL without a screen imports the dma-buf, and VNC shows what it draws.
 pub fn egl_headless() -> Result<()> {
     evidence::no_udmabuf()?;
     let node = render_node()?;
@@ -285,7 +285,7 @@ fn follow(machine: &mut Machine) -> Result<()> {
     Ok(())
 }
 
-/// How many pixels of the window are wrong, wherever it is on the screen.
+/// The number of wrong pixels of the window, which may be anywhere on the screen.
 fn closest(screen: &Picture, expected: Pattern) -> (usize, String) {
     match screen.find(expected) {
         Some((x, y)) => {

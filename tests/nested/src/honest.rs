@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A long run of an honest guest: QEMU discards memory all the time, and nothing is reported of a buffer that is right.
+//! A long run of an honest guest: QEMU discards memory all the time, and no discard is reported for a buffer whose
+//! memory is in use.
 //!
 //! The guest reports free pages, its balloon grows and shrinks, and memory is plugged and unplugged while the screen is
-//! in it. A system reset is the one time at which a report is right: QEMU discards all memory that was plugged before
-//! it drops the screen that is in there.
+//! in it. Reports are right during a system reset only: QEMU discards all plugged memory before it drops the screen
+//! that is in this memory.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,7 +23,7 @@ use crate::machine::{Machine, Setup};
 use crate::protocol::{Answer, Request};
 use crate::scenarios::{note, timed};
 
-/// How long to go on.
+/// The duration of the test.
 pub static SECONDS: AtomicU64 = AtomicU64::new(600);
 
 const MIB: u64 = 1 << 20;
@@ -32,11 +33,11 @@ const PAGE: u64 = 4096;
 const MEMORY: u64 = 384;
 const PLUGGED: u64 = 256;
 
-/// How long it may take until some of it is plugged or unplugged, and until there is no more.
+/// The time in which some of it must be plugged or unplugged, and the time after which no more is expected.
 const BEGINS: Duration = Duration::from_secs(120);
 const ENDS: Duration = Duration::from_secs(15);
 
-/// What is asked about the buffers of a process while the guest runs.
+/// The thread that asks for discards of a process's buffers while the guest runs.
 #[derive(Default)]
 struct Sentry {
     /// The machine is being reset.
@@ -44,16 +45,16 @@ struct Sentry {
     done: AtomicBool,
 }
 
-/// What came of it.
+/// Its results.
 #[derive(Default)]
 struct Seen {
-    /// How often a buffer was asked.
+    /// The number of requests.
     asked: u64,
-    /// How many buffers there were.
+    /// The number of buffers.
     buffers: BTreeMap<u64, u64>,
     /// Reports that nothing explains.
     alarms: Vec<String>,
-    /// The most bytes that a buffer had lost during a reset.
+    /// The maximum number of bytes that a buffer had lost during a reset.
     reset: u64,
 }
 
@@ -96,7 +97,7 @@ impl Sentry {
     }
 }
 
-/// How much memory QEMU's memfds have, in bytes.
+/// The memory of QEMU's memfds, in bytes.
 fn stored(process: u32) -> Result<u64> {
     let mut files = BTreeMap::new();
     for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
@@ -119,8 +120,8 @@ struct Totals {
     resets: u32,
     /// The largest part of a screen that was in plugged memory, in pages.
     screen_in_plugged: usize,
-    /// How much QEMU gave back to the host because the guest reported it free, and because of the balloon; how much was
-    /// unplugged. In MiB, the most of one round.
+    /// Memory that QEMU gave back to the host because the guest reported it as free, and because of the balloon, and
+    /// memory that was unplugged: in MiB, the maximum of a round.
     reported_free: u64,
     ballooned: u64,
     unplugged: u64,
@@ -133,7 +134,7 @@ struct Honest {
 }
 
 impl Honest {
-    /// Frames, compared in QEMU and in the guest.
+    /// Frames that were compared in QEMU and in the guest.
     fn frames(&mut self, count: u32) -> Result<()> {
         for _ in 0..count {
             self.frame += 1;
@@ -147,7 +148,7 @@ impl Honest {
         Ok(stored(self.machine.process())? / MIB)
     }
 
-    /// Waits until the size of something is right, or does not change any more, and returns it.
+    /// Waits until a size has the expected value, or does not change any more, and returns it.
     fn settle(&mut self, wanted: u64, size: impl Fn(&mut Machine) -> Result<u64>) -> Result<u64> {
         let first = size(&mut self.machine)?;
         let (mut last, mut changed) = (first, Instant::now());
@@ -165,7 +166,7 @@ impl Honest {
         }
     }
 
-    /// Plugs or unplugs until the guest has so much of that memory, as far as it can.
+    /// Plugs or unplugs memory until the guest has this amount, or as near to it as possible.
     fn plug(&mut self, mib: u64) -> Result<u64> {
         let path = "/machine/peripheral/mem";
         let set = json!({"path": path, "property": "requested-size", "value": mib * MIB});
@@ -176,7 +177,7 @@ impl Honest {
         })
     }
 
-    /// Leaves so much memory to the guest. Returns how much QEMU gave back to the host.
+    /// Leaves this much memory to the guest by the balloon. Returns how much QEMU gave back to the host.
     fn balloon(&mut self, mib: u64) -> Result<u64> {
         let set = json!({"value": mib * MIB});
         self.machine.qmp.execute("balloon", set)?;
@@ -192,7 +193,7 @@ impl Honest {
         let round = self.totals.rounds;
         self.totals.rounds += 1;
         let plugged = self.plug(PLUGGED)?;
-        // The kernel takes pages of plugged memory first, for the highest zone is there.
+        // The kernel allocates plugged memory first, because it is in the highest zone.
         self.machine.show(&Request::ShowExported)?;
         self.frames(2)?;
         let high = match self.machine.ask(&Request::HighPages)? {
@@ -215,12 +216,12 @@ impl Honest {
         self.frames(1)?;
         self.balloon(MEMORY + plugged)?;
 
-        // All but what is in use: the screen stays.
+        // Everything that is not in use: the screen stays.
         self.machine.ask(&Request::Churn(96))?;
         let left = self.plug(0)?;
         self.totals.unplugged = self.totals.unplugged.max(plugged.saturating_sub(left));
         self.frames(1)?;
-        // A screen of another kind, in what memory there is.
+        // A screen of another kind, in the memory that is left.
         self.machine.show(&Request::Show)?;
         self.frames(1)?;
         note(&format!(
@@ -276,7 +277,7 @@ pub fn honest() -> Result<()> {
     };
     let process = honest.machine.process();
     let end = Instant::now() + Duration::from_secs(SECONDS.load(Ordering::Relaxed));
-    // Memory that is plugged from here on has huge pages, and so has what was discarded.
+    // From here on, plugged memory and memory that is allocated again after a discard have huge pages.
     let load = Load::start()?;
     let sentry = Sentry::default();
     let (result, seen) = std::thread::scope(|scope| {
@@ -291,7 +292,7 @@ pub fn honest() -> Result<()> {
     let work = load.end();
     let seen = seen.unwrap_or_else(|_| bail!("panicked"))?;
     note(&format!(
-        "{} buffers were asked {} times; during resets, one had lost {} pages",
+        "{} buffers, {} requests; during resets, a buffer had lost up to {} pages",
         seen.buffers.len(),
         seen.asked,
         seen.reset / PAGE

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The inner guest's initramfs: this very program, the libraries that it needs, kernel modules.
+//! The inner guest's initramfs: this program, its libraries, and kernel modules.
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
@@ -56,7 +56,7 @@ impl Archive {
     }
 }
 
-/// Writes it.  `more` are modules besides the usual ones.
+/// Writes the archive.  `more` are modules besides the usual ones.
 pub fn write(path: &Path, more: &[&str]) -> Result<()> {
     let mut archive = Archive::default();
     let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
@@ -88,7 +88,7 @@ fn libraries() -> Result<BTreeSet<PathBuf>> {
         .map(PathBuf::from)
         .collect();
     ensure!(!paths.is_empty(), "no library is mapped");
-    // The place that is written in the program.
+    // The path that is written in the program.
     paths.insert("/lib64/ld-linux-x86-64.so.2".into());
     Ok(paths)
 }
@@ -126,7 +126,7 @@ pub fn kernel() -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Loads the modules that the initramfs brings along.
+/// Loads the modules of the initramfs.
 pub fn load_modules() -> Result<()> {
     use nix::kmod::{finit_module, ModuleInitFlags};
     let order = fs::read_to_string(format!("{MODULES}/order"))?;
@@ -147,7 +147,7 @@ pub fn load_modules() -> Result<()> {
     Ok(())
 }
 
-/// What the kernel's command line says for a module: modprobe would pass it.
+/// A module's parameters on the kernel's command line, which modprobe would pass.
 fn parameters(file: &str, cmdline: &str) -> String {
     let module = file.split(".ko").next().unwrap_or(file).replace('-', "_");
     let mine = cmdline

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The first process of the inner guest: draws on its screen and uses its disk, as it is asked to.
+//! The first process of the inner guest: draws on its screen and uses its disk on request.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -52,7 +52,7 @@ fn run() -> Result<()> {
             Err(error) => bail!("mounting {path}: {error}"),
         }
     }
-    // Memory that is plugged is used, for everything.
+    // Plugged memory is put online, for all uses.
     fs::write(
         "/sys/devices/system/memory/auto_online_blocks",
         "online_kernel",
@@ -79,7 +79,7 @@ fn run() -> Result<()> {
                 send(&mut to, &answer)?;
             }
             Some(Err(error)) => return Err(error).context("reading the port"),
-            // Nobody is connected.
+            // The host's end is not connected.
             None => std::thread::sleep(Duration::from_millis(50)),
         }
     }

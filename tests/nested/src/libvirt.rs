@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A virtual machine that libvirt runs: another user's, in its own /dev, confined by AppArmor as
-//! Debian confines it, and set up as docs/operators.md describes.
+//! A virtual machine that libvirt runs, set up as docs/operators.md describes: as another user, in a /dev of its own,
+//! confined by Debian's AppArmor profiles.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{chown, PermissionsExt};
@@ -38,7 +38,7 @@ cgroup_device_acl = [
 ]
 "#;
 
-/// What AppArmor is to allow, in `abstractions/libvirt-qemu.d`.
+/// The rules for AppArmor, in `abstractions/libvirt-qemu.d`.
 const RULES: &str = "\
 /dev/pinbuf rw,
 /usr/lib/pinbuf/*.so mr,
@@ -95,9 +95,9 @@ fn messages(program: &str) -> PathBuf {
     Path::new("/tmp").join(format!("{program}-messages"))
 }
 
-/// What the boot of a Debian system does, and then the operator.
+/// Does what the boot of a Debian system does, and then the operator.
 fn set_up() -> Result<()> {
-    // As the udev rules have it.
+    // As the udev rules do.
     let group = nix::unistd::Group::from_name("kvm")?.context("there is no group kvm")?;
     for device in ["/dev/kvm", "/dev/pinbuf"] {
         chown(device, Some(0), Some(group.gid.as_raw()))?;
@@ -125,7 +125,7 @@ fn set_up() -> Result<()> {
 enum Blob {
     /// By libvirt's own attribute, for which libvirt itself wants a `/dev/udmabuf`.
     Model,
-    /// Behind libvirt's back, where there is none.
+    /// By an override of QEMU's property, where there is none.
     Override,
 }
 
@@ -214,8 +214,8 @@ pub fn confined_by_libvirt() -> Result<()> {
     let mut daemon = Daemon::start("libvirtd")?;
     timed("libvirtd starts", || wait_for_libvirt(&mut daemon)).map_err(explain)?;
     shown(Blob::Model).map_err(explain)?;
-    // Stock kernels have the device; for those that do not have it.
-    fs::remove_file("/dev/udmabuf").context("this is to begin with a /dev/udmabuf")?;
+    // Stock kernels have the device. This is what operators without it do.
+    fs::remove_file("/dev/udmabuf").context("there is no /dev/udmabuf to begin with")?;
     shown(Blob::Override).map_err(explain)?;
     let denied = denied()?;
     note(&format!("AppArmor denied: {}", denied.join("\n")));
@@ -238,13 +238,13 @@ fn denied() -> Result<Vec<String>> {
         .collect())
 }
 
-/// Adds what was said and denied.
+/// Adds QEMU's and libvirt's output and AppArmor's refusals to an error.
 fn explain(error: anyhow::Error) -> anyhow::Error {
-    // Nothing runs on when this fails.
+    // Nothing keeps running when this fails.
     let _ = virsh(&["destroy", NAME]);
     let denied = denied().unwrap_or_default();
     error.context(format!(
-        "AppArmor denied:\n{}\nQEMU's log:\n{}\nlibvirtd said:\n{}\nthe guest's console:\n{}",
+        "AppArmor denied:\n{}\nQEMU's log:\n{}\nlibvirtd's output:\n{}\nthe guest's console:\n{}",
         denied.join("\n"),
         evidence::tail(LOG.as_ref()),
         evidence::tail(&messages("libvirtd")),
@@ -304,7 +304,7 @@ fn screenshot() -> Result<Picture> {
     }
 }
 
-/// That QEMU runs as libvirt runs it: as its own user, under AppArmor.
+/// Fails unless QEMU runs as its own user, under AppArmor.
 fn check_confined(process: u32) -> Result<()> {
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;
     let uid = status

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The line to the first process of the inner guest.
+//! The connection to the first process of the inner guest.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -14,7 +14,7 @@ use crate::protocol::{Answer, Request};
 /// How long the inner guest may take for anything.
 pub const PATIENCE: Duration = Duration::from_secs(240);
 
-/// A screen as its guest set it up.
+/// A screen as the guest has set it up.
 #[derive(Debug, Clone, Copy)]
 pub struct Shown {
     /// Pixels from left to right.
@@ -24,7 +24,7 @@ pub struct Shown {
 }
 
 impl Shown {
-    /// What is on it when the guest has drawn this frame.
+    /// The picture of this frame.
     pub fn pattern(self, frame: u32) -> Pattern {
         Pattern {
             width: self.width,
@@ -41,7 +41,7 @@ pub struct Link {
 }
 
 impl Link {
-    /// Takes the host's end.
+    /// Connects the host's end.
     pub fn new(stream: UnixStream) -> Result<Self> {
         stream.set_read_timeout(Some(PATIENCE))?;
         Ok(Self {
@@ -54,11 +54,11 @@ impl Link {
     pub fn wait_ready(&mut self) -> Result<()> {
         match self.receive()? {
             Answer::Ready => Ok(()),
-            other => bail!("the inner guest said {other:?} instead of being ready"),
+            other => bail!("the inner guest is not ready: {other:?}"),
         }
     }
 
-    /// Asks the guest for something.
+    /// Sends a request to the guest, and returns the answer.
     pub fn ask(&mut self, request: &Request) -> Result<Answer> {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');

@@ -15,10 +15,10 @@ const PAGE: usize = 4096;
 const HUGE: usize = 2 << 20;
 const SIZE: usize = 16 * HUGE;
 
-/// Between two rounds of work: each looks at all of memory.
+/// The pause between two rounds of work, each of which scans all of memory.
 const PAUSE: Duration = Duration::from_secs(2);
 
-/// Files that say what the kernel does, with the value meanwhile and the value afterwards.
+/// Files that configure this work, with the value during the test and the value afterwards.
 const SETTINGS: [(&str, &str, &str); 3] = [
     ("/sys/kernel/mm/ksm/run", "1", "2"),
     ("/sys/kernel/mm/ksm/pages_to_scan", "2000", "100"),
@@ -30,14 +30,14 @@ const SETTINGS: [(&str, &str, &str); 3] = [
     ),
 ];
 
-/// Work of the kernel's, in a thread of its own.
+/// A thread that makes the kernel do this work.
 pub struct Load {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Result<u64>>,
     before: Counters,
 }
 
-/// The kernel's counters of that work.
+/// The kernel's counters of this work.
 struct Counters {
     split: u64,
     migrated: u64,
@@ -75,7 +75,7 @@ impl Memory {
         Ok(Self(memory.cast()))
     }
 
-    /// Writes a byte to every page, or to one of each few.
+    /// Writes a byte at every `step`th offset.
     fn touch(&self, step: usize, byte: u8) {
         for offset in (0..SIZE).step_by(step) {
             // SAFETY: inside of the mapping, which is this value's alone.
@@ -95,7 +95,7 @@ fn put(path: &str, value: &str) -> Result<()> {
     fs::write(path, value).with_context(|| format!("{value} to {path}"))
 }
 
-/// Goes on until `stop`. Returns the most pages that were merged at one time.
+/// Works until `stop`. Returns the maximum number of pages that were merged at one time.
 fn work(stop: &AtomicBool) -> Result<u64> {
     let equal = Memory::new(libc::MADV_MERGEABLE)?;
     let mut most = 0;
@@ -107,7 +107,7 @@ fn work(stop: &AtomicBool) -> Result<u64> {
         huge.touch(PAGE, round);
         put("/sys/kernel/debug/split_huge_pages", "1")?;
         put("/proc/sys/vm/compact_memory", "1")?;
-        // Some of what was merged is written to, and merged again.
+        // Some merged pages are written to, and merged again.
         equal.touch(if round == 0 { PAGE } else { 4 * PAGE }, round);
         std::thread::sleep(PAUSE);
         let merged = fs::read_to_string("/sys/kernel/mm/ksm/pages_sharing")?;
@@ -133,7 +133,7 @@ impl Load {
         })
     }
 
-    /// Ends it, and says what was done. Fails if the kernel had nothing to do.
+    /// Ends it, and returns what was done. Fails if the kernel did none of this work.
     pub fn end(self) -> Result<String> {
         self.stop.store(true, Ordering::Relaxed);
         let merged = self.thread.join().map_err(|_| anyhow!("panicked"))??;

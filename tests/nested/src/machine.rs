@@ -22,7 +22,7 @@ use crate::pattern::Pattern;
 use crate::picture::Picture;
 use crate::protocol::{Answer, DiskPlan, Request, PORT};
 
-/// What the inner guest's memory is.
+/// The kind of the inner guest's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
     /// An ordinary memfd.
@@ -31,7 +31,7 @@ pub enum Backend {
     Huge,
 }
 
-/// Who runs QEMU, and with which limit.
+/// The user that runs QEMU, and its limit.
 #[derive(Debug, Clone, Copy)]
 pub struct User {
     /// The user's number.
@@ -40,18 +40,18 @@ pub struct User {
     pub memlock: u64,
 }
 
-/// What the virtual machine is to be.
+/// The configuration of a virtual machine.
 #[derive(Debug, Clone)]
 pub struct Setup {
     /// A name for its files.
     pub name: String,
     /// QEMU's program.
     pub program: String,
-    /// What is written before QEMU's program: nothing, or the way to pinbuf.
+    /// Words before QEMU's program: none, or `pinbuf run`.
     pub pinbuf: bool,
     /// Memory in MiB.
     pub memory: u64,
-    /// What that is.
+    /// The kind of this memory.
     pub backend: Backend,
     /// The screen's size.
     pub screen: (u32, u32),
@@ -59,7 +59,7 @@ pub struct Setup {
     pub display: Vec<String>,
     /// Whether the screen's resources are the guest's memory, not copies of it.
     pub blob: bool,
-    /// Environment of QEMU's.
+    /// QEMU's environment.
     pub environment: Vec<(&'static str, String)>,
     /// A device of the outer guest to pass through from the start.
     pub vfio: Option<String>,
@@ -195,7 +195,7 @@ fn command(setup: &Setup, directory: &Path) -> Result<Command> {
         &format!("virtserialport,chardev=link,name={PORT}"),
     ]);
     add(&["-qmp", &format!("unix:{},server=on,wait=off", path("qmp"))]);
-    // The state of processors before each reset: a guest that starts anew without a word has had a triple fault.
+    // Logs the state of processors before each reset: a guest that restarts without a message has had a triple fault.
     add(&["-d", "cpu_reset,guest_errors", "-D", &path("resets")]);
     words.extend(setup.more.iter().cloned());
     let mut command = Command::new(&words[0]);
@@ -224,7 +224,7 @@ fn spawn(setup: &Setup) -> Result<(Child, PathBuf)> {
     Ok((child, directory))
 }
 
-/// Starts QEMU where it is to refuse, and tells what it says.
+/// Starts a QEMU that must refuse to start, and returns its output.
 pub fn refusal(setup: &Setup) -> Result<String> {
     let (mut child, directory) = spawn(setup)?;
     let start = Instant::now();
@@ -254,14 +254,14 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Starts QEMU alone, which waits for a guest to come by migration.
+    /// Starts QEMU without a guest, which waits for one by migration.
     pub fn incoming(setup: &Setup) -> Result<Self> {
         let mut setup = setup.clone();
         setup.more.extend(["-incoming", "defer"].map(str::to_owned));
         Self::start_qemu(&setup)
     }
 
-    /// Takes over the screen's state from the machine that the guest comes from.
+    /// Takes over the screen's state from the source of the migration.
     pub fn shows_what(&mut self, source: &Self) {
         self.screen = source.screen;
     }
@@ -299,17 +299,17 @@ impl Machine {
         self.child.id()
     }
 
-    /// A file of this machine's.
+    /// A file of this machine.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
 
-    /// What the screen is now.
+    /// The current screen.
     pub fn screen(&self) -> Result<Shown> {
         self.screen.context("nothing is shown yet")
     }
 
-    /// Asks the guest for something.
+    /// Sends a request to the guest, and returns the answer.
     pub fn ask(&mut self, request: &Request) -> Result<Answer> {
         let result = self.link.ask(request);
         result.map_err(|error| self.explain(error))
@@ -323,7 +323,7 @@ impl Machine {
         Ok(shown)
     }
 
-    /// Adds what the guest's kernel, QEMU, the shim and the outer kernel said last, and how QEMU is.
+    /// Adds the last messages of the guest's kernel, QEMU, the shim and the outer kernel, and QEMU's state, to an error.
     fn explain(&self, error: anyhow::Error) -> anyhow::Error {
         let [console, messages, resets, shim] = ["console", "messages", "resets", "shim.log"]
             .map(|name| evidence::tail(&self.path(name)));
@@ -341,19 +341,19 @@ impl Machine {
         ))
     }
 
-    /// Lets the guest draw a frame, and tells what must then be seen.
+    /// Lets the guest draw a frame, and returns what must then be seen.
     pub fn draw(&mut self, frame: u32) -> Result<Pattern> {
         self.ask(&Request::Draw(frame))?;
         Ok(self.screen()?.pattern(frame))
     }
 
-    /// The same, but the guest does not tell its driver.
+    /// The same, but the guest does not notify its driver.
     pub fn draw_quietly(&mut self, frame: u32) -> Result<Pattern> {
         self.ask(&Request::DrawQuietly(frame))?;
         Ok(self.screen()?.pattern(frame))
     }
 
-    /// What QEMU shows.
+    /// The picture that QEMU shows.
     pub fn picture(&mut self) -> Result<Picture> {
         self.dumps += 1;
         let file = self.path(&format!("screen-{}.ppm", self.dumps));
@@ -381,14 +381,14 @@ impl Machine {
         let mut found = evidence::buffers(process)?;
         let bytes = u64::from(screen.width) * u64::from(screen.height) * 4;
         let bytes = bytes.next_multiple_of(4096);
-        // QEMU 11 asks vfio for dma-bufs of its device's registers.
+        // QEMU 11 also has dma-bufs of the passed-through device's registers, from vfio.
         found.retain(|buffer| buffer.exporter != "vfio_pci_core");
         ensure!(
             found.iter().all(|buffer| buffer.exporter == "pinbuf"),
-            "not all are pinbuf's: {found:?}"
+            "some buffers are not pinbuf's: {found:?}"
         );
         if !found.iter().any(|buffer| buffer.size == bytes) {
-            // A guest that started anew has lost its screen.
+            // A guest that restarted has lost its screen.
             let error = anyhow!("none has the screen's {bytes} bytes: {found:?}");
             return Err(self.explain(error));
         }
@@ -402,12 +402,12 @@ impl Machine {
             .collect()
     }
 
-    /// What pinbuf tells of the buffer that is scanned out.
+    /// `PINBUF_INFO` of the buffer that is scanned out.
     pub fn screen_buffer(&self) -> Result<Info> {
         self.scanned_out().map(|(_, info)| info)
     }
 
-    /// The descriptor of that.
+    /// A descriptor of this buffer.
     pub fn screen_fd(&self) -> Result<Buffer> {
         self.scanned_out().map(|(buffer, _)| buffer)
     }
@@ -423,7 +423,7 @@ impl Machine {
         buffers.pop().context("no buffer")
     }
 
-    /// What the shim says of each buffer: how many items QEMU named, and how many pieces that made.
+    /// For each buffer, from the shim's log: the number of items in QEMU's request, and of pieces that they became.
     pub fn items(&self) -> Result<Vec<(u64, u64)>> {
         let log = fs::read_to_string(self.path("shim.log")).context("the shim's log")?;
         let number = |line: &str, unit: &str| -> Option<u64> {
@@ -437,7 +437,7 @@ impl Machine {
             .collect())
     }
 
-    /// Whether QEMU has ended, and how.
+    /// QEMU's exit status, if it has ended.
     pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
         Ok(self.child.try_wait()?)
     }
@@ -456,7 +456,7 @@ impl Machine {
         self.ask(&Request::DiskStart(plan)).map(drop)
     }
 
-    /// Ends it: bytes read and found right, bytes written.
+    /// Ends it. Returns the bytes that were read and found right, and the bytes that were written.
     pub fn disk_stop(&mut self) -> Result<(u64, u64)> {
         match self.ask(&Request::DiskStop)? {
             Answer::Disk { read, written } => Ok((read, written)),
@@ -471,7 +471,7 @@ impl Machine {
         self.wait_ready()
     }
 
-    /// Ends QEMU in good order.
+    /// Ends QEMU regularly.
     pub fn quit(mut self) -> Result<()> {
         self.qmp.execute("quit", json!({}))?;
         let start = Instant::now();

@@ -116,13 +116,13 @@ fn run(options: &Options) -> Result<bool> {
     Ok(good)
 }
 
-/// Runs it, and fails if it leaves pins, buffers, charges or huge pages behind.
+/// Runs a scenario, and fails if it leaves pins, buffers, charges or huge pages behind.
 fn balanced(scenario: impl FnOnce() -> Result<()>) -> Result<()> {
     // A scenario that failed may have left them.
     scenarios::huge_pages(0)?;
     let before = Balance::now()?;
     scenario()?;
-    // What QEMU held goes with its last threads.
+    // QEMU's last threads release what it held.
     let start = Instant::now();
     loop {
         let after = Balance::now()?;

@@ -24,14 +24,14 @@ use crate::scenarios::{
 /// How long any step of a migration may take.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// How long QEMU may take for what does not depend on memory that has yet to come.
+/// The time for steps that do not depend on memory that has yet to arrive.
 const HANGS: Duration = Duration::from_secs(40);
 
-/// What a migration may send before the switch: little enough that the screen is not among it.
+/// The bandwidth before the switch: so low that the screen is not sent.
 const SLOW: u64 = 1 << 20;
 
-/// What it may send after the switch, besides pages that are asked for, so that what is tested then comes before
-/// the end.
+/// The bandwidth after the switch, besides requested pages: so low that the test is over before all memory has
+/// arrived.
 const CAPPED: u64 = 4 << 20;
 
 /// No limit.
@@ -43,11 +43,11 @@ struct Pair {
     target: Machine,
 }
 
-/// What the switch to the target was like.
+/// Measurements of the switch to the target.
 struct Switch {
     /// From the stop of the source to the start of the target.
     downtime: Duration,
-    /// How often the target was seen waiting for a page of a buffer.
+    /// How often the target was observed to wait for a page of a buffer.
     waits: usize,
 }
 
@@ -67,7 +67,7 @@ impl Pair {
         Ok(Self { source, target })
     }
 
-    /// Lets the migration begin.
+    /// Starts the migration.
     fn begin(&mut self, postcopy: bool, before: u64, after: u64) -> Result<()> {
         self.set("postcopy-ram", postcopy)?;
         self.limit(before, after)?;
@@ -82,7 +82,7 @@ impl Pair {
         Ok(())
     }
 
-    /// Switches something of QEMU's migration on or off, on both sides.
+    /// Switches a capability of QEMU's migration on or off, on both sides.
     fn set(&mut self, capability: &str, on: bool) -> Result<()> {
         let one = json!({"capability": capability, "state": on});
         let all = json!({"capabilities": [one]});
@@ -103,7 +103,7 @@ impl Pair {
         format!("unix:{}", self.target.path(name).display())
     }
 
-    /// Lets the target go on with what has come until now.
+    /// Switches to the target with the memory that has arrived so far.
     fn switch(&mut self) -> Result<Switch> {
         let qmp = &mut self.source.qmp;
         qmp.execute("migrate-start-postcopy", json!({}))?;
@@ -137,7 +137,7 @@ impl Pair {
         Ok(Switch { downtime, waits })
     }
 
-    /// Waits until all of the guest has come.
+    /// Waits until all of the guest has arrived.
     fn complete(&mut self) -> Result<()> {
         timed("what was left of the migration", || {
             wait(&mut self.source, "completed")
@@ -160,7 +160,7 @@ impl Pair {
     }
 }
 
-/// When QEMU said this.
+/// The time of an event of QEMU.
 fn moment(event: &Value) -> Result<Duration> {
     let part = |name: &str| {
         let value = event["timestamp"][name].as_u64();
@@ -188,7 +188,7 @@ fn wait(machine: &mut Machine, wanted: &str) -> Result<()> {
         }
         ensure!(
             !["failed", "cancelled"].contains(&now.as_str()) && start.elapsed() < PATIENCE,
-            "the migration is {now}, not {wanted}; QEMU says: {}",
+            "the migration is {now}, not {wanted}; QEMU's output: {}",
             last_message(machine)?
         );
         std::thread::sleep(Duration::from_millis(50));
@@ -205,7 +205,7 @@ fn waits_in_create(process: u32) -> Result<bool> {
     }))
 }
 
-/// A migration without postcopy: all has come when the target starts.
+/// A migration without postcopy: all memory has arrived when the target starts.
 fn precopy_of(setup: &Setup) -> Result<Pair> {
     let mut pair = Pair::start(setup)?;
     pair.begin(false, FAST, FAST)?;
@@ -240,7 +240,7 @@ pub fn precopy() -> Result<()> {
 fn switched(setup: &Setup, after: u64) -> Result<(Pair, Switch)> {
     let mut pair = Pair::start(setup)?;
     pair.begin(true, SLOW, after)?;
-    // What may have been sent of the screen is out of date by this.
+    // This outdates whatever has been sent of the screen.
     pair.source.frames(3..4)?;
     let sent = migration(&mut pair.source)?["ram"]["transferred"].clone();
     note(&format!(
@@ -306,7 +306,7 @@ fn recover(pair: &mut Pair) -> Result<()> {
     wait(&mut pair.source, "postcopy-active")
 }
 
-/// The connection breaks when the target runs already.
+/// The connection breaks after the target has started.
 pub fn postcopy_paused() -> Result<()> {
     let (mut pair, _) = switched(&Setup::new("postcopy-paused"), CAPPED)?;
     let qmp = &mut pair.source.qmp;
@@ -320,9 +320,9 @@ pub fn postcopy_paused() -> Result<()> {
     pair.quit()
 }
 
-/// The connection breaks while the target's main thread waits for the screen's pages. What becomes of the guest is
-/// QEMU's affair: version 10 cannot recover while devices are loaded. It must not hang in the wait, nor leave a page
-/// pinned.
+/// The connection breaks while the target's main thread waits for the screen's pages. What happens to the guest
+/// depends on QEMU: version 10 cannot recover while devices are loaded. The target must not hang in the wait, nor leave
+/// a page pinned.
 pub fn postcopy_broken_in_create() -> Result<()> {
     let mut pair = Pair::start(&Setup::new("postcopy-broken-in-create"))?;
     pair.begin(true, SLOW, CAPPED)?;
@@ -335,7 +335,7 @@ pub fn postcopy_broken_in_create() -> Result<()> {
     while !waits_in_create(process)? {
         ensure!(start.elapsed() < PATIENCE, "no create waits for a page");
     }
-    // No page comes any more, so that what is waited for stays so.
+    // No page arrives any more, so the wait cannot end.
     kill(source, Signal::SIGSTOP)?;
     std::thread::sleep(Duration::from_secs(2));
     let waits = waits_in_create(process);
@@ -355,12 +355,14 @@ pub fn postcopy_broken_in_create() -> Result<()> {
     loop {
         if let Some(status) = pair.target.ended()? {
             let said = evidence::tail(&pair.target.path("messages"));
-            note(&format!("the target ended with {status}; it said:\n{said}"));
+            note(&format!(
+                "the target ended with {status}; its output:\n{said}"
+            ));
             return check_source(&mut pair.source);
         }
         let source = status(&mut pair.source)?;
         if source == "failed" && start.elapsed() > HANGS {
-            // QEMU 11: the guest has never left the source. The target waits until somebody ends it.
+            // QEMU 11: the guest has never left the source. The target waits until it is ended.
             note("the target still waits");
             return check_source(&mut pair.source);
         }
@@ -384,7 +386,7 @@ pub fn postcopy_broken_in_create() -> Result<()> {
     pair.quit()
 }
 
-/// What became of the source of a migration whose target ended.
+/// The state of the source after the target has ended.
 fn check_source(source: &mut Machine) -> Result<()> {
     let start = Instant::now();
     let running = loop {
@@ -409,7 +411,7 @@ fn status_and_run_state(machine: &mut Machine) -> Result<String> {
     Ok(format!("{}, {}", status(machine)?, state["status"]))
 }
 
-/// An ordinary user with Debian's limit. It gets userfaultfd in one of two ways.
+/// An ordinary user with Debian's limit, who gets userfaultfd in one of two ways.
 pub fn postcopy_user() -> Result<()> {
     const UID: u32 = 1002;
     const DEVICE: &str = "/dev/userfaultfd";
@@ -446,7 +448,7 @@ fn downtime(fragmented: bool, limits: &[(&str, u64)]) -> Result<()> {
             if fragmented {
                 show_fragmented(&mut pair.source, &setup)?;
             }
-            // QEMU takes this only after the capability that it extends.
+            // QEMU accepts this only after the capability that it extends.
             pair.set("postcopy-ram", true)?;
             pair.set("postcopy-preempt", preempt)?;
             pair.begin(true, SLOW, after)?;
@@ -514,7 +516,7 @@ fn lost_on_udmabuf(setup: &Setup) -> Result<()> {
     note(&format!("it said:\n{said}"));
     ensure!(
         said.contains("errno=17"),
-        "the target is lost by something else than a page that is there already (EEXIST)"
+        "the target failed for another reason than a page that is present already (EEXIST)"
     );
     if let Ok(stack) = evidence::kernel_stack(pair.target.process()) {
         note(&format!("its main thread is in:\n{}", stack.trim_end()));

@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What is drawn, as a function of place and time: both sides compute it.
+//! The picture as a function of place and time, which both sides compute.
 
 /// White, yellow, cyan, green, magenta, red, blue, grey.
 const BARS: [u32; 8] = [
     0xf8f8f8, 0xf8f800, 0x00f8f8, 0x00f800, 0xf800f8, 0xf80000, 0x0000f8, 0x505050,
 ];
 
-/// The low three bits of each colour, which differ from place to place and from frame to frame: a
-/// page that is stale, or another's, shows.
+/// The low three bits of each colour. They differ between places and between frames, so that a page that is stale or
+/// of another buffer is noticed.
 const NOISE: u32 = 0x070707;
 
-/// A picture of this size at this moment.
+/// A picture: its size and its time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pattern {
     /// Pixels from left to right.
     pub width: u32,
     /// Pixels from top to bottom.
     pub height: u32,
-    /// Which one in the course of time.
+    /// The number of the frame.
     pub frame: u32,
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Pictures of a screen, and what they ought to be.
+//! Pictures of a screen, and the comparison with what was drawn.
 
 use std::io::Cursor;
 
@@ -51,7 +51,7 @@ impl Picture {
         })
     }
 
-    /// Reads a PNG of 8 bits a colour.
+    /// Reads a PNG with 8 bits for each colour.
     pub fn parse_png(bytes: &[u8]) -> Result<Self> {
         let mut reader = png::Decoder::new(Cursor::new(bytes)).read_info()?;
         let size = reader
@@ -75,7 +75,7 @@ impl Picture {
         })
     }
 
-    /// The pixels that are not what was drawn, and the first of them for a person.
+    /// The number of pixels that differ from what was drawn, and a description of the first of them.
     pub fn wrong(&self, expected: Pattern) -> Result<(usize, String)> {
         ensure!(
             (self.width, self.height) == (expected.width, expected.height),
@@ -91,7 +91,7 @@ impl Picture {
                 if pixel & 0xff_ffff != drawn {
                     if wrong == 0 {
                         let x: u32 = x;
-                        first = format!("at {x},{y} is {pixel:06x}, drawn was {drawn:06x}");
+                        first = format!("{x},{y} is {pixel:06x} instead of {drawn:06x}");
                     }
                     wrong += 1;
                 }
@@ -100,7 +100,7 @@ impl Picture {
         Ok((wrong, first))
     }
 
-    /// Where in this picture what was drawn begins, to judge by its first row.
+    /// The position at which the drawn picture begins in this one, by its first row.
     pub fn find(&self, expected: Pattern) -> Option<(u32, u32)> {
         let wanted: Vec<u32> = expected.row(0).collect();
         (0..self.height)

@@ -12,23 +12,23 @@ pub const PORT: &str = "pinbuf.inner";
 pub enum Request {
     /// Make a dumb buffer of the display's preferred size, and show it.
     Show,
-    /// Keep that, and show a further dumb buffer.
+    /// Keep that buffer, and show another one.
     ShowAnother,
     /// Draw a frame into it.
     Draw(u32),
-    /// Draw a frame into it without telling the driver.
+    /// Draw a frame into it without notifying the driver.
     DrawQuietly(u32),
-    /// Count the pixels of its memory that are not this frame's.
+    /// Count the pixels of its memory that differ from this frame.
     Wrong(u32),
     /// Allocate this number of MiB page by page, then free every other page of that.
     Fragment(u64),
     /// Make a process's own memory a dma-buf, by pinbuf, and show that instead of a dumb buffer.
     ShowExported,
-    /// Read and write the disk, over and over, until told to stop.
+    /// Read and write the disk repeatedly, until the request to stop.
     DiskStart(DiskPlan),
-    /// Stop that, and tell what was done.
+    /// Stop that, and report what was done.
     DiskStop,
-    /// How many disks there are now.
+    /// The current number of disks.
     Disks,
     /// Put these pages of the screen, which is the process's own memory, into the balloon, and go on using them.
     Inflate(Vec<usize>),
@@ -63,7 +63,7 @@ pub enum Answer {
     },
     /// Done.
     Done,
-    /// So many pages were freed one by one.
+    /// The number of pages that were freed one by one.
     Freed(u64),
     /// What was read and found right, and written, in bytes.
     Disk {
@@ -72,8 +72,8 @@ pub enum Answer {
         /// Written.
         written: u64,
     },
-    /// How many there are.
+    /// A number.
     Count(usize),
-    /// It went wrong.
+    /// The request failed, for this reason.
     Failed(String),
 }

@@ -63,14 +63,14 @@ scenarios! {
     "zones": buffers_then_vfio_movable, vfio_then_buffers_movable, offline_under_screen;
 }
 
-/// Tells a figure.
+/// Prints a remark.
 pub fn note(text: &str) {
     for line in text.lines() {
         println!("# {line}");
     }
 }
 
-/// Tells how long something took.
+/// Prints how long something took.
 pub fn timed<T>(what: &str, action: impl FnOnce() -> Result<T>) -> Result<T> {
     let start = Instant::now();
     let result = action().with_context(|| what.to_owned())?;
@@ -144,7 +144,10 @@ fn refused_without() -> Result<()> {
         ..Setup::new("refused")
     };
     let said = refusal(&setup)?;
-    note(&format!("QEMU without pinbuf says: {}", said.trim_end()));
+    note(&format!(
+        "QEMU's message without pinbuf: {}",
+        said.trim_end()
+    ));
     ensure!(said.contains("udmabuf"), "that is about something else");
     Ok(())
 }
@@ -174,7 +177,7 @@ fn huge() -> Result<()> {
     huge_pages(setup.memory)?;
     let mut machine = start(&setup)?;
     check_screen(&mut machine, 1..5)?;
-    // One pin a huge page and piece, and far fewer than pages.
+    // One pin for each huge page and piece, and far fewer than pages.
     let info = machine.screen_buffer()?;
     ensure!(info.pins < info.pages / 4, "{info:?}");
     evidence::no_udmabuf()?;
@@ -301,7 +304,7 @@ fn check_locked(machine: &Machine, setup: &Setup) -> Result<()> {
         "{locked} KiB are locked for {memory} KiB of memory"
     );
     if setup.backend == Backend::Memfd {
-        // Each of the two pins for itself, page by page, and nobody pins anything else.
+        // Each of the two pins page by page, and there are no other pins.
         let buffers = machine.buffers()?;
         let own: u64 = buffers.iter().map(|(_, info)| info.pins).sum();
         ensure!(
@@ -353,7 +356,7 @@ fn vfio_hotplug_and_reset() -> Result<()> {
     nvme.prepare()?;
     let setup = Setup::new("vfio-hotplug");
     let mut machine = start(&setup)?;
-    // The GPU's buffers are there first.
+    // The GPU's buffers exist first.
     check_screen(&mut machine, 1..3)?;
     let before = evidence::pins()?;
     timed("device_add with live buffers", || plug(&mut machine, &nvme))?;
@@ -364,7 +367,7 @@ fn vfio_hotplug_and_reset() -> Result<()> {
     show(&mut machine, &setup)?;
     check_disk_and_screen(&mut machine, 6..8)?;
     check_locked(&machine, &setup)?;
-    // The device goes while buffers live.
+    // The device is unplugged while buffers live.
     machine.qmp.execute("device_del", json!({"id": "disk"}))?;
     timed("device_del until DEVICE_DELETED", || {
         machine.qmp.event("DEVICE_DELETED", Duration::from_secs(60))
@@ -406,7 +409,7 @@ pub fn permit(nvme: Option<&Nvme>, uid: u32) -> Result<()> {
     Ok(())
 }
 
-/// What a sane operator grants for vfio: the guest's memory and a little.
+/// The limit that operators set for vfio: the guest's memory and a little more.
 fn sane_limit(setup: &Setup) -> u64 {
     (setup.memory + 64) << 20
 }
@@ -454,7 +457,7 @@ fn two_machines() -> Result<()> {
     let nvme = Nvme::find()?;
     nvme.prepare()?;
     permit(Some(&nvme), UID)?;
-    // Debian's default limit, and one that vfio needs, under one user.
+    // Debian's default limit, and the limit that vfio needs, for one user.
     let mut small = Setup::new("two-small");
     small.user = Some(User {
         uid: UID,
@@ -484,7 +487,7 @@ fn two_machines() -> Result<()> {
 
 fn has_udmabuf(parameter: &str, value: u64) -> Result<()> {
     let path = format!("/sys/module/udmabuf/parameters/{parameter}");
-    fs::write(&path, value.to_string()).context("this is to run with udmabuf")?;
+    fs::write(&path, value.to_string()).context("this needs a kernel with udmabuf")?;
     let now: u64 = fs::read_to_string(&path)?.trim().parse()?;
     ensure!(now == value, "{parameter} is {now}");
     Ok(())
@@ -500,7 +503,7 @@ pub fn on_udmabuf(name: &str) -> Result<Setup> {
     })
 }
 
-/// Fails unless the screen is not what was drawn.
+/// Fails if the screen is what was drawn.
 fn check_not_shown(machine: &mut Machine) -> Result<()> {
     let expected = machine.draw(1)?;
     let said = match machine.picture() {
@@ -519,7 +522,7 @@ fn check_not_shown(machine: &mut Machine) -> Result<()> {
 
 fn udmabuf_refuses_8k() -> Result<()> {
     let setup = on_udmabuf("udmabuf-1080p")?;
-    // That it works at all.
+    // A small screen works.
     let mut machine = start(&setup)?;
     machine.frames(1..3)?;
     let buffers = evidence::buffers(machine.process())?;
@@ -610,7 +613,7 @@ fn leaving(name: &str, boot: &str, there: fn(&zones::Memory) -> u64) -> Result<(
         pinned.movable + pinned.cma + pages <= pinned.all,
         "the screen's pages lie where nothing may stay pinned"
     );
-    // vfio's pin, while pinbuf's buffers live.
+    // vfio pins while pinbuf's buffers live.
     timed("device_add with live buffers", || plug(&mut machine, &nvme))?;
     check_disk_and_screen(&mut machine, 4..7)?;
     check_locked(&machine, &setup)?;
@@ -629,10 +632,10 @@ fn vfio_then_buffers_movable() -> Result<()> {
     vfio_scenario(Setup::new("movable-vfio"))
 }
 
-/// The memory that the screen left can be taken offline while the screen is live.
+/// The memory that the screen was migrated from can be taken offline while the screen is live.
 fn offline_under_screen() -> Result<()> {
     evidence::no_udmabuf()?;
-    // Some blocks never go, whoever uses them: only those count that do without any buffer.
+    // Some blocks can never be taken offline. Only those count that can be without any buffer.
     let willing = zones::willing_blocks()?;
     note(&format!(
         "{} blocks of ZONE_MOVABLE go offline while there is no buffer: {willing:?}",
@@ -660,7 +663,7 @@ fn offline_under_screen() -> Result<()> {
     machine.quit()
 }
 
-/// For people: a virtual machine with a device passed through, and a picture of its screen.
+/// For the demo: a virtual machine with a passed-through device, and a picture of its screen.
 pub fn demo(picture: &Path) -> Result<()> {
     evidence::no_udmabuf()?;
     let say = |text: &str| println!("  {text}");

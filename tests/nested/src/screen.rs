@@ -34,9 +34,9 @@ impl AsFd for Card {
 impl drm::Device for Card {}
 impl drm::control::Device for Card {}
 
-/// The pixels' memory.
+/// The memory of the pixels.
 enum Memory {
-    /// A dumb buffer of the driver's.
+    /// A dumb buffer of the driver.
     Dumb(DumbMapping<'static>),
     /// The process's own, exported by pinbuf.
     Own(Vec<Page>),
@@ -195,7 +195,7 @@ impl Screen {
         })
     }
 
-    /// Shows a further dumb buffer instead of what there is, which stays.
+    /// Shows another dumb buffer, and keeps the present one.
     pub fn another(&mut self) -> Result<()> {
         let output = Output::find(&self.card)?;
         let (memory, framebuffer, pitch) = dumb(&self.card, self.size())?;
@@ -256,7 +256,7 @@ impl Screen {
         Ok(())
     }
 
-    /// Counts the pixels in its memory that are not this frame's.
+    /// Counts the pixels in its memory that differ from this frame.
     pub fn wrong(&mut self, frame: u32) -> usize {
         let pattern = Pattern {
             width: self.width,
@@ -272,7 +272,7 @@ impl Screen {
             .count()
     }
 
-    /// The page frames that its memory has. It has to be the process's own.
+    /// The page frames of its memory, which has to be the process's own.
     pub fn frames(&mut self) -> Result<Vec<u64>> {
         let pixels = self.memory.pixels();
         let pages = size_of_val(pixels) / PAGE;
@@ -283,7 +283,7 @@ impl Screen {
             .collect()
     }
 
-    /// Tells the driver that all of the screen changed.
+    /// Notifies the driver that all of the screen changed.
     pub fn flush(&self) -> Result<()> {
         let (right, bottom) = (self.width as u16, self.height as u16);
         let all = ClipRect::new(0, 0, right, bottom);
@@ -306,7 +306,7 @@ fn dumb(card: &Card, size: (u32, u32)) -> Result<(Memory, framebuffer::Handle, u
     Ok((Memory::Dumb(mapping), framebuffer, pitch))
 }
 
-/// Memory as a dma-buf of pinbuf's.
+/// A dma-buf of memory, by pinbuf.
 fn export(pages: &[Page]) -> Result<OwnedFd> {
     let device = File::options()
         .read(true)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! An nvme of the outer guest: its data, and passing it on.
+//! An nvme of the outer guest that is passed through: its data, and its change of drivers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use crate::protocol::DiskPlan;
 
 const DEVICES: &str = "/sys/bus/pci/devices";
 
-/// What the disk holds: two parts of 8 MiB.
+/// The disk's contents: two parts of 8 MiB.
 pub const PLAN: DiskPlan = DiskPlan {
     part: 8 << 20,
     read_seed: 11,
@@ -70,7 +70,7 @@ impl Nvme {
         Ok(())
     }
 
-    /// Fills the part that is read inside, and hands the device to vfio.
+    /// Fills the part that the inner guest reads, and binds the device to vfio.
     pub fn prepare(&self) -> Result<()> {
         ensure!(
             self.path().join("iommu_group").exists(),
@@ -86,7 +86,7 @@ impl Nvme {
         self.bind("vfio-pci")
     }
 
-    /// Takes the device back, and compares what was written inside.
+    /// Binds the device to nvme again, and compares what the inner guest wrote.
     pub fn take_back(&self) -> Result<()> {
         self.bind("nvme")?;
         let disk = disk::wait(Duration::from_secs(30))?;
@@ -95,7 +95,7 @@ impl Nvme {
             .context("what the inner guest wrote")
     }
 
-    /// The group's device, which the one who runs QEMU must be able to open.
+    /// The group's device file, which QEMU's user must be able to open.
     pub fn group(&self) -> Result<PathBuf> {
         let group = fs::read_link(self.path().join("iommu_group"))?;
         let number = group.file_name().context("a group without a number")?;

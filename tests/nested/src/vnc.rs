@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! A VNC client that reads the screen: as much of RFB 3.8 as that takes.
+//! A VNC client that reads the screen, with the parts of RFB 3.8 that this needs.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -51,7 +51,7 @@ impl Vnc {
         let mut name = vec![0; name_length as usize];
         vnc.stream.read_exact(&mut name)?;
         vnc.resize(width, height);
-        // 32 bits a pixel, 24 of them used, little-endian, red at bit 16.
+        // 32 bits for each pixel, 24 of them used, little-endian, red at bit 16.
         vnc.stream.write_all(&[
             0, 0, 0, 0, 32, 24, 0, 1, 0, 255, 0, 255, 0, 255, 16, 8, 0, 0, 0, 0,
         ])?;
@@ -80,7 +80,7 @@ impl Vnc {
         };
     }
 
-    /// Asks for the whole screen and reads the answer.
+    /// Requests the whole screen, and reads the answer.
     pub fn picture(&mut self) -> Result<&Picture> {
         let (width, height) = (self.picture.width as u16, self.picture.height as u16);
         let mut request = vec![3, 0, 0, 0, 0, 0];

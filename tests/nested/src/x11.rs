@@ -11,7 +11,7 @@ use anyhow::{bail, ensure, Context, Result};
 
 use crate::picture::Picture;
 
-/// A number that no other server here has.
+/// A display number that no other server in the guest has.
 const NUMBER: u32 = 7;
 
 /// A server that runs.
@@ -54,12 +54,12 @@ impl Server {
         Ok(server)
     }
 
-    /// What programs find it by.
+    /// The value of DISPLAY.
     pub fn display(&self) -> String {
         format!(":{NUMBER}")
     }
 
-    /// What it shows.
+    /// A picture of its screen.
     pub fn picture(&self) -> Result<Picture> {
         parse(&fs::read(self.directory.join("Xvfb_screen0"))?)
     }
@@ -69,13 +69,13 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        // It had no time to clean up.
+        // A killed server leaves these files.
         let _ = fs::remove_file(format!("/tmp/.X11-unix/X{NUMBER}"));
         let _ = fs::remove_file(format!("/tmp/.X{NUMBER}-lock"));
     }
 }
 
-/// Reads the format of X's window dumps, version 7, with 32 bits a pixel.
+/// Reads the format of X's window dumps, version 7, with 32 bits for each pixel.
 fn parse(bytes: &[u8]) -> Result<Picture> {
     let word = |index: usize| -> Result<u32> {
         let bytes = bytes

@@ -13,7 +13,7 @@ use crate::pagemap;
 
 const PAGE: u64 = 4096;
 
-/// Pages of a virtual machine's memory that are there, by place.
+/// The present pages of a virtual machine's memory, by place.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Memory {
     /// All.
@@ -66,7 +66,7 @@ fn movable() -> Result<Vec<Range<u64>>> {
     Ok(ranges)
 }
 
-/// The page numbers of CMA's area, as the kernel's log tells them.
+/// The page frames of CMA's area, according to the kernel's log.
 fn cma() -> Result<Vec<Range<u64>>> {
     let output = Command::new("dmesg").output().context("running dmesg")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -98,7 +98,7 @@ pub fn memory_of(process: u32) -> Result<Memory> {
     Ok(memory)
 }
 
-/// How many pages a block has that can be taken offline.
+/// The number of pages of a block of memory that can be taken offline.
 fn block_size() -> Result<u64> {
     let size = fs::read_to_string("/sys/devices/system/memory/block_size_bytes")?;
     Ok(u64::from_str_radix(size.trim(), 16)? / PAGE)
@@ -113,7 +113,7 @@ fn movable_blocks() -> Result<BTreeSet<u64>> {
         .collect())
 }
 
-/// Those of them that can be taken offline now; they are brought back at once.
+/// The blocks that can be taken offline now; they are put back online at once.
 pub fn willing_blocks() -> Result<BTreeSet<u64>> {
     let mut willing = BTreeSet::new();
     for block in movable_blocks()? {
@@ -138,7 +138,7 @@ pub fn blocks_of(process: u32) -> Result<BTreeMap<u64, u64>> {
     Ok(blocks)
 }
 
-/// Takes a block of memory offline, or brings it back.
+/// Takes a block of memory offline, or puts it back online.
 pub fn set_online(block: u64, online: bool) -> Result<()> {
     let path = format!("/sys/devices/system/memory/memory{block}/state");
     let state = if online { "online_movable" } else { "offline" };
