@@ -83,8 +83,9 @@ struct pinbuf_region {
 /*
  * Allocates zeroed memory of at least len bytes; len need not be a multiple of the page size.
  * Returns 0.
- *   -EINVAL  len is zero, or kind is unknown
- *   -ENOMEM  there is not enough memory, or there are too few free huge pages
+ *   -EINVAL     len is zero, or kind is unknown
+ *   -EOVERFLOW  len is larger than the address space
+ *   -ENOMEM     there is not enough memory, or there are too few free huge pages
  */
 int pinbuf_region_new(struct pinbuf_region *region, size_t len, int kind);
 

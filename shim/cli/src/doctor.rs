@@ -25,10 +25,10 @@ use crate::text::{self, of_path, say};
 
 /// Finds out what keeps pinbuf, or a program on it, from working, and how to fix it.
 ///
-/// The status is 1 if something has to be fixed.
+/// The exit status is 1 if something has to be fixed.
 #[derive(Debug, Args)]
 pub struct Doctor {
-    /// For scripts.
+    /// Prints JSON.
     #[arg(long)]
     json: bool,
     /// A program that should run on pinbuf.
@@ -231,7 +231,7 @@ fn lockdown() -> Finding {
             format!("{text}: an unsigned module is refused"),
             "enroll the key that DKMS signs modules with: `mokutil --import /var/lib/dkms/mok.pub` as root, with a \
              password of your choice; then restart the system, and in the menu of the firmware that appears choose \
-             \"Enroll MOK\" and enter the password. A module that was not built by DKMS is to be signed with a key that is \
+             \"Enroll MOK\" and enter the password. Sign a module that was not built by DKMS with a key that is \
              enrolled",
         )
     } else {
@@ -253,13 +253,13 @@ fn library() -> Finding {
 fn apparmor() -> Finding {
     const WHAT: &str = "AppArmor";
     if !Path::new("/sys/module").exists() {
-        return good(WHAT, "without /sys, nothing says whether it is in use");
+        return good(WHAT, "unknown whether it is in use: there is no /sys");
     }
     if !apparmor::in_use() {
         return good(WHAT, "not in use");
     }
     match apparmor::of_process("self") {
-        None => good(WHAT, "in use, not for us"),
+        None => good(WHAT, "in use, and this shell is not confined"),
         Some(confinement) => allowance(WHAT, "this shell", &confinement),
     }
 }
@@ -302,7 +302,7 @@ fn refusals(pid: Option<u32>) -> Option<Finding> {
     Some(note(
         "kernel log",
         format!("{by} refused: {line}"),
-        "if that is not long ago, see docs/containers.md for the rules",
+        "if this is recent, see docs/containers.md for the rules",
     ))
 }
 
@@ -393,7 +393,8 @@ fn process(pid: u32) -> Vec<Finding> {
     let process = match Process::find(pid) {
         Ok(process) => process,
         Err(error) => {
-            let remedy = "give the number of a process that runs; for others' processes, be root";
+            let remedy =
+                "give the PID of a running process; for processes of other users, run this as root";
             return vec![bad(WHAT, format!("{error:#}"), remedy)];
         }
     };
@@ -542,7 +543,7 @@ fn own_device(process: &Process, who: &str) -> Option<Finding> {
                 node.mode,
                 node.group_name()
             ),
-            "let it have the device's group; in a container of a user's, have the groups kept (podman: `--group-add \
+            "give it the device's group; in a rootless container, keep the user's groups (podman: `--group-add \
              keep-groups`)",
         )),
         Ok(_) => None,

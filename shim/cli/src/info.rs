@@ -18,17 +18,17 @@ use crate::watch::{self, Part};
 
 /// Shows live dma-bufs: who holds them, and what they consist of.
 ///
-/// Of a buffer that is only mapped, /proc does not name the exporter. Root sees it where debugfs is mounted, and also
-/// the buffers that devices hold and no process.
+/// For a buffer that is only mapped, /proc does not name the exporter. Where debugfs is mounted, root sees its exporter,
+/// and also the buffers that only devices hold.
 #[derive(Debug, Args)]
 pub struct Info {
-    /// All dma-bufs of this process, whoever exported them.  [default: pinbuf's, of all processes]
+    /// All dma-bufs of this process, of any exporter.  [default: pinbuf's, of all processes]
     #[arg(long)]
     pid: Option<u32>,
     /// Also other exporters' buffers.
     #[arg(long)]
     all: bool,
-    /// For scripts.
+    /// Prints JSON.
     #[arg(long)]
     json: bool,
 }

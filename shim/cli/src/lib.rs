@@ -26,7 +26,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-/// Run programs on pinbuf, check the setup, list buffers, and measure.
+/// Runs programs on pinbuf, checks the setup, lists buffers, and measures.
 #[derive(Debug, Parser)]
 #[command(name = "pinbuf", version)]
 struct Arguments {

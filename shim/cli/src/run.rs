@@ -23,19 +23,19 @@ use crate::{setup, shim, OWN_ERROR};
 
 /// Runs a program written for udmabuf on pinbuf.
 ///
-/// For it, /dev/udmabuf is /dev/pinbuf. Its limit on locked memory is raised as far as it may be.
-/// The status is the command's; 125 if it could not be started on pinbuf, 126 if it cannot be
+/// The program gets /dev/pinbuf when it opens /dev/udmabuf, and its soft limit on locked memory is raised to the hard limit.
+/// The exit status is the command's; 125 if it could not be started on pinbuf, 126 if it cannot be
 /// executed, 127 if it is not found.
 #[derive(Debug, Args)]
 pub struct Run {
-    /// Writes a line for each buffer to FILE, or to standard error without one.
+    /// Writes a line for each buffer to FILE, or to standard error if no FILE is given.
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "stderr",
           require_equals = true)]
     log: Option<PathBuf>,
-    /// How the command's requests are served; without this, as its file requires.
+    /// How the command's requests are served. By default, this depends on the command's file.
     #[arg(long, value_name = "WAY", value_enum)]
     by: Option<By>,
-    /// Says on standard error how the command is served, and why.
+    /// Prints to standard error how the command is served, and why.
     #[arg(short, long)]
     verbose: bool,
     /// Runs the command with the shim preloaded even if nothing can serve it.
@@ -73,7 +73,7 @@ extern "C" fn note_signals() {
 pub enum By {
     /// By a library that is loaded into it (LD_PRELOAD): all calls by libc of dynamically linked 64-bit programs.
     Preload,
-    /// By a process that the kernel reports its requests to (seccomp): all programs, without set-user-ID.
+    /// By a process to which the kernel reports the requests (seccomp): all programs except set-user-ID ones.
     Supervisor,
     /// By both, for programs that start others of all kinds.
     Both,
@@ -218,7 +218,9 @@ impl Run {
 fn open_device() -> Result<Result<Device, Finding>> {
     match Device::open() {
         Ok(device) => Ok(Ok(device)),
-        Err(Error::TooManyFiles | Error::NoMemory) => bail!("no descriptor is free, or no memory"),
+        Err(Error::TooManyFiles | Error::NoMemory) => {
+            bail!("no descriptor is free (raise `ulimit -n`), or there is not enough memory")
+        }
         Err(_) => {
             let [module, device] = [setup::module(), setup::device()];
             Ok(Err(if module.is_bad() { module } else { device }))

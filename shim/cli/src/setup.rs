@@ -43,7 +43,7 @@ pub fn module() -> Finding {
             return note(
                 "module",
                 format!(
-                    "without /sys and /proc, nothing says whether it is loaded; kernel {release}"
+                    "unknown whether it is loaded: there is no /sys and no /proc; kernel {release}"
                 ),
                 "run `pinbuf doctor` outside of this sandbox",
             )

@@ -18,21 +18,21 @@ use crate::dmabuf::{self, Descriptor};
 use crate::info::{command, copy, processes, size};
 use crate::text::{self, complain};
 
-/// Reports buffers that lose touch with their memory, as it happens.
+/// Reports buffers whose memory is discarded, as it happens.
 ///
-/// The owner of the memory (a virtual machine's monitor, say) has discarded pages under a live buffer: by a
-/// balloon, a hole in the file, munmap or MADV_DONTNEED. Devices and viewers go on with the old pages. A line
-/// is printed for each buffer that has such parts, and for each change, until the command is interrupted. Only
-/// buffers that some process has a descriptor of can be asked.
+/// The owner of the memory, for example a virtual machine monitor, can discard pages under a live buffer: by a
+/// balloon, a hole in the file, munmap or MADV_DONTNEED. Devices and viewers then continue with the old pages. A line
+/// is printed for each buffer that has such parts, and for each change, until the command is interrupted. Buffers of
+/// which no process has a descriptor cannot be checked.
 #[derive(Debug, Args)]
 pub struct Watch {
     /// Buffers of this process only.  [default: of all processes]
     #[arg(long)]
     pid: Option<u32>,
-    /// Seconds between two questions.
+    /// Seconds between two checks.
     #[arg(long, default_value_t = 1.0, value_parser = seconds)]
     interval: f64,
-    /// Ask once.
+    /// Checks once, and ends.
     #[arg(long)]
     once: bool,
     /// For scripts: one JSON object per line.

@@ -69,7 +69,7 @@ pub fn report(device: c_int) {
         let mark = mark(stat.st_ino, discarded, unsure);
         if reported.swap(mark, Ordering::Relaxed) != mark {
             log!(
-                "fd {fd}: the memory of {discarded} of {} bytes was discarded, of {unsure} more perhaps: \
+                "fd {fd}: the memory of {discarded} of {} bytes was discarded, and perhaps that of {unsure} more: \
                  the buffer shows old pages there",
                 info.bytes
             );

@@ -89,7 +89,7 @@ fn open_pinbuf(mut own: c_int, flags: c_int) -> c_int {
         if own >= 0 {
             sys::close(own);
         }
-        log!("/dev/udmabuf is not created: it is there");
+        log!("/dev/udmabuf is not created: it exists");
         set_errno(libc::EEXIST);
         return -1;
     }
@@ -280,7 +280,7 @@ fn request(fd: c_int, number: libc::c_ulong, arg: usize) -> c_int {
     }
     set_errno(own);
     match result {
-        -1 => log!("failed with errno {own}: not by pinbuf's device"),
+        -1 => log!("failed with errno {own}, on another device than pinbuf's"),
         dmabuf => log!("created fd {dmabuf}: by the kernel's udmabuf"),
     }
     result

@@ -58,7 +58,9 @@ impl Answers {
         // What is read of processes by their numbers would be of other ones.
         let ours = std::fs::read_link("/proc/self").context("/proc/self")?;
         if ours != Path::new(&std::process::id().to_string()) {
-            bail!("/proc is that of another namespace of processes: mount it anew (`unshare --mount-proc`)");
+            bail!(
+                "/proc belongs to another PID namespace: mount it again (`unshare --mount-proc`)"
+            );
         }
         let unlimited = Credentials::of("self")?.locks_memory;
         let device = File::from(OwnedFd::from(device));
@@ -178,7 +180,7 @@ impl Answers {
             Err(_) if !listener.is_waiting(call) => return Err(Gone),
             Err(error) => {
                 self.complain(&format!(
-                    "process {} cannot be served, as its descriptors cannot be had: {error}",
+                    "process {} cannot be served, because its descriptors cannot be copied: {error}",
                     call.pid
                 ));
                 return Ok(KERNELS);
