@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! Checks of the source that run none of it: rustfmt, clippy (of user space and of the kernel module), rustdoc,
-//! the kernel's checkpatch for C, and the links and commands of documents.
+//! the crates' packages, the kernel's checkpatch for C, and the links and commands of documents.
 
 mod documents;
 mod sizes;
@@ -20,6 +20,16 @@ use crate::paths;
 /// clippy for the compiler that kernels are built with, what checkpatch is written in, and the checker
 /// of manual pages.
 const PACKAGES: &[&str] = &["mandoc", "perl", "rust-clippy"];
+
+/// The crates that programs and distributions use.
+const CRATES: &[&str] = &[
+    "pinbuf-uapi",
+    "pinbuf-udmabuf",
+    "pinbuf",
+    "pinbuf-preload",
+    "pinbuf-capi",
+    "pinbuf-cli",
+];
 
 /// The manual pages that are written by hand.
 const PAGES: &str = "docs/man";
@@ -58,6 +68,7 @@ pub const CHECKS: &[Check] = &[
     ("clippy.userspace", clippy_userspace),
     ("clippy.driver", clippy_driver),
     ("rustdoc", rustdoc),
+    ("packages", packages),
     ("checkpatch", checkpatch),
     ("documents", documents),
     ("sizes", sizes),
@@ -131,6 +142,36 @@ fn rustdoc() -> Result<Outcome> {
         Outcome::Clean
     } else {
         Outcome::Dirty(text)
+    })
+}
+
+/// `cargo package` makes a package of each crate, with a readme and the licences. Nothing is compiled in its place, and
+/// there is no lock file in it: both need the crates' dependencies on crates.io, where pinbuf is not published.
+fn packages() -> Result<Outcome> {
+    const OPTIONS: [&str; 5] = [
+        "package",
+        "--no-verify",
+        "--exclude-lockfile",
+        "--allow-dirty",
+        "--package",
+    ];
+    let mut complaints = String::new();
+    for name in CRATES {
+        let (well, text) = run(userspace::cargo().args(OPTIONS).arg(name))?;
+        if !well {
+            complaints += &text;
+            continue;
+        }
+        let (_, files) = run(userspace::cargo().args(OPTIONS).args([name, "--list"]))?;
+        for wanted in ["README", "LICENSE-"] {
+            if !files.lines().any(|file| file.starts_with(wanted)) {
+                complaints += &format!("the package of {name} has no {wanted}\n");
+            }
+        }
+    }
+    Ok(match complaints.is_empty() {
+        true => Outcome::Clean,
+        false => Outcome::Dirty(complaints),
     })
 }
 
