@@ -328,6 +328,23 @@ impl From<Device> for OwnedFd {
     }
 }
 
+/// A copy of a descriptor that belongs to others.
+impl TryFrom<BorrowedFd<'_>> for Device {
+    type Error = Error;
+
+    fn try_from(fd: BorrowedFd<'_>) -> Result<Self> {
+        Self::from_fd(crate::dmabuf::copy(fd)?)
+    }
+}
+
+impl TryFrom<OwnedFd> for Device {
+    type Error = Error;
+
+    fn try_from(fd: OwnedFd) -> Result<Self> {
+        Self::from_fd(fd)
+    }
+}
+
 /// A place in a file, in the form that the kernel takes.
 fn backing(file: BorrowedFd<'_>, offset: u64) -> Result<uapi::Backing> {
     check_aligned(offset)?;

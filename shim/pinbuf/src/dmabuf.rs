@@ -200,18 +200,18 @@ impl DmaBuf {
     ///
     /// [`Error::TooManyFiles`].
     pub fn try_clone(&self) -> Result<Self> {
-        match self.0.try_clone() {
-            Ok(fd) => Ok(Self(fd)),
-            Err(error) => Err(copying_failed(&error)),
-        }
+        copy(self.as_fd()).map(Self)
     }
 }
 
-fn copying_failed(error: &std::io::Error) -> Error {
-    let errno = error
-        .raw_os_error()
-        .map_or(Errno::UnknownErrno, Errno::from_raw);
-    Error::system("F_DUPFD_CLOEXEC")(errno)
+/// Another descriptor of the same file.
+pub(crate) fn copy(fd: BorrowedFd<'_>) -> Result<OwnedFd> {
+    fd.try_clone_to_owned().map_err(|error| {
+        let errno = error
+            .raw_os_error()
+            .map_or(Errno::UnknownErrno, Errno::from_raw);
+        Error::system("F_DUPFD_CLOEXEC")(errno)
+    })
 }
 
 impl AsFd for DmaBuf {
@@ -231,8 +231,7 @@ impl TryFrom<BorrowedFd<'_>> for DmaBuf {
     type Error = Error;
 
     fn try_from(fd: BorrowedFd<'_>) -> Result<Self> {
-        let copy = fd.try_clone_to_owned();
-        Self::from_fd(copy.map_err(|error| copying_failed(&error))?)
+        Self::from_fd(copy(fd)?)
     }
 }
 

@@ -37,17 +37,3 @@ pub fn page_size() -> usize {
 pub(crate) fn huge_entry() -> usize {
     page_size() * (page_size() / 8)
 }
-
-/// Whatever a program shares among its threads can be shared.
-#[allow(dead_code, reason = "it is enough that this compiles")]
-fn all_can_be_shared() {
-    fn can_be_shared<T: Send + Sync>() {}
-
-    can_be_shared::<Device>();
-    can_be_shared::<DmaBuf>();
-    can_be_shared::<Mapping<'_>>();
-    can_be_shared::<SyncGuard<'_>>();
-    can_be_shared::<Region>();
-    can_be_shared::<Watch<'_, std::sync::Arc<DmaBuf>>>();
-    can_be_shared::<Error>();
-}
