@@ -30,12 +30,16 @@ impl Target {
         let pidfd = Errno::result(unsafe {
             libc::syscall(libc::SYS_pidfd_open, thread.as_raw(), libc::PIDFD_THREAD)
         });
+        // Owned before the check, so that it is closed also if the thread is gone.
+        // SAFETY: the call has just returned it.
+        let pidfd = pidfd.map(|fd| unsafe { OwnedFd::from_raw_fd(fd as i32) });
         if !listener.is_waiting(call) {
             return Ok(None);
         }
-        // SAFETY: the call has just returned it.
-        let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd? as i32) };
-        Ok(Some(Self { thread, pidfd }))
+        Ok(Some(Self {
+            thread,
+            pidfd: pidfd?,
+        }))
     }
 
     /// The file of a descriptor, which is ours then, whatever becomes of the number.
@@ -86,5 +90,74 @@ impl Target {
     /// The thread's number.
     pub fn number(&self) -> Pid {
         self.thread
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use nix::sys::signal::{kill, Signal};
+    use nix::sys::wait::waitpid;
+    use nix::unistd::pipe;
+    use pinbuf_udmabuf::request;
+
+    use super::*;
+    use crate::supervise::filter::Filter;
+
+    /// A process that waits for the answer to its request. It shares our table of descriptors, so its listener is ours
+    /// as well.
+    fn process_with_a_request() -> (Pid, Listener) {
+        let mut filter = Filter::new(false);
+        let (ours, theirs) = pipe().unwrap();
+        let (mut ours, mut theirs) = (File::from(ours), File::from(theirs));
+        let flags = libc::CLONE_FILES | libc::SIGCHLD;
+        // SAFETY: the child has a copy of this stack, and makes system calls only.
+        let child = Errno::result(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) });
+        let child = child.unwrap() as i32;
+        if child == 0 {
+            let listener = filter.enter().map_or(-1, |listener| {
+                let fd = listener.as_raw_fd();
+                std::mem::forget(listener);
+                fd
+            });
+            let _ = theirs.write_all(&listener.to_ne_bytes());
+            // SAFETY: the supervisor answers for the kernel, and is never given this memory.
+            unsafe { libc::syscall(libc::SYS_ioctl, 0, request::CREATE, 0) };
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(0) }
+        }
+        let mut number = [0; 4];
+        ours.read_exact(&mut number).unwrap();
+        // SAFETY: the child has just made it, and leaves it to us.
+        let listener = unsafe { OwnedFd::from_raw_fd(i32::from_ne_bytes(number)) };
+        (Pid::from_raw(child), Listener::from(listener))
+    }
+
+    /// The number of this process's descriptors that are pidfds.
+    fn pidfds() -> usize {
+        let fds = std::fs::read_dir("/proc/self/fd").unwrap();
+        fds.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok())
+            .filter(|path| path.to_string_lossy().contains("pidfd"))
+            .count()
+    }
+
+    #[test]
+    fn a_process_that_is_killed_costs_no_descriptor() {
+        let (process, listener) = process_with_a_request();
+        let call = listener.receive().unwrap().unwrap();
+        let before = pidfds();
+        let target = Target::of(&call, &listener).unwrap().unwrap();
+        assert_eq!((target.number(), pidfds()), (process, before + 1));
+        drop(target);
+        assert_eq!(pidfds(), before);
+        kill(process, Signal::SIGKILL).unwrap();
+        while listener.is_waiting(&call) {
+            std::thread::yield_now();
+        }
+        // It has not been waited for, so its number is still its own, and has a pidfd.
+        assert!(Target::of(&call, &listener).unwrap().is_none());
+        assert_eq!(pidfds(), before);
+        waitpid(process, None).unwrap();
     }
 }
