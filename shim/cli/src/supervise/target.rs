@@ -134,11 +134,12 @@ mod tests {
         (Pid::from_raw(child), Listener::from(listener))
     }
 
-    /// The number of this process's descriptors that are pidfds.
-    fn pidfds() -> usize {
-        let fds = std::fs::read_dir("/proc/self/fd").unwrap();
-        fds.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok())
-            .filter(|path| path.to_string_lossy().contains("pidfd"))
+    /// The number of our pidfds that refer to a process. (Other tests have pidfds of their own.)
+    fn pidfds(process: Pid) -> usize {
+        let line = format!("Pid:\t{process}");
+        let fds = std::fs::read_dir("/proc/self/fdinfo").unwrap();
+        fds.filter_map(|fd| std::fs::read_to_string(fd.unwrap().path()).ok())
+            .filter(|info| info.lines().any(|other| other == line))
             .count()
     }
 
@@ -146,18 +147,18 @@ mod tests {
     fn a_process_that_is_killed_costs_no_descriptor() {
         let (process, listener) = process_with_a_request();
         let call = listener.receive().unwrap().unwrap();
-        let before = pidfds();
+        assert_eq!(pidfds(process), 0);
         let target = Target::of(&call, &listener).unwrap().unwrap();
-        assert_eq!((target.number(), pidfds()), (process, before + 1));
+        assert_eq!((target.number(), pidfds(process)), (process, 1));
         drop(target);
-        assert_eq!(pidfds(), before);
+        assert_eq!(pidfds(process), 0);
         kill(process, Signal::SIGKILL).unwrap();
         while listener.is_waiting(&call) {
             std::thread::yield_now();
         }
         // It has not been waited for, so its number is still its own, and has a pidfd.
         assert!(Target::of(&call, &listener).unwrap().is_none());
-        assert_eq!(pidfds(), before);
+        assert_eq!(pidfds(process), 0);
         waitpid(process, None).unwrap();
     }
 }
