@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::shim;
 use crate::text::{self, say};
 
-/// Measures creating, mapping and closing buffers, compared with udmabuf if the kernel has it.
+/// Measure creating, mapping and closing buffers, compared with udmabuf if the kernel has it.
 #[derive(Debug, Args)]
 pub struct Bench {
     /// Size of the buffers in MiB. By default, udmabuf takes at most 64 (up to Linux 7.2).
@@ -31,7 +31,7 @@ pub struct Bench {
     /// Number of measurements, of which the medians are shown.
     #[arg(long, value_name = "N", default_value_t = 11)]
     repeat: usize,
-    /// Prints JSON.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
     /// Measures one side, and prints times.

@@ -23,12 +23,12 @@ use crate::setup::{allowance, device, is_loaded, missing, module, of_selinux, re
 use crate::shim;
 use crate::text::{self, of_path, say};
 
-/// Finds out what keeps pinbuf, or a program on it, from working, and how to fix it.
+/// Find out what keeps pinbuf, or a program on it, from working, and how to fix it.
 ///
 /// The exit status is 1 if something has to be fixed.
 #[derive(Debug, Args)]
 pub struct Doctor {
-    /// Prints JSON.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
     /// A program that should run on pinbuf.

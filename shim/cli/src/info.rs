@@ -16,7 +16,7 @@ use crate::dmabuf::{self, Descriptor, Mapping};
 use crate::text::{self, complain, say};
 use crate::watch::{self, Part};
 
-/// Shows live dma-bufs: who holds them, and what they consist of.
+/// Show live dma-bufs: which processes hold them, and what they consist of.
 ///
 /// For a buffer that is only mapped, /proc does not name the exporter. Where debugfs is mounted, root sees its exporter,
 /// and also the buffers that only devices hold.
@@ -28,7 +28,7 @@ pub struct Info {
     /// Also other exporters' buffers.
     #[arg(long)]
     all: bool,
-    /// Prints JSON.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
 }

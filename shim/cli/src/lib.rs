@@ -26,7 +26,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-/// Runs programs on pinbuf, checks the setup, lists buffers, and measures.
+/// Run programs on pinbuf, check the setup, list buffers, and measure.
 #[derive(Debug, Parser)]
 #[command(name = "pinbuf", version)]
 struct Arguments {

@@ -21,24 +21,24 @@ use crate::supervise::{self, Log, Outcome};
 use crate::text::{complain, of_path};
 use crate::{setup, shim, OWN_ERROR};
 
-/// Runs a program written for udmabuf on pinbuf.
+/// Run a program written for udmabuf on pinbuf.
 ///
 /// The program gets /dev/pinbuf when it opens /dev/udmabuf, and its soft limit on locked memory is raised to the hard limit.
 /// The exit status is the command's; 125 if it could not be started on pinbuf, 126 if it cannot be
 /// executed, 127 if it is not found.
 #[derive(Debug, Args)]
 pub struct Run {
-    /// Writes a line for each buffer to FILE, or to standard error if no FILE is given.
+    /// Write a line for each buffer to FILE, or to standard error if no FILE is given.
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "stderr",
           require_equals = true)]
     log: Option<PathBuf>,
     /// How the command's requests are served. By default, this depends on the command's file.
     #[arg(long, value_name = "WAY", value_enum)]
     by: Option<By>,
-    /// Prints to standard error how the command is served, and why.
+    /// Print to standard error how the command is served, and why.
     #[arg(short, long)]
     verbose: bool,
-    /// Runs the command with the shim preloaded even if nothing can serve it.
+    /// Run the command with the shim preloaded even if nothing can serve it.
     #[arg(long, conflicts_with = "by")]
     anyway: bool,
     /// The command and its arguments.

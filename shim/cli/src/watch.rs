@@ -18,7 +18,7 @@ use crate::dmabuf::{self, Descriptor};
 use crate::info::{command, copy, processes, size};
 use crate::text::{self, complain};
 
-/// Reports buffers whose memory is discarded, as it happens.
+/// Report buffers whose memory is discarded, as it happens.
 ///
 /// The owner of the memory, for example a virtual machine monitor, can discard pages under a live buffer: by a
 /// balloon, a hole in the file, munmap or MADV_DONTNEED. Devices and viewers then continue with the old pages. A line
@@ -32,10 +32,10 @@ pub struct Watch {
     /// Seconds between two checks.
     #[arg(long, default_value_t = 1.0, value_parser = seconds)]
     interval: f64,
-    /// Checks once, and ends.
+    /// Check once, and exit.
     #[arg(long)]
     once: bool,
-    /// For scripts: one JSON object per line.
+    /// Print JSON: one object per line.
     #[arg(long)]
     json: bool,
 }
