@@ -7,9 +7,11 @@
 //! ordinary user in the group kvm, with Debian's default limits.
 
 mod bars;
+mod compositor;
 mod containers;
 mod doctor;
 mod evidence;
+mod examples;
 mod info;
 mod libcamera;
 mod process;
@@ -46,6 +48,7 @@ fn tests() -> impl Iterator<Item = &'static Test> + Clone {
         doctor::TESTS,
         info::TESTS,
         watch::TESTS,
+        examples::TESTS,
         containers::TESTS,
         selinux::TESTS,
     ]
