@@ -19,9 +19,41 @@ use crate::debian::arch::Arch;
 use crate::paths;
 use crate::ui::{say, step, Step};
 
-/// The Debian release of all trees: the one whose backports have the kernels, and whose rustc they
-/// are built with.
-const SUITE: &str = "trixie";
+/// A Debian release, which trees are of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Suite {
+    /// The one whose backports have the kernels, and whose rustc they are built with.
+    Stable,
+    /// The newest one whose packages can be installed together, by the name that it has until its release.
+    Testing,
+}
+
+impl Suite {
+    /// As debootstrap and apt call it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Stable => "trixie",
+            Self::Testing => "testing",
+        }
+    }
+
+    /// What the name of a tree ends with.
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Stable => "",
+            Self::Testing => "-testing",
+        }
+    }
+
+    /// What apt's sources list.
+    fn sources(self) -> String {
+        let name = self.name();
+        match self {
+            Self::Stable => format!("{name} {name}-updates {name}-backports"),
+            Self::Testing => name.to_owned(),
+        }
+    }
+}
 
 /// Package lists are fetched again when they are older than this, and when a download fails.
 const LISTS_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -108,6 +140,7 @@ pub struct Tree {
     /// Its root directory.
     pub path: PathBuf,
     name: String,
+    suite: Suite,
 }
 
 impl Tree {
@@ -118,11 +151,13 @@ impl Tree {
 
     /// A tree with these packages and what they depend on.
     pub fn with_packages(name: &str, packages: &[&str]) -> Result<Self> {
-        let base = Self::minimal()?;
-        let tree = Self {
-            path: trees().join(name),
-            name: name.to_owned(),
-        };
+        Self::of_suite(Suite::Stable, name, packages)
+    }
+
+    /// The same of this release.
+    pub fn of_suite(suite: Suite, name: &str, packages: &[&str]) -> Result<Self> {
+        let base = Self::minimal(suite)?;
+        let tree = Self::named(name, suite);
         let key = base.key()?.texts(packages);
         ensure(
             &format!("tree/{name}"),
@@ -141,12 +176,18 @@ impl Tree {
         Ok(tree)
     }
 
-    /// A copy that may be changed, and is made again by each call.
-    pub fn copy(&self, name: &str) -> Result<Self> {
-        let tree = Self {
+    /// The tree of this name, which need not be there yet.
+    fn named(name: &str, suite: Suite) -> Self {
+        Self {
             path: trees().join(name),
             name: name.to_owned(),
-        };
+            suite,
+        }
+    }
+
+    /// A copy that may be changed, and is made again by each call.
+    pub fn copy(&self, name: &str) -> Result<Self> {
+        let tree = Self::named(name, self.suite);
         step(format!("copy of the Debian tree `{}`", self.name), |step| {
             remove(&tree.path)?;
             let mut copy = Command::new("cp");
@@ -209,10 +250,7 @@ impl Tree {
     ///
     /// The scripts of packages cannot run either. What guests need of these is done here.
     pub fn foreign(tools: &Self, name: &str, packages: &[&str], arch: Arch) -> Result<Self> {
-        let tree = Self {
-            path: trees().join(name),
-            name: name.to_owned(),
-        };
+        let tree = Self::named(name, tools.suite);
         let key = tools.key()?.text("1").text(arch.debian()).texts(packages);
         ensure(
             &format!("tree/{name}"),
@@ -237,11 +275,9 @@ impl Tree {
     }
 
     /// The smallest tree, which the others begin as copies of.
-    fn minimal() -> Result<Self> {
-        let tree = Self {
-            path: trees().join("minimal"),
-            name: "minimal".to_owned(),
-        };
+    fn minimal(suite: Suite) -> Result<Self> {
+        let tree = Self::named(&format!("minimal{}", suite.suffix()), suite);
+        let release = suite.name();
         if !nix::unistd::geteuid().is_root() {
             bail!(
                 "this needs root, for debootstrap, chroot and mount: guests and tools are made in \
@@ -249,8 +285,8 @@ impl Tree {
             );
         }
         ensure(
-            "tree/minimal",
-            "smallest Debian tree (debootstrap)",
+            &format!("tree/{}", tree.name),
+            &format!("smallest tree of Debian {release} (debootstrap)"),
             tree.key()?,
             |step| {
                 install_debootstrap(step)?;
@@ -262,7 +298,7 @@ impl Tree {
                     .arg("debootstrap")
                     .args(["--variant=minbase", "--include=ca-certificates"]);
                 command.arg(format!("--keyring={}", mirror.keyring.display()));
-                command.arg(SUITE).arg(&tree.path).arg(&mirror.uri);
+                command.arg(release).arg(&tree.path).arg(&mirror.uri);
                 // debootstrap does not read apt's configuration.
                 for option in &mirror.options {
                     if let Some(proxy) = option.strip_prefix("Acquire::http::Proxy ") {
@@ -271,7 +307,7 @@ impl Tree {
                 }
                 step.run(&mut command, "trees.log").with_context(|| {
                     format!(
-                        "debootstrap could not make a {SUITE} tree from {}",
+                        "debootstrap could not make a {release} tree from {}",
                         mirror.uri
                     )
                 })?;
@@ -287,7 +323,7 @@ impl Tree {
         let mirror = Mirror::of_host()?;
         Ok(Key::new()
             .text("1")
-            .text(SUITE)
+            .text(self.suite.name())
             .text(&mirror.uri)
             .texts(&mirror.options))
     }
@@ -295,6 +331,7 @@ impl Tree {
     /// Gives the tree's apt the host's mirror and options.
     fn configure(&self, mirror: &Mirror) -> Result<()> {
         let uri = &mirror.uri;
+        let suites = self.suite.sources();
         let write = |path: &str, text: &str| {
             fs::write(self.path.join(path), text).with_context(|| format!("writing {path}"))
         };
@@ -306,7 +343,7 @@ impl Tree {
         write(
             "etc/apt/sources.list.d/pinbuf.sources",
             &format!(
-                "Types: deb\nURIs: {uri}\nSuites: {SUITE} {SUITE}-updates {SUITE}-backports\n\
+                "Types: deb\nURIs: {uri}\nSuites: {suites}\n\
                  Components: main\nSigned-By: /usr/share/keyrings/pinbuf-mirror.gpg\n"
             ),
         )?;
@@ -333,10 +370,13 @@ impl Tree {
     /// Fetches the package lists.
     fn update(&self, step: &Step) -> Result<()> {
         let mut command = self.enter(&["apt-get", "update", "--error-on=any"], true)?;
-        step.run(&mut command, "trees.log").context(
-            "apt-get update failed in the tree: is the mirror in /etc/apt reachable, and does it \
-             carry trixie, trixie-updates and trixie-backports?",
-        )?;
+        step.run(&mut command, "trees.log").with_context(|| {
+            format!(
+                "apt-get update failed in the tree: is the mirror in /etc/apt reachable, and does \
+                 it carry {}?",
+                self.suite.sources()
+            )
+        })?;
         fs::write(self.path.join(UPDATED), "").context("noting the time")
     }
 

@@ -16,14 +16,15 @@ use walkdir::WalkDir;
 
 use crate::cache::{self, Key};
 use crate::debian::arch::Arch;
-use crate::debian::tree::{inside, Tree};
+use crate::debian::tree::{inside, Suite, Tree};
 use crate::paths;
 use crate::ui::Step;
 
-/// The images that guests can run on: a name, and the packages beyond a minimal Debian system.
-const IMAGES: &[(&str, &[&str])] = &[
+/// The images that guests can run on: a name, the release, and the packages beyond a minimal Debian system.
+const IMAGES: &[(&str, Suite, &[&str])] = &[
     (
         "base",
+        Suite::Stable,
         &[
             "e2fsprogs",
             "iproute2",
@@ -39,6 +40,7 @@ const IMAGES: &[(&str, &[&str])] = &[
     (
         // For virtual machines inside of the guest.
         "qemu",
+        Suite::Stable,
         &[
             "e2fsprogs",
             "iproute2",
@@ -68,6 +70,7 @@ const IMAGES: &[(&str, &[&str])] = &[
     (
         // The same with the next QEMU.
         "qemu-next",
+        Suite::Stable,
         &[
             "e2fsprogs",
             "iproute2",
@@ -96,6 +99,7 @@ const IMAGES: &[(&str, &[&str])] = &[
     (
         // Programs that use udmabuf, for `tests/clients`.
         "clients",
+        Suite::Stable,
         &[
             "apparmor",
             "bubblewrap",
@@ -123,8 +127,30 @@ const IMAGES: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        // Programs that use udmabuf in Debian's newest release only, for `tests/programs`.
+        "programs",
+        Suite::Testing,
+        &[
+            "gstreamer1.0-gl",
+            "gstreamer1.0-plugins-bad",
+            "gstreamer1.0-plugins-base",
+            "gstreamer1.0-tools",
+            "gtk-4-tests",
+            "kmod",
+            "kwin-wayland",
+            "libcap2-bin",
+            "libgtk-4-bin",
+            "procps",
+            "strace",
+            "udev",
+            "util-linux",
+            "weston",
+        ],
+    ),
+    (
         // Virtual machines that libvirt runs, confined as Debian confines them.
         "libvirt",
+        Suite::Stable,
         &[
             "apparmor",
             "iproute2",
@@ -153,8 +179,8 @@ const LEFT_OUT: &[&str] = &[
 
 /// Makes the image of this name for an architecture, and returns its path.
 pub fn ensure(tools: &Tree, name: &str, arch: Arch) -> Result<PathBuf> {
-    let Some((_, packages)) = IMAGES.iter().find(|(found, _)| *found == name) else {
-        let names: Vec<&str> = IMAGES.iter().map(|(name, _)| *name).collect();
+    let Some((_, suite, packages)) = IMAGES.iter().find(|(found, ..)| *found == name) else {
+        let names: Vec<&str> = IMAGES.iter().map(|(name, ..)| *name).collect();
         bail!(
             "there is no image `{name}`; use one of: {}",
             names.join(", ")
@@ -163,7 +189,7 @@ pub fn ensure(tools: &Tree, name: &str, arch: Arch) -> Result<PathBuf> {
     let name = &format!("{name}{}", arch.suffix());
     let tree_name = format!("guest-{name}");
     let tree = if arch.is_native() {
-        Tree::with_packages(&tree_name, packages)?
+        Tree::of_suite(*suite, &tree_name, packages)?
     } else {
         Tree::foreign(tools, &tree_name, packages, arch)?
     };
