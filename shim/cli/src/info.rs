@@ -330,7 +330,7 @@ fn print(buffers: &[Buffer]) {
             );
             let parts = pinned.discarded.as_deref().unwrap_or_default();
             if !parts.is_empty() {
-                say!("  {}", watch::in_words(parts));
+                say!("  {}", watch::in_words(parts, buffer.bytes));
             }
         }
         for holder in &buffer.holders {

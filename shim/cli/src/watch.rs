@@ -68,9 +68,22 @@ impl From<&Discard> for Part {
     }
 }
 
-/// The parts in words, a few of them: all are in the JSON.
-pub fn in_words(parts: &[Part]) -> String {
+/// The parts of a buffer of this size in words, a few of them: all are in the JSON.
+///
+/// Many programs close the memory's file, or unmap it, once they have the buffer. Then nobody sees other pages,
+/// but neither is any page of the buffer the owner's.
+pub fn in_words(parts: &[Part], size_of_buffer: u64) -> String {
     const SHOWN: usize = 8;
+    if let [Part {
+        state: "discarded",
+        len,
+        ..
+    }] = parts
+    {
+        if *len == size_of_buffer {
+            return "all discarded, as when its memory is unmapped or its file closed".to_owned();
+        }
+    }
     let mut words = Vec::new();
     for (state, verb) in [("discarded", "discarded"), ("unsure", "possibly discarded")] {
         let of: Vec<&Part> = parts.iter().filter(|part| part.state == state).collect();
@@ -173,7 +186,7 @@ impl Watch {
                 .as_deref()
                 .map(|name| format!(" `{name}`"))
                 .unwrap_or_default();
-            let what = match in_words(&change.parts) {
+            let what = match in_words(&change.parts, change.bytes) {
                 words if words.is_empty() => "nothing discarded".to_owned(),
                 words => words,
             };
@@ -234,20 +247,26 @@ mod tests {
     #[test]
     fn parts_in_words() {
         let part = |offset, len, state| Part { offset, len, state };
-        assert_eq!(in_words(&[]), "");
+        assert_eq!(in_words(&[], 0x9000), "");
         assert_eq!(
-            in_words(&[
-                part(0x1000, 0x1000, "discarded"),
-                part(0x4000, 0x2000, "unsure"),
-                part(0x8000, 0x1000, "discarded"),
-            ]),
+            in_words(
+                &[
+                    part(0x1000, 0x1000, "discarded"),
+                    part(0x4000, 0x2000, "unsure"),
+                    part(0x8000, 0x1000, "discarded"),
+                ],
+                0x9000
+            ),
             "8 KiB discarded: 0x1000-0x2000, 0x8000-0x9000; \
              8 KiB possibly discarded: 0x4000-0x6000"
         );
         let many: Vec<Part> = (0..20)
             .map(|page| part(page * 0x2000, 0x1000, "discarded"))
             .collect();
-        assert!(in_words(&many).ends_with("0xe000-0xf000, 12 more"));
+        assert!(in_words(&many, 0x28000).ends_with("0xe000-0xf000, 12 more"));
+        let all = |state| in_words(&[part(0, 0x3000, state)], 0x3000);
+        assert!(all("discarded").starts_with("all discarded, as when"));
+        assert_eq!(all("unsure"), "12 KiB possibly discarded: 0x0-0x3000");
     }
 
     #[test]

@@ -67,7 +67,13 @@ pub fn report(device: c_int) {
         }
         let Ok(stat) = sys::fstat(fd) else { continue };
         let mark = mark(stat.st_ino, discarded, unsure);
-        if reported.swap(mark, Ordering::Relaxed) != mark {
+        if reported.swap(mark, Ordering::Relaxed) == mark {
+            continue;
+        }
+        if discarded == info.bytes {
+            // Many programs do so as soon as they have the buffer. Then nobody sees other pages.
+            log!("fd {fd}: all of its {discarded} bytes were discarded, or their file was closed");
+        } else {
             log!(
                 "fd {fd}: the memory of {discarded} of {} bytes was discarded, and perhaps that of {unsure} more: \
                  the buffer shows old pages there",
