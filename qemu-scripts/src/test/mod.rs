@@ -399,7 +399,7 @@ impl Test {
             _ if !built => counts.failed = usize::from(said),
             Work::Guest(job) => counts = self.guest(job),
             Work::Screen => counts = show(),
-            Work::Packages => counts = install_packages(),
+            Work::Packages => counts = install_packages(&self.filter),
             Work::Planted => counts = self.planted(),
             Work::Host(_) => {}
         }
@@ -636,11 +636,11 @@ fn show() -> Counts {
 }
 
 /// The Debian packages, on a machine of their own.
-fn install_packages() -> Counts {
+fn install_packages(filters: &[String]) -> Counts {
     say(&format!("== {PACKAGES}: tests/packages/run"));
     let start = Instant::now();
     let mut counts = Counts::default();
-    match packages::test() {
+    match packages::test(filters) {
         Ok(reports) => {
             for (step, report) in reports {
                 counts.passed += report.passed.len();

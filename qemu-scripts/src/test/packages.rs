@@ -27,12 +27,14 @@ use crate::ui::{say, seconds, step, Step};
 const PACKAGES: &[&str] = &[
     "acl",
     "apparmor",
+    "bash-completion",
     "bc",
     "bindgen",
     "bison",
     "dbus",
     "dkms",
     "dwarves",
+    "fish",
     "flex",
     "gcc-14",
     "grub-efi-amd64-bin",
@@ -58,6 +60,7 @@ const PACKAGES: &[&str] = &[
     "systemd-sysv",
     "udev",
     "xz-utils",
+    "zsh",
     "zstd",
 ];
 
@@ -97,13 +100,24 @@ const STARTS: &[(&str, Firmware, u64)] = &[
     ("purged", Firmware::Plain, 1200),
 ];
 
+/// The step before them, in the tree that the disk is made of.
+const IN_TREE: &str = "chroot";
+
 /// Everything that the row makes; what it needs again is in caches elsewhere.
 fn place() -> PathBuf {
     paths::build().join("packages")
 }
 
-/// Runs all steps, and returns what each reported.
-pub fn test() -> Result<Vec<(String, Report)>> {
+/// Runs all steps, and returns what each reported. Each needs those before it: with filters, the last step is the
+/// last one that a filter names.
+pub fn test(filters: &[String]) -> Result<Vec<(String, Report)>> {
+    let wanted = |name: &str| filters.iter().any(|part| name.contains(part.as_str()));
+    let starts = match STARTS.iter().rposition(|(name, ..)| wanted(name)) {
+        Some(last) => &STARTS[..=last],
+        None if filters.is_empty() => STARTS,
+        None if wanted(IN_TREE) => &[],
+        None => bail!("no step has such a name; tests/packages/run has the names"),
+    };
     let tools = Tree::tools()?;
     tools.require("disks", DISK_TOOLS)?;
     remove(&place())?;
@@ -119,11 +133,14 @@ pub fn test() -> Result<Vec<(String, Report)>> {
     let tree = machine(first, second, &media)?;
     let mut reports = Vec::new();
     let in_tree = step("packages in a Debian tree", |_| in_tree(&tree))?;
-    reports.push(("chroot".to_owned(), in_tree));
-    step("disk of a machine", |step| {
-        disk(&tools, step, &tree, &first.release)
-    })?;
-    for &(name, firmware, limit) in STARTS {
+    reports.push((IN_TREE.to_owned(), in_tree));
+    if !starts.is_empty() {
+        step("disk of a machine", |step| {
+            disk(&tools, step, &tree, &first.release)
+        })?;
+    }
+    remove(&tree.path)?;
+    for &(name, firmware, limit) in starts {
         let start = Instant::now();
         let report = boot(&tools, name, firmware, Duration::from_secs(limit))
             .with_context(|| format!("the step `{name}`"))?;
@@ -155,49 +172,26 @@ fn build(version: &str, target: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A copy of the machine's tree, and the packages of its second kernel in `media`.
+/// A copy of the machine's tree, and in `media` the packages of the kernels that it gets later.
 fn machine(first: &Stock, second: &Stock, media: &Path) -> Result<Tree> {
-    let (image, headers) = (
-        format!("linux-image-{}", first.release),
-        format!("linux-headers-{}", first.release),
-    );
+    let packages_of =
+        |kernel: &str| ["image", "headers"].map(|kind| format!("linux-{kind}-{kernel}"));
+    let of_first = packages_of(&first.release);
     let mut packages = PACKAGES.to_vec();
-    // Debian's own kernel has no Rust.
-    packages.extend([
-        image.as_str(),
-        headers.as_str(),
-        "linux-image-cloud-amd64/trixie",
-        "linux-headers-cloud-amd64/trixie",
-    ]);
+    packages.extend(of_first.iter().map(String::as_str));
     let whole = Tree::with_packages("guest-disk", &packages)?;
     let tree = whole.copy("packages-machine")?;
-    let kernels = media.join("kernel");
-    fs::create_dir_all(kernels.join("partial"))?;
-    let archives = format!("Dir::Cache::archives={}", inside(&kernels)?);
-    let mut command = tree.network(&[
-        "apt-get",
-        "install",
-        "--yes",
-        "--download-only",
-        "--no-install-recommends",
-        "-o",
-        &archives,
-        &format!("linux-image-{}", second.release),
-        &format!("linux-headers-{}", second.release),
-    ])?;
-    step("packages of a second kernel", |step| {
-        step.run(&mut command, "deb.log")
-    })?;
-    remove(&kernels.join("partial"))?;
-    let modules = fs::read_dir(tree.path.join("usr/lib/modules"))?;
-    let without = modules
+    download(&tree, &media.join("kernel"), &packages_of(&second.release))?;
+    // Debian's own kernel has no Rust.
+    let without = media.join("without");
+    download(&tree, &without, &packages_of("cloud-amd64/trixie"))?;
+    let release = fs::read_dir(&without)?
         .flatten()
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .find(|release| *release != first.release)
-        .context("the tree has one kernel only")?;
+        .find_map(|entry| release_of(&entry.file_name().to_string_lossy()))
+        .context("no kernel was downloaded from trixie")?;
     fs::write(
         media.join("kernels"),
-        format!("{}\n{}\n{without}\n", first.release, second.release),
+        format!("{}\n{}\n{release}\n", first.release, second.release),
     )?;
     for name in ["run", "hold.c"] {
         fs::copy(
@@ -208,13 +202,35 @@ fn machine(first: &Stock, second: &Stock, media: &Path) -> Result<Tree> {
     Ok(tree)
 }
 
+/// The kernel's release, if this is the file of its package, and not that of a package that depends on the newest.
+fn release_of(file: &str) -> Option<String> {
+    let (release, _) = file.strip_prefix("linux-image-")?.split_once('_')?;
+    release
+        .starts_with(|first: char| first.is_ascii_digit())
+        .then(|| release.to_owned())
+}
+
+/// Downloads packages, and those that they depend on and the tree lacks, into a directory.
+fn download(tree: &Tree, directory: &Path, packages: &[String]) -> Result<()> {
+    fs::create_dir_all(directory.join("partial"))?;
+    let archives = format!("Dir::Cache::archives={}", inside(directory)?);
+    let mut arguments = vec!["apt-get", "install", "--yes", "--download-only"];
+    arguments.extend(["--no-install-recommends", "-o", &archives]);
+    arguments.extend(packages.iter().map(String::as_str));
+    let mut command = tree.network(&arguments)?;
+    step(format!("packages {}", packages.join(", ")), |step| {
+        step.run(&mut command, "deb.log")
+    })?;
+    remove(&directory.join("partial"))
+}
+
 /// What is installed and purged in the tree.
 fn in_tree(tree: &Tree) -> Result<Report> {
     // Trees share their cache of packages.
     let _lock = lock("apt")?;
     let media = inside(&place().join("media"))?;
     let output = tree
-        .network(&[&format!("{media}/run"), "chroot"])?
+        .network(&[&format!("{media}/run"), IN_TREE])?
         .env("PINBUF_MEDIA", &media)
         .output()?;
     let text = String::from_utf8_lossy(&output.stdout);
@@ -292,7 +308,7 @@ fn disk(tools: &Tree, step: &Step, tree: &Tree, kernel: &str) -> Result<()> {
     ] {
         step.run(&mut tools.command(arguments)?, "deb.log")?;
     }
-    remove(&tree.path)
+    Ok(())
 }
 
 /// Starts the machine, and returns what the step in it reported.
