@@ -28,7 +28,9 @@ fn main() {
             ports::send(&mut control, &Event::Failed(format!("{error:#}")))
         });
         if let Err(error) = reported {
-            log(&format!("and the host cannot be told: {error:#}"));
+            log(&format!(
+                "and this cannot be reported to the host: {error:#}"
+            ));
         }
     }
     log(END_MARK);

@@ -96,7 +96,7 @@ pub fn machine(arch: Arch) -> &'static str {
     }
 }
 
-/// What the kernel has to be told of it.
+/// Parameters of the kernel's command line for this machine.
 pub fn cmdline(arch: Arch) -> &'static str {
     match arch {
         Arch::Amd64 => "console=ttyS0 no_timer_check tsc=reliable",

@@ -15,17 +15,16 @@ use anyhow::{bail, Context, Result};
 use crate::image::userspace;
 use crate::paths;
 
-/// Whose tests they are.
+/// The packages whose tests run.
 const PACKAGES: &[&str] = &["pinbuf", "pinbuf-preload", "pinbuf-pure"];
 
-/// With a target named, what runs on the host while it compiles is left alone.
+/// With a target named, build scripts and procedural macros are compiled without the sanitizer.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// The option. Stable compilers have it, too, and take it when they are told to
-/// (`RUSTC_BOOTSTRAP`); how the code is compiled but for that is not changed.
+/// The option. Stable compilers accept it with `RUSTC_BOOTSTRAP`, which changes nothing else in how the code is compiled.
 const OPTION: &str = "-Zsanitizer=address";
 
-/// What AddressSanitizer says of [`FAULTY`].
+/// AddressSanitizer's report on [`FAULTY`].
 const FOUND: &str = "heap-use-after-free";
 
 /// A program with an error that the sanitizer has to report.

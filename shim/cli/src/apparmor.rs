@@ -90,7 +90,7 @@ pub struct Confinement {
     pub mode: String,
 }
 
-/// What a profile says of a file.
+/// What a profile allows for a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Allowed {
     /// Opening it for reading and writing.

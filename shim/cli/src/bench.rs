@@ -41,7 +41,7 @@ pub struct Bench {
     memory: Option<Memory>,
 }
 
-/// Who makes the buffers.
+/// The exporter, and the way to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Side {

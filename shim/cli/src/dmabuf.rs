@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What /proc says of processes' dma-bufs.
+//! Processes' dma-bufs, according to /proc.
 //!
 //! A name alone proves nothing: a file `/dmabuf:x` may exist, and the name of a buffer, which is the last field of its
 //! fdinfo, may contain lines that look like fields.

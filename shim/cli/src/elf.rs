@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{bail, ensure, Context, Result};
 
-/// What a program's file says of itself.
+/// The headers of a program's file, as far as they matter here.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Elf {
     /// It is for 32-bit systems (also x32); nothing else is known of it then.

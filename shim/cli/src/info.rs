@@ -64,7 +64,7 @@ struct Holder {
     mapped: Vec<(String, u64)>,
 }
 
-/// What pinbuf tells of it.
+/// The result of `PINBUF_INFO`.
 #[derive(Debug, Serialize)]
 struct Pinned {
     pages: u64,

@@ -264,7 +264,7 @@ pub fn of_selinux(what: &'static str, pid: &str, who: &str) -> Option<Finding> {
     })
 }
 
-/// What a profile means for who is confined by it.
+/// The finding for a process that a profile confines.
 pub fn allowance(what: &'static str, who: &str, confinement: &Confinement) -> Finding {
     const RULES: &str = "its profile (for libvirt's machines: \
                         /etc/apparmor.d/abstractions/libvirt-qemu.d/pinbuf) must have \

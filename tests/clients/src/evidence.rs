@@ -36,7 +36,7 @@ pub fn has_device(process: u32) -> Result<bool> {
 }
 
 /// The dma-bufs that a process has open, each once, as descriptors of our own.  Each must be
-/// pinbuf's: by the exporter's name, and by what the driver itself says of it.
+/// pinbuf's: by the exporter's name, and by `PINBUF_INFO`.
 pub fn buffers(process: u32) -> Result<Vec<Buffer>> {
     let device = Device::open()?;
     let mut seen = Vec::new();

@@ -71,7 +71,7 @@ fn doctor_names_the_rights_that_are_missing() -> Result<()> {
         "bad",
         "semanage fcontext -a -t kvm_device_t /dev/pinbuf",
     )?;
-    // A process in that domain, and what the log says of the attempt.
+    // A process in that domain, and the log of the attempt.
     let findings = Running::echo(&confined("cat"), true)?.findings()?;
     findings.expect("process", "bad", text)?;
     findings.expect("SELinux", "good", "context user_u:any_r:kernel_t")?;

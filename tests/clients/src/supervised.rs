@@ -451,7 +451,7 @@ fn ends_where_the_end_of_children_is_ignored() -> Result<()> {
     Ok(())
 }
 
-/// What `/proc` says of a number there is of another process: its user, limits, and memory.
+/// In such a `/proc`, the numbers are those of other processes, with another user, limits, and memory.
 fn refuses_a_proc_of_another_namespace() -> Result<()> {
     let start = |mount: &[&'static str]| {
         let words = ["unshare", "--pid", "--fork"].iter().chain(mount);

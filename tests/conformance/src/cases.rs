@@ -74,7 +74,7 @@ pub(crate) struct Spec {
     pub(crate) seals: c_int,
     pub(crate) mode: c_int,
     pub(crate) mapped: Mapped,
-    /// Pages get a number each, so that their order can be told.
+    /// Each page contains its number, so that their order can be checked.
     pub(crate) filled: bool,
 }
 
@@ -237,7 +237,7 @@ pub(crate) fn device() -> Result<c_int> {
     open(u::DEVICE, libc::O_RDWR).context("opening /dev/udmabuf")
 }
 
-/// What `fstat` says of a descriptor.
+/// The result of `fstat`.
 fn status(fd: c_int) -> Result<libc::stat> {
     let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
     // SAFETY: room for the result.
@@ -246,7 +246,7 @@ fn status(fd: c_int) -> Result<libc::stat> {
     Ok(unsafe { stat.assume_init() })
 }
 
-/// What `stat` says of the device.
+/// The result of `stat` of the device.
 fn named() -> Result<libc::stat> {
     let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
     // SAFETY: a terminated string, and room for the result.

@@ -14,7 +14,7 @@ use crate::canvas::Canvas;
 /// Where pinbuf is.
 const DEVICE: &str = "/dev/pinbuf";
 
-/// A dma-buf and what pinbuf tells of it.
+/// A dma-buf and its `PINBUF_INFO`.
 pub struct Export {
     buffer: OwnedFd,
     info: Info,
@@ -76,7 +76,7 @@ impl Export {
         Ok(Self { buffer, info })
     }
 
-    /// What pinbuf tells of it.
+    /// The result of `PINBUF_INFO`.
     pub fn info(&self) -> Info {
         self.info
     }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 /// One input.
 #[derive(Arbitrary, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Input {
-    /// Who calls.
+    /// The process that calls.
     pub caller: Caller,
     /// The memory that there is at first: one slot each, adjacent.
     pub memory: Vec<Region>,
@@ -20,7 +20,7 @@ pub struct Input {
     pub operations: Vec<Operation>,
 }
 
-/// Who calls.
+/// The process that calls.
 #[derive(Arbitrary, Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Caller {
     /// As which user.
@@ -485,7 +485,7 @@ impl<'a> Arbitrary<'a> for Sharing {
     }
 }
 
-/// What `madvise` is told about a mapping.
+/// Advice for a mapping (`madvise`).
 #[derive(Arbitrary, Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names of madvise(2)")]
 pub enum Advice {

@@ -551,7 +551,9 @@ fn udmabuf_stale_fragmented() -> Result<()> {
     let trace = evidence::ListTrace::start()?;
     show_fragmented(&mut machine, &setup)?;
     let items = trace.end()?;
-    note(&format!("QEMU named so many items to udmabuf: {items:?}"));
+    note(&format!(
+        "numbers of items in QEMU's requests to udmabuf: {items:?}"
+    ));
     let most = items.iter().copied().max().unwrap_or(0);
     ensure!(most > 1024, "that is not more than 1024");
     for frame in 4..7 {

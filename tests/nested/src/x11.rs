@@ -87,7 +87,7 @@ fn parse(bytes: &[u8]) -> Result<Picture> {
     let [byte_order, bits, stride, colours] = [word(7)?, word(11)?, word(12)?, word(19)?];
     ensure!(
         (version, byte_order, bits) == (7, 0, 32),
-        "version {version}, byte order {byte_order}, {bits} bits a pixel"
+        "version {version}, byte order {byte_order}, {bits} bits for each pixel"
     );
     let start = header as usize + colours as usize * 12;
     let rows = bytes

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Which parts of a buffer the memory's owner does not see any more: `PINBUF_DISCARDS`, and what
-//! `PINBUF_INFO` says of them.
+//! Which parts of a buffer the memory's owner does not see any more: `PINBUF_DISCARDS` and
+//! `PINBUF_INFO`.
 
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};

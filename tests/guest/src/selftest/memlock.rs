@@ -80,7 +80,7 @@ fn too_many(device: &Device, memory: &Memory, pages: usize, when: &str) -> Resul
     Ok(())
 }
 
-/// A child that holds a buffer until it is told to end.
+/// A child that holds a buffer until it gets the message to end.
 struct Holder {
     link: Link,
     child: Child,

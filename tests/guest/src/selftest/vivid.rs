@@ -27,7 +27,7 @@ tests! { "vivid":
 
 const WIDTH: u32 = 320;
 const HEIGHT: u32 = 180;
-/// Two bytes a pixel.
+/// The bytes of a row: two for each pixel.
 const ROW: usize = WIDTH as usize * 2;
 const CAPTURE: u32 = 1;
 const MEMORY_DMABUF: u32 = 4;

@@ -144,7 +144,7 @@ impl Device {
         Ok(all)
     }
 
-    /// All that `PINBUF_INFO` says of a buffer.
+    /// The result of `PINBUF_INFO` for a buffer.
     pub fn describe(&self, buffer: &Buffer) -> Result<Info> {
         self.info(buffer.as_fd().as_raw_fd()).context("PINBUF_INFO")
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Which page frames memory lies in, and what the kernel says of these: zones, CMA areas, memory
-//! blocks, flags.
+//! The page frames of memory, and the kernel's data about them: zones, CMA areas, memory blocks,
+//! flags.
 
 use std::fs::File;
 use std::ops::Range;
@@ -14,7 +14,7 @@ use super::{kernel, Memory, PAGE};
 /// The number of a page frame.
 pub type Pfn = u64;
 
-/// What `/proc/self/pagemap` says of a page.
+/// A page's entry of `/proc/self/pagemap`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
     /// Nothing there.

@@ -4,8 +4,8 @@
 //!
 //! `Documentation/fault-injection/fault-injection.rst` of the kernel describes it. A number written to
 //! a task's `fail-nth` counts down whenever that task comes to a place where a fault can be
-//! injected, and at the last one it is. All kinds of faults count down the same number; here one
-//! kind at a time does, as the others are told to look for callers that there are not.
+//! injected, and at the last one it is. All kinds of faults count down the same number. Here, one
+//! kind at a time does: the others are limited to callers that do not exist.
 //!
 //! What follows is left to probability, which is nought or certainty here: so either that one fault
 //! is injected, or it and all that come after it in the call. Much is tried again in another way when

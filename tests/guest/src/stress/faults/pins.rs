@@ -87,7 +87,7 @@ fn refused(calls: usize, errors: &[Errno]) -> Allowed<'_> {
     }
 }
 
-/// All failures, with what the contract says of each. `calls` is the minimum number of calls that the driver
+/// All failures, with the errors that the contract allows for each. `calls` is the minimum number of calls that the driver
 /// needs.
 fn contract(calls: usize) -> Vec<(Failure, Allowed<'static>)> {
     const EFAULT: &[Errno] = &[Errno::EFAULT];
