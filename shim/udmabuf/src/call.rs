@@ -10,7 +10,7 @@ use pinbuf_uapi as uapi;
 use crate::buffer::Buffer;
 use crate::plan::{File, Piece, Plan};
 use crate::request::{self, INLINE_ITEMS};
-use crate::spans::Spans;
+use crate::spans::{self, Spans};
 use crate::sys::{self, Errno, Result};
 use crate::window::Window;
 
@@ -38,10 +38,15 @@ pub fn each_part(
     mut then: impl FnMut(Piece, Option<u64>) -> Result<()>,
 ) -> Result<()> {
     let files: &[File] = &plan.files;
+    let (mut file, mut spans) = (usize::MAX, &[][..]);
     for mut rest in plan.pieces() {
-        let id = files[rest.file].id;
+        // Most pieces are of the same file as the piece before.
+        if rest.file != file {
+            file = rest.file;
+            spans = mapped.of(files[file].id);
+        }
         while rest.len > 0 {
-            let (address, reach) = mapped.at(id, rest.offset);
+            let (address, reach) = spans::at(spans, rest.offset);
             let len = rest.len.min(reach);
             then(Piece { len, ..rest }, address)?;
             rest.offset += len;

@@ -146,9 +146,15 @@ impl Plan {
         self.bytes = total(&self.items, sys::page_size())?;
         let items: &mut [Item] = &mut self.items;
         let mut kept = 0;
+        let mut last = None;
         for i in 0..items.len() {
             let mut item = items[i];
-            let (place, size) = self.files.find(item.memfd)?;
+            // Most items name the same file as the item before.
+            let (place, size) = match last {
+                Some((fd, file)) if fd == item.memfd => file,
+                _ => self.files.find(item.memfd)?,
+            };
+            last = Some((item.memfd, (place, size)));
             check_extent(&item, size)?;
             item.memfd = place;
             if kept > 0 {

@@ -97,22 +97,33 @@ impl Spans {
         self.0.truncate(kept);
     }
 
-    /// The address at which the byte `offset` of the file is mapped, if it is, and for how many bytes
-    /// that answer holds.
-    #[inline]
+    /// The spans of a file.
+    pub fn of(&self, id: FileId) -> &[Span] {
+        let first = self.0.partition_point(|span| span.id < id);
+        let end = self.0.partition_point(|span| span.id <= id);
+        &self.0[first..end]
+    }
+
+    /// [`at`] for the spans of the file `id`.
     pub fn at(&self, id: FileId, offset: u64) -> (Option<u64>, u64) {
-        let spans: &[Span] = &self.0;
-        let behind = spans.partition_point(|span| (span.id, span.offset) <= (id, offset));
-        if let Some(span) = behind.checked_sub(1).map(|before| &spans[before]) {
-            if span.id == id && offset < span.end() {
-                let address = span.addr.wrapping_add(offset - span.offset);
-                return (Some(address), span.end() - offset);
-            }
+        at(self.of(id), offset)
+    }
+}
+
+/// The address at which the byte `offset` of a file is mapped, if it is, and for how many bytes that
+/// answer holds. `spans` are those of the file ([`Spans::of`]).
+#[inline]
+pub fn at(spans: &[Span], offset: u64) -> (Option<u64>, u64) {
+    let behind = spans.partition_point(|span| span.offset <= offset);
+    if let Some(span) = behind.checked_sub(1).map(|before| &spans[before]) {
+        if offset < span.end() {
+            let address = span.addr.wrapping_add(offset - span.offset);
+            return (Some(address), span.end() - offset);
         }
-        match spans.get(behind).filter(|next| next.id == id) {
-            Some(next) => (None, next.offset - offset),
-            None => (None, u64::MAX - offset),
-        }
+    }
+    match spans.get(behind) {
+        Some(next) => (None, next.offset - offset),
+        None => (None, u64::MAX - offset),
     }
 }
 
