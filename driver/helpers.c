@@ -113,12 +113,6 @@ struct folio *pinbuf_page_folio(struct page *page)
 	return page_folio(page);
 }
 
-unsigned long pinbuf_folio_page_idx(const struct folio *folio,
-				    const struct page *page)
-{
-	return folio_page_idx(folio, page);
-}
-
 unsigned long pinbuf_folio_nr_pages(const struct folio *folio)
 {
 	return folio_nr_pages(folio);

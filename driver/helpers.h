@@ -38,8 +38,6 @@ struct page *pinbuf_pfn_to_page(unsigned long pfn);
 void *pinbuf_page_address(const struct page *page);
 bool pinbuf_is_page_hwpoison(const struct page *page);
 struct folio *pinbuf_page_folio(struct page *page);
-unsigned long pinbuf_folio_page_idx(const struct folio *folio,
-				    const struct page *page);
 unsigned long pinbuf_folio_nr_pages(const struct folio *folio);
 bool pinbuf_folio_test_hugetlb(const struct folio *folio);
 bool pinbuf_folio_mapped(const struct folio *folio);

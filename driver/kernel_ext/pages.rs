@@ -57,9 +57,15 @@ impl PageArray {
     /// The frame of a page.
     #[inline]
     fn pfn(self, page: NonNull<bindings::page>) -> Pfn {
-        // All pages are in the array: this does not wrap.
-        (page.as_ptr() as usize).wrapping_sub(self.0 as usize) / size_of::<bindings::page>()
+        distance(self.0, page.as_ptr())
     }
+}
+
+/// The number of pages from `first` to `page` in the array of all pages.
+#[inline]
+fn distance(first: *const bindings::page, page: *const bindings::page) -> usize {
+    // `page` is not before `first`: this does not wrap.
+    (page as usize).wrapping_sub(first as usize) / size_of::<bindings::page>()
 }
 
 /// The address space of the current task. A value proves that the task has one, unlike a kernel
@@ -120,8 +126,8 @@ pub(crate) fn pin_user_pages(
     // SAFETY: `slots` has room for `max` pointers, and the current task has an address space.
     let pinned =
         unsafe { bindings::pin_user_pages_fast(addr, max as c_int, flags as c_uint, slots) };
-    to_result(pinned)?;
-    if pinned == 0 {
+    if pinned <= 0 {
+        to_result(pinned)?;
         return Err(EAGAIN);
     }
     // SAFETY: GUP wrote `pinned` pointers to pages, each of which it pinned once. The pins now
@@ -166,6 +172,7 @@ impl PagePin {
     /// the folio equals the index of its address in the huge page, then the folio's other pages
     /// were mapped at the neighbouring addresses when this one was pinned. Transparent huge pages
     /// are mapped and owned page by page.
+    #[inline(never)] // Once per batch: kept out of the loop over pages.
     pub(crate) fn into_folio_pin(self, addr: usize) -> Result<FolioPin, Self> {
         let folio = self.folio();
         if !folio.is_hugetlb() {
@@ -326,9 +333,9 @@ impl Folio<'_> {
     }
 
     /// The index of a page in this folio, which contains it.
+    #[inline]
     pub(crate) fn place_of(self, pin: &PagePin) -> usize {
-        // SAFETY: Both are valid, by their type invariants; only an address is computed.
-        unsafe { ffi::pinbuf_folio_page_idx(self.0.as_ptr(), pin.0.as_ptr()) }
+        distance(self.0.as_ptr().cast(), pin.0.as_ptr())
     }
 
     /// Whether the folio's page `place` is the page `index` of a file. The result may be outdated
@@ -544,7 +551,7 @@ unsafe fn left_in_folio(page: *mut bindings::page) -> usize {
     // SAFETY: By the function's requirements.
     unsafe {
         let folio = ffi::pinbuf_page_folio(page);
-        ffi::pinbuf_folio_nr_pages(folio) - ffi::pinbuf_folio_page_idx(folio, page)
+        ffi::pinbuf_folio_nr_pages(folio) - distance(folio.cast(), page)
     }
 }
 

@@ -70,18 +70,21 @@ pub(crate) fn pin(
         rest: Rest::new(),
         charge,
         patience: Patience::new(),
-        batch: KVec::new(),
         hugetlb: true,
         work: 0,
         array: PageArray::get(),
     };
+    let mut batch = KVec::new();
     let mut files = Files(None);
     for part in parts {
         let backing = match part.backing {
-            Some((fd, page)) => Some((FileMapping::of(files.get(fd)?), page)),
+            Some((fd, page)) => {
+                let file = FileMapping::of(files.get(fd)?);
+                Some((file, page.wrapping_sub(pinner.held.extents().pages())))
+            }
             None => None,
         };
-        pinner.pin_part(part.addr, part.pages, backing)?;
+        pinner.pin_part(part.addr, part.pages, backing, &mut batch)?;
     }
     let rest = pinner.rest.finish(pinner.charge)?;
     pinner.held.finish()?;
@@ -95,8 +98,6 @@ struct Pinner<'a> {
     rest: Rest,
     charge: &'a mut Charge,
     patience: Patience,
-    /// The pages that the last call of GUP pinned.
-    batch: KVec<PagePin>,
     /// Whether hugetlb, which needs one pin per folio, is expected next: the last page belonged to
     /// hugetlb, or no page was pinned yet.
     hugetlb: bool,
@@ -106,55 +107,67 @@ struct Pinner<'a> {
     array: PageArray,
 }
 
-/// The file that is expected to be mapped, and the index of the expected page.
+/// The file that is expected to be mapped, and the index of an expected page minus the page's index
+/// in the buffer (modulo 2^64), which is the same for all pages of a part.
 type Backing<'a> = Option<(FileMapping<'a>, usize)>;
 
 impl Pinner<'_> {
-    fn pin_part(&mut self, mut addr: usize, mut pages: usize, mut backing: Backing<'_>) -> Result {
+    /// Pins a part. `batch` holds the pages that one call of GUP pinned, until they are moved.
+    fn pin_part(
+        &mut self,
+        mut addr: usize,
+        mut pages: usize,
+        backing: Backing<'_>,
+        batch: &mut KVec<PagePin>,
+    ) -> Result {
         while pages > 0 {
             if self.work >= BATCH {
                 sched::breathe()?;
                 self.work = 0;
             }
             let max = if self.hugetlb { 1 } else { pages.min(BATCH) };
-            self.batch.reserve(max, GFP_KERNEL)?;
-            self.patience.pin(self.mm, addr, max, &mut self.batch)?;
-            self.work += A_CALL + self.batch.len();
-            let done = self.take_batch(addr, pages, backing)?;
+            batch.reserve(max, GFP_KERNEL)?;
+            self.patience.pin(self.mm, addr, max, batch)?;
+            self.work += A_CALL + batch.len();
+            let done = self.take_batch(&mut batch.drain_all(), addr, pages, backing)?;
             addr += done << PAGE_SHIFT;
             pages -= done;
-            backing = backing.map(|(file, page)| (file, page + done));
         }
         Ok(())
     }
 
-    /// Moves the pages of the batch, which begins at `addr`, to the buffer, up to the first page
-    /// that has to be pinned in another way, and unpins the others. Returns the number of pages
+    /// Moves the pages of a batch, which begins at `addr`, to the buffer, up to the first page that
+    /// has to be pinned in another way; the caller unpins the others. Returns the number of pages
     /// moved, of the `left` pages of the part; at least one.
-    fn take_batch(&mut self, addr: usize, left: usize, backing: Backing<'_>) -> Result<usize> {
+    #[inline(never)] // In a function of its own, the loop over pages has more registers.
+    fn take_batch(
+        &mut self,
+        pins: &mut impl Iterator<Item = PagePin>,
+        addr: usize,
+        left: usize,
+        backing: Backing<'_>,
+    ) -> Result<usize> {
         let array = self.array;
-        let mut done = 0;
+        let first = self.held.extents().pages();
         self.hugetlb = false;
-        for mut pin in self.batch.drain_all() {
+        for mut pin in pins {
             let (folio, flags) = pin.folio_and_flags();
             let large = flags.is_large();
             if folio.references() > MOST_REFERENCES {
                 return Err(ENOMEM);
             }
-            if let Some((file, page)) = backing {
-                let place = if large { folio.place_of(&pin) } else { 0 };
-                // `check_backings` bounds this sum, so it does not wrap.
-                if !folio.is_of(file, page.wrapping_add(done), place) {
+            let next = self.held.extents().pages();
+            if let Some((file, ahead)) = backing {
+                if !folio.is_of(file, next.wrapping_add(ahead), folio.place_of(&pin)) {
                     return Err(EAGAIN);
                 }
             }
             if large {
-                if done == 0 {
+                if next == first {
                     pin = match pin.into_folio_pin(addr) {
                         Ok(pin) => {
                             self.hugetlb = true;
-                            done = left.min(pin.pages_left());
-                            self.held.push_folio(pin, done, array)?;
+                            self.held.push_folio(pin, left, array)?;
                             break;
                         }
                         Err(pin) => pin,
@@ -172,11 +185,10 @@ impl Pinner<'_> {
                 return Err(EFAULT);
             }
             self.held.push_page(pin, array)?;
-            done += 1;
         }
         // Charged before the next call of GUP, in which the caller can wait for any length of time.
         self.rest.catch_up(self.charge)?;
-        Ok(done)
+        Ok(self.held.extents().pages() - first)
     }
 }
 

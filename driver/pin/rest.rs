@@ -89,10 +89,11 @@ impl Rest {
     /// Charges everything that was counted.
     #[inline]
     pub(super) fn catch_up(&mut self, charge: &mut Charge) -> Result {
-        match self.row.take() {
-            None => Ok(()),
-            last => self.add(last, charge),
+        if self.row.is_none() {
+            return Ok(());
         }
+        let last = self.row.take();
+        self.add(last, charge)
     }
 
     /// Charges the exact number of pages, and returns it.
