@@ -428,7 +428,7 @@ fn never_mapped() -> Result<()> {
     let memory = Memory::anonymous(PAGE)?;
     let nowhere = [
         ("the zero page", 0),
-        ("the last page of 47 bits", 0x7fff_ffff_f000),
+        ("the last page of 47 bits", (1 << 47) - PAGE as u64),
         ("the first non-canonical page", 1 << 56),
         ("the kernel's memory", 0xffff_8880_0000_0000),
         ("the kernel's code", 0xffff_ffff_8100_0000),
@@ -612,7 +612,7 @@ fn tmpfs_full() -> Result<()> {
         &place,
         Some("tmpfs"),
         MsFlags::empty(),
-        Some("size=64k"),
+        Some(&*format!("size={}", 16 * PAGE)),
     )?;
     let result = (|| {
         let file = file_in(&place, 64 * PAGE)?;

@@ -425,6 +425,13 @@ fn charged_while_create_waits() -> Result<()> {
 /// Pages that the driver asks GUP for in one call. The first page of a range is a batch of its own.
 const BATCH: usize = 512;
 
+/// Numbers of pages, each out of a huge page of its own: a part of a batch and a whole one, or what fits into memory.
+const SEVERAL: [usize; 2] = if HUGE > 4 << 20 {
+    [12, 24]
+} else {
+    [BATCH / 4, BATCH]
+};
+
 /// A range of `pages` pages, each out of a huge page of its own, and one page that is missing; and the
 /// rest of the huge pages.
 fn pages_of_huge_pages(pages: usize) -> Result<(Memory, Vec<Memory>)> {
@@ -442,7 +449,7 @@ fn pages_of_huge_pages(pages: usize) -> Result<(Memory, Vec<Memory>)> {
 /// has pinned until then. Only its pins keep the rest of the huge pages.
 fn charged_while_a_batch_waits() -> Result<()> {
     needs_transparent_huge_pages()?;
-    for pages in [1, 5, BATCH / 4, BATCH] {
+    for pages in [1, 5].into_iter().chain(SEVERAL) {
         let _setting = allowance_of((pages + 2) * FOLIO)?;
         let _system = Setting::parameter("allowance_system_mb", 2048)?;
         in_child(|| {
@@ -476,7 +483,7 @@ fn charged_while_a_batch_waits() -> Result<()> {
 fn refused_before_a_batch_waits() -> Result<()> {
     needs_transparent_huge_pages()?;
     let _setting = allowance_of(8 * FOLIO)?;
-    for pages in [9, BATCH / 4] {
+    for pages in [9, SEVERAL[0]] {
         in_child(|| {
             let device = Device::open()?;
             let (window, rest) = pages_of_huge_pages(pages)?;

@@ -548,7 +548,7 @@ fn memory_beyond(pages: usize) -> Result<Option<(Memory, Vec<Range>)>> {
     let mut ranges = Vec::new();
     for page in 0..memory.len() / PAGE {
         memory.set(page * PAGE, 1);
-        if frames::frames(&memory, page * PAGE, PAGE)?[0] >= 1 << 20 {
+        if frames::frames(&memory, page * PAGE, PAGE)?[0] >= (4 << 30) / PAGE as u64 {
             ranges.push(memory.part(page * PAGE, PAGE));
             if ranges.len() == pages {
                 return Ok(Some((memory, ranges)));

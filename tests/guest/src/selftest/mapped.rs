@@ -5,7 +5,7 @@
 
 use std::os::fd::AsFd;
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, SealFlag};
 use nix::unistd::ftruncate;
@@ -14,7 +14,7 @@ use pinbuf_test_harness::support::kernel::HugePool;
 use pinbuf_test_harness::support::memory::{
     file_in, huge_memfd, memfd, punch_hole, stamp, HUGE, PAGE, RW,
 };
-use pinbuf_test_harness::support::{check, check_eq, Buffer, Device, Memory};
+use pinbuf_test_harness::support::{check, check_eq, Buffer, Device, Memory, Skip};
 use pinbuf_test_harness::tests;
 
 tests! { "mapped":
@@ -268,6 +268,11 @@ fn forbidden_by_a_protection_key() -> Result<()> {
     memory.touch();
     // SAFETY: no memory is involved.
     let key = unsafe { libc::syscall(libc::SYS_pkey_alloc, 0, DISABLE_WRITE) };
+    if cfg!(target_arch = "aarch64") && Errno::result(key) == Err(Errno::ENOSPC) {
+        bail!(Skip(
+            "this arm64 processor has no protection keys".to_owned()
+        ));
+    }
     let key = Errno::result(key).context("pkey_alloc: needs a processor with protection keys")?;
     let protect = |key: libc::c_long| {
         // SAFETY: memory of ours, which stays mapped.

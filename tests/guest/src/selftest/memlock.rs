@@ -527,7 +527,7 @@ fn allowance_is_for_what_is_beyond() -> Result<()> {
 
 fn allowance_of_all_users() -> Result<()> {
     let _one = Setting::parameter("allowance_mb", ALLOWANCE >> 20)?;
-    let _all = Setting::parameter("allowance_system_mb", 1)?;
+    let _all = Setting::parameter("allowance_system_mb", ALLOWANCE >> 20)?;
     let holder = Holder::new(USER, 0, 200)?;
     in_child(|| {
         let (device, memory) = user_with(OTHER_USER, 0, 100)?;
