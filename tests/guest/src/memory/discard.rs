@@ -5,7 +5,7 @@
 
 use std::os::fd::AsFd;
 
-use anyhow::Result;
+use anyhow::{bail, Result};
 use pinbuf_test_importer::{Direction, Importer, Limits, Mapping};
 
 use crate::frames::{all_frames, with_flag, Pfn, THP};
@@ -16,7 +16,7 @@ use pinbuf_test_harness::support::memory::{
     huge_memfd, memfd, pattern, punch_hole, HUGE, PAGE, RW,
 };
 use pinbuf_test_harness::support::view::same;
-use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory, Skip};
 use pinbuf_test_harness::tests;
 
 tests! { "discard":
@@ -314,6 +314,12 @@ fn in_the_swap_cache() -> Result<()> {
 fn parts_of_folios_in_the_swap_cache() -> Result<()> {
     const FOLIO: usize = 16;
     kernel::needs_transparent_huge_pages()?;
+    if PAGE > 4096 {
+        // CONFIG_THP_SWAP is for pages of 4 KiB.
+        bail!(Skip(
+            "this kernel splits folios before they are swapped out".to_owned()
+        ));
+    }
     let _setting = kernel::Setting::choice(kernel::transparent_size(FOLIO * PAGE), "always")?;
     let _swap = SlowSwap::on(256 << 20)?;
     let device = Device::open()?;

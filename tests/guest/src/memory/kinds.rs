@@ -207,8 +207,8 @@ fn transparent_huge() -> Result<()> {
     let memory = transparent(2)?;
     let info = works_whole(&memory)?;
     check!(info.extents <= 2, "{} extents", info.extents);
-    check_eq!(info.pins, 1024, "pins, one a page");
-    works(&[(&memory, 500 * PAGE, 24 * PAGE)])?;
+    check_eq!(info.pins, 2 * BLOCK as u64, "pins, one a page");
+    works(&[(&memory, (BLOCK - 12) * PAGE, 24 * PAGE)])?;
     Ok(())
 }
 
@@ -376,7 +376,7 @@ fn zero_page_huge() -> Result<()> {
     memory.touch();
     check_eq!(
         with_flag(&all_frames(&memory)?, ZERO_PAGE)?,
-        512,
+        BLOCK,
         "pages of the huge zero page"
     );
     works(&[(&memory, 100 * PAGE, 200 * PAGE)])?;
