@@ -16,7 +16,11 @@ use crate::udmabuf::{
 use crate::{late, mappings, sandbox};
 
 pub(crate) const MIB: u64 = 1 << 20;
-pub(crate) const HUGE: u64 = PAGE / 8 * PAGE;
+/// A size of hugetlb pages that all kernels have: with small pages of 16 KiB the usual one is 32 MiB, of which udmabuf
+/// takes two.
+pub(crate) const HUGE: u64 = 2 << 20;
+/// Where the kernel says how many there are.
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 /// The flag for memfds of such pages.
 const HUGE_SIZE: u32 = HUGE.trailing_zeros() << libc::MFD_HUGE_SHIFT;
 
@@ -125,14 +129,11 @@ pub(crate) fn unavailable<T>(why: impl ToString) -> Result<T> {
 /// Prepares the machine: huge pages.
 pub fn prepare() {
     // Without the permission, the cases that need huge pages are skipped.
-    let _ = std::fs::write("/proc/sys/vm/nr_hugepages", "32");
+    let _ = std::fs::write(format!("{POOL}/nr_hugepages"), "32");
 }
 
 pub(crate) fn free_hugepages() -> u64 {
-    let text = std::fs::read_to_string(format!(
-        "/sys/kernel/mm/hugepages/hugepages-{}kB/free_hugepages",
-        HUGE >> 10
-    ));
+    let text = std::fs::read_to_string(format!("{POOL}/free_hugepages"));
     text.ok()
         .and_then(|text| text.trim().parse().ok())
         .unwrap_or(0)
@@ -498,7 +499,7 @@ fn extents(t: &mut Table) {
     t.single("extent/both-huge", EINVAL, PLAIN, !4095, !4095);
     // As clients do that round the size up.
     let odd = Spec {
-        bytes: 6000,
+        bytes: PAGE + 1904,
         filled: false,
         ..PLAIN
     };
@@ -968,7 +969,7 @@ fn hugetlb(t: &mut Table) {
         OK,
         &[HUGETLB],
         (0..200)
-            .map(|i| (0, (i * 37 % 2048) * PAGE, PAGE))
+            .map(|i| (0, (i * 37 % (HUGETLB.bytes / PAGE)) * PAGE, PAGE))
             .collect(),
     );
     t.list(
@@ -979,7 +980,7 @@ fn hugetlb(t: &mut Table) {
             ..HUGETLB
         }],
         (0..200)
-            .map(|i| (0, (i * 37 % 2048) * PAGE, PAGE))
+            .map(|i| (0, (i * 37 % (HUGETLB.bytes / PAGE)) * PAGE, PAGE))
             .collect(),
     );
     // Fewer pages are free.

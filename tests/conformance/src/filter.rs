@@ -113,6 +113,9 @@ fn confined_by(calls: &[Allowed], otherwise: u32, run: impl FnOnce() -> bool) ->
     // SAFETY: this process has one thread, so the child may go on as any program.
     let child = unsafe { libc::fork() };
     if child == 0 {
+        // What is freed under the filter would be given back by brk(), if much memory is free at the heap's end.
+        // SAFETY: sets a parameter.
+        unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, c_int::MAX) };
         let status = match allow_only(calls, otherwise) {
             0 => c_int::from(!run()),
             _ => 77,
