@@ -44,10 +44,8 @@ pub fn ensure(
     }
     let program = userspace::compat32(tools, kernel.arch)?;
     files.extend(userspace::place(&program).map(|place| (place, program)));
-    if kernel.arch.is_native() {
-        let client = userspace::static_client()?;
-        files.insert("usr/bin/udmabuf-conformance-static".into(), client);
-    }
+    let client = userspace::static_client(tools, target)?;
+    files.insert("usr/bin/udmabuf-conformance-static".into(), client);
     let modules = module::ensure(tools, kernel)?;
     let place = Path::new("usr/lib/modules").join(&kernel.release);
     for entry in fs::read_dir(lists(tools, kernel, &modules)?)? {

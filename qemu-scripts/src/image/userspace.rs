@@ -247,20 +247,35 @@ pub fn init(tools: &Tree, arch: Arch) -> Result<PathBuf> {
 }
 
 /// Builds the program of the conformance tests without libraries, as LD_PRELOAD does not reach it, and returns its path.
-pub fn static_client() -> Result<PathBuf> {
-    const PACKAGE: &str = "pinbuf-conformance";
-    let triple = Arch::Amd64.rust();
-    let target = guest_target();
-    let built = target.join(triple).join("debug/udmabuf-conformance");
+pub fn static_client(tools: &Tree, to: Target) -> Result<PathBuf> {
+    const PACKAGE: [&str; 3] = ["build", "--package", "pinbuf-conformance"];
+    // Apart from other programs, as it is linked otherwise.
+    let target = match to.arch.is_native() {
+        true => guest_target(),
+        false => guest_target().join(format!("static-{}k", to.page)),
+    };
+    let built = target
+        .join(to.arch.rust())
+        .join("debug/udmabuf-conformance");
     let key = Key::new()
-        .text("3")
+        .text("4")
         .files(&paths::root().join("uapi"))?
         .files(&paths::root().join("tests/conformance"))?;
-    cache::ensure("static-client", "static client of udmabuf", key, |step| {
-        let mut command = cargo();
+    let name = match to.arch.is_native() {
+        true => "static-client".to_owned(),
+        false => format!("static-client{}-{}k", to.arch.suffix(), to.page),
+    };
+    cache::ensure(&name, "static client of udmabuf", key, |step| {
+        let mut command = if to.arch.is_native() {
+            let mut command = cargo();
+            command.args(PACKAGE).args(["--target", to.arch.rust()]);
+            command
+        } else {
+            foreign_cargo(tools, step, to.arch, &PACKAGE)?
+        };
         command
-            .args(["build", "--package", PACKAGE, "--target", triple])
             .env("CARGO_TARGET_DIR", &target)
+            .env("PINBUF_TEST_PAGES", format!("{}K", to.page))
             .env("RUSTFLAGS", "-C target-feature=+crt-static");
         step.run(&mut command, "userspace.log").context(
             "the static client does not compile; it needs gcc and libc6-dev (`apt-get install gcc libc6-dev` as root)",
