@@ -199,7 +199,13 @@ mod tests {
     #[test]
     fn udmabufs_requests_are_reported() {
         let requests = [u64::from(request::CREATE), u64::from(request::CREATE_LIST)];
-        for (arch, number) in [(X86_64, 16), (X86_64, X32 | 514), (I386, 54), (AARCH64, 29)] {
+        for (arch, number) in [
+            (X86_64, 16),
+            (X86_64, X32 | 514),
+            (I386, 54),
+            (AARCH64, 29),
+            (ARM, 54),
+        ] {
             for request in requests {
                 // The kernel looks at 32 bits.
                 for request in [request, request | 7 << 40] {
