@@ -7,20 +7,28 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
+use nix::errno::Errno;
+use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal};
+use nix::sys::wait::WaitStatus;
 use pinbuf_test_importer::{Direction, Importer, Limits};
 
+use pinbuf_test_harness::support::device::{sync_once, sync_raw};
 use pinbuf_test_harness::support::memory::{pattern, PAGE};
+use pinbuf_test_harness::support::process::Child;
 use pinbuf_test_harness::support::vgem::{self, Vgem};
-use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Skip, Sync};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory, Skip, Sync};
 use pinbuf_test_harness::tests;
 
 use crate::importer::memory_to_bounce;
 
 tests! { "fences":
     an_access_waits_for_a_device,
+    an_access_that_waits_can_be_interrupted,
+    an_access_that_waits_can_be_killed,
 }
 
 /// `struct drm_vgem_fence_attach`.
@@ -149,6 +157,79 @@ fn an_access_waits_for_a_device() -> Result<()> {
         }
     }
     drop(memory);
+    Ok(())
+}
+
+/// A buffer of a page.
+fn page() -> Result<(Memory, Buffer)> {
+    let memory = Memory::anonymous(PAGE)?;
+    let buffer = Device::open()?.create(&[memory.range()])?;
+    Ok((memory, buffer))
+}
+
+/// A signal with a handler ends the wait for a device: the call is made again if the handler was installed with
+/// SA_RESTART, and fails with `EINTR` otherwise.
+fn an_access_that_waits_can_be_interrupted() -> Result<()> {
+    extern "C" fn notice(_: libc::c_int) {}
+    if !vgem::load()? {
+        bail!(Skip("this kernel has no vgem".to_owned()));
+    }
+    let vgem = Vgem::new()?;
+    let (_memory, buffer) = &page()?;
+    for (flags, expected) in [
+        (SaFlags::empty(), Err(Errno::EINTR)),
+        (SaFlags::SA_RESTART, Ok(())),
+    ] {
+        let handler = SigHandler::Handler(notice);
+        let action = SigAction::new(handler, flags, SigSet::empty());
+        // SAFETY: the handler does nothing.
+        let before = unsafe { sigaction(Signal::SIGUSR1, &action) }?;
+        let fence = writes_to(&vgem, buffer.as_fd())?;
+        let (say, hear) = mpsc::channel();
+        let result = std::thread::scope(|scope| -> Result<nix::Result<()>> {
+            scope.spawn(move || {
+                // SAFETY: a call without conditions.
+                let thread = unsafe { libc::pthread_self() };
+                let _ = say.send((thread, None));
+                let result = sync_once(buffer, Sync::Read as u64);
+                let _ = say.send((thread, Some(result)));
+            });
+            let (thread, _) = hear.recv()?;
+            std::thread::sleep(Duration::from_millis(200));
+            // SAFETY: it still runs, as the fence has not been signalled.
+            unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
+            let soon = hear.recv_timeout(Duration::from_millis(500));
+            fence.signal()?;
+            let (_, result) = soon.or_else(|_| hear.recv())?;
+            result.context("no result")
+        })?;
+        check_eq!(result, expected, "a signal during the wait, {flags:?}");
+        // SAFETY: what was there before.
+        unsafe { sigaction(Signal::SIGUSR1, &before) }?;
+    }
+    Ok(())
+}
+
+/// SIGKILL ends the wait for a device that is not done.
+fn an_access_that_waits_can_be_killed() -> Result<()> {
+    if !vgem::load()? {
+        bail!(Skip("this kernel has no vgem".to_owned()));
+    }
+    let vgem = Vgem::new()?;
+    let (_memory, buffer) = page()?;
+    for access in [Sync::Read, Sync::Write, Sync::ReadWrite] {
+        let fence = writes_to(&vgem, buffer.as_fd())?;
+        let child = Child::run(|| sync_raw(&buffer, access as u64).context("sync"))?;
+        std::thread::sleep(Duration::from_millis(200));
+        child.kill(Signal::SIGKILL)?;
+        // vgem gives a fence up after ten seconds.
+        let (status, said) = child.end(Duration::from_secs(5))?;
+        check!(
+            matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)),
+            "{access:?}: {status:?} {said}"
+        );
+        fence.signal()?;
+    }
     Ok(())
 }
 

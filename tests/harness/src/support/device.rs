@@ -192,14 +192,18 @@ nix::ioctl_write_ptr!(
     dma_buf_sync, b'b', 0, SyncArgument
 );
 
-/// `DMA_BUF_IOCTL_SYNC` with any flags.
+/// `DMA_BUF_IOCTL_SYNC` with any flags, as one call.
+pub fn sync_once(fd: impl AsFd, flags: u64) -> nix::Result<()> {
+    // SAFETY: the kernel reads one `u64`.
+    unsafe { dma_buf_sync(fd.as_fd().as_raw_fd(), &SyncArgument { flags }) }.map(drop)
+}
+
+/// The same, again after a signal.
 pub fn sync_raw(fd: impl AsFd, flags: u64) -> nix::Result<()> {
     loop {
-        // SAFETY: the kernel reads one `u64`.
-        let result = unsafe { dma_buf_sync(fd.as_fd().as_raw_fd(), &SyncArgument { flags }) };
-        match result {
+        match sync_once(&fd, flags) {
             Err(Errno::EAGAIN | Errno::EINTR) => {}
-            other => return other.map(drop),
+            other => return other,
         }
     }
 }
