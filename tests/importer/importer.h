@@ -262,13 +262,14 @@ struct pti_syncs {
 /**
  * struct pti_attributes - the memory attributes of the buffer's first page
  * @addr:   where the caller has mapped it, and accessed it
- * @user:   out: the attributes of that mapping, as in MAIR_EL1
+ * @user:   out: the attributes of that mapping: as in MAIR_EL1 on arm64, the
+ *          bits for caching of the page-table entry on x86
  * @vmap:   out: those of the kernel's mapping, PTI_NOT_MAPPED without one
  * @direct: out: those of the page in the direct map
  *
  * Needs a mapping for the device, whose first entry names the page.
  *
- *   EOPNOTSUPP  only the processors of arm64 tell these
+ *   EOPNOTSUPP  on other architectures
  */
 struct pti_attributes {
 	__u64 addr;

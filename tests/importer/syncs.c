@@ -164,7 +164,63 @@ int pti_attributes(struct pti_attributes __user *user, const void *vmap,
 	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
 }
 
-#else /* CONFIG_ARM64 */
+#elif defined(CONFIG_X86_64)
+#include <linux/io.h>
+#include <linux/mmap_lock.h>
+#include <linux/pgtable.h>
+
+/* The bits for caching of the entry that maps an address: all zero for write-back. */
+static u64 pti_entry(unsigned long addr)
+{
+	pgd_t *pgd = pgd_offset(current->mm, addr);
+	p4d_t *p4d;
+	pud_t *pud;
+	pmd_t *pmd;
+	pte_t *pte;
+
+	if (pgd_none(*pgd))
+		return PTI_NOT_MAPPED;
+	p4d = p4d_offset(pgd, addr);
+	if (p4d_none(*p4d))
+		return PTI_NOT_MAPPED;
+	pud = pud_offset(p4d, addr);
+	if (pud_none(*pud))
+		return PTI_NOT_MAPPED;
+	if (pud_leaf(*pud))
+		return pgprot_val(pgprot_large_2_4k(
+			       __pgprot(pud_flags(*pud)))) &
+		       _PAGE_CACHE_MASK;
+	pmd = pmd_offset(pud, addr);
+	if (pmd_none(*pmd))
+		return PTI_NOT_MAPPED;
+	if (pmd_leaf(*pmd))
+		return pgprot_val(pgprot_large_2_4k(
+			       __pgprot(pmd_flags(*pmd)))) &
+		       _PAGE_CACHE_MASK;
+	pte = pte_offset_kernel(pmd, addr);
+	return pte_present(*pte) ? pte_flags(*pte) & _PAGE_CACHE_MASK :
+				   PTI_NOT_MAPPED;
+}
+
+/* The entries of user space stay while the caller uses the mapping. */
+int pti_attributes(struct pti_attributes __user *user, const void *vmap,
+		   phys_addr_t phys)
+{
+	struct pti_attributes arg;
+
+	if (copy_from_user(&arg, user, sizeof(arg)))
+		return -EFAULT;
+	if (arg.addr >= TASK_SIZE)
+		return -EINVAL;
+	mmap_read_lock(current->mm);
+	arg.user = pti_entry(arg.addr);
+	mmap_read_unlock(current->mm);
+	arg.vmap = vmap ? pti_entry((unsigned long)vmap) : PTI_NOT_MAPPED;
+	arg.direct = pti_entry((unsigned long)phys_to_virt(phys));
+	return copy_to_user(user, &arg, sizeof(arg)) ? -EFAULT : 0;
+}
+
+#else
 
 int pti_attributes(struct pti_attributes __user *user, const void *vmap,
 		   phys_addr_t phys)
@@ -172,4 +228,4 @@ int pti_attributes(struct pti_attributes __user *user, const void *vmap,
 	return -EOPNOTSUPP;
 }
 
-#endif /* CONFIG_ARM64 */
+#endif

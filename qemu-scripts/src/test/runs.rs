@@ -158,7 +158,7 @@ const CMA: Run = Run {
 };
 
 /// A dozen tests.
-const ARM64_SHORT: &str = "pinbuf-selftest --filter coherency. --filter compat32. --filter create.one_page \
+const ARM64_SHORT: &str = "pinbuf-selftest --filter coherency. --filter memory_types. --filter compat32. --filter create.one_page \
     --filter create.memfd --filter huge.shared --filter huge.odd_offsets --filter huge.transparent_in_part \
     --filter mmap.huge_entries";
 
@@ -431,7 +431,7 @@ pub const RUNS: &[Run] = &[
         memory: "2G",
         cmdline: "",
         qemu: "-machine mte=on",
-        command: "pinbuf-selftest --filter mte. --filter coherency.",
+        command: "pinbuf-selftest --filter mte. --filter coherency. --filter memory_types.",
         filters: false,
         ..PLAIN
     },

@@ -337,7 +337,7 @@ impl Importer {
     /// The memory attributes of the buffer's first page, mapped at an address of the caller's.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` where the processor does not tell; without a mapping for the device.
+    /// `EOPNOTSUPP` on architectures other than arm64 and x86; without a mapping for the device.
     pub fn attributes(&self, addr: u64) -> io::Result<uapi::Attributes> {
         let mut argument = uapi::Attributes {
             addr,

@@ -7,12 +7,12 @@
 use std::os::fd::AsFd;
 
 use anyhow::{Context, Result};
-use pinbuf_test_importer::uapi::{self, NOT_MAPPED};
+use pinbuf_test_importer::uapi;
 use pinbuf_test_importer::{Direction, Importer};
 
 use pinbuf_test_harness::support::device::sync_raw;
 use pinbuf_test_harness::support::memory::PAGE;
-use pinbuf_test_harness::support::{check, check_eq, Buffer, Device, Memory};
+use pinbuf_test_harness::support::{check_eq, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
 
 tests! { "coherency":
@@ -20,7 +20,6 @@ tests! { "coherency":
     cpu_access,
     several_attachments,
     coherent_devices,
-    memory_types,
 }
 
 const DIRECTIONS: [Direction; 3] = [
@@ -209,46 +208,5 @@ fn coherent_devices() -> Result<()> {
         done?;
         check_eq!(syncs, vec![], "calls for {direction:?}");
     }
-    Ok(())
-}
-
-/// With memory tags, the direct map is of the type that has them, and caches alike.
-fn without_tags(attributes: u64) -> u64 {
-    const TAGGED: u64 = 0xf0;
-    const WRITE_BACK: u64 = 0xff;
-    match attributes {
-        TAGGED => WRITE_BACK,
-        other => other,
-    }
-}
-
-/// The processor's own answer: all mappings of the memory are of the direct map's type.
-fn memory_types() -> Result<()> {
-    let (memory, buffer) = buffer()?;
-    let device = attach(&buffer, false)?;
-    device.map(Direction::Bidirectional).context("map")?;
-    device.vmap().context("vmap")?;
-    let mapped = buffer.map()?;
-    mapped.set(0, 1);
-    let of_buffer = device.attributes(mapped.addr())?;
-    // The buffer's first page is the process's eleventh.
-    let of_process = device.attributes(memory.addr() + 10 * PAGE as u64)?;
-    check!(
-        of_buffer.direct != NOT_MAPPED,
-        "the direct map: {of_buffer:x?}"
-    );
-    // Not device memory (0x0?), and cached in both directions.
-    check!(
-        of_buffer.direct & 0xf0 != 0 && of_buffer.direct != 0x44,
-        "the direct map: {of_buffer:x?}"
-    );
-    let direct = without_tags(of_buffer.direct);
-    check_eq!(
-        without_tags(of_process.user),
-        direct,
-        "the process's mapping"
-    );
-    check_eq!(without_tags(of_buffer.user), direct, "the buffer's mapping");
-    check_eq!(without_tags(of_buffer.vmap), direct, "the kernel's mapping");
     Ok(())
 }

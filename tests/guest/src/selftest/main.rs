@@ -26,6 +26,7 @@ mod lists;
 mod mapped;
 mod mappings;
 mod memlock;
+mod memory_types;
 mod mmap;
 #[cfg(target_arch = "aarch64")]
 mod mte;
@@ -79,6 +80,7 @@ fn tests() -> impl Iterator<Item = &'static Test> + Clone {
         fences::TESTS,
         huge::TESTS,
         memlock::TESTS,
+        memory_types::TESTS,
         held::TESTS,
         namespaces::TESTS,
         fork::TESTS,
