@@ -623,6 +623,14 @@ fn arguments() -> Result<()> {
             Err(Errno::EINVAL),
         ),
         (Discards { offset: 1, ..right }, Err(Errno::EINVAL)),
+        // Where a call that has checked everything ends.
+        (
+            Discards {
+                offset: LEN as u64,
+                ..right
+            },
+            Ok(()),
+        ),
         (
             Discards {
                 offset: (LEN + PAGE) as u64,

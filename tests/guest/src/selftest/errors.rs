@@ -253,7 +253,18 @@ fn reserved_fields() -> Result<()> {
         "a backing that the flags do not announce",
         Errno::EINVAL,
         unasked,
-    )
+    )?;
+    let device = Device::open()?;
+    for reserved in [1, 1 << 31] {
+        let mut query = Query {
+            size: size_of::<Query>() as u32,
+            reserved,
+            ..Default::default()
+        };
+        let result = ioctl(&device, pinbuf_uapi::QUERY, &raw mut query as u64);
+        check_eq!(result, Err(Errno::EINVAL), "a query with reserved");
+    }
+    Ok(())
 }
 
 fn no_range_or_too_many() -> Result<()> {
@@ -700,7 +711,17 @@ fn unknown_commands() -> Result<()> {
     let numbers =
         numbers.flat_map(|low| [0, 1, 2, 3].map(|direction| direction << 30 | 32 << 16 | low));
     let others = [0, u32::MAX, 0x5401, 0x4020_6200, 0x5450_5250];
-    for command in numbers.chain(others) {
+    // The driver's own numbers, with another direction.
+    let known = [
+        pinbuf_uapi::CREATE,
+        pinbuf_uapi::QUERY,
+        pinbuf_uapi::INFO,
+        pinbuf_uapi::DISCARDS,
+    ];
+    let turned = known
+        .into_iter()
+        .flat_map(|own| [1, 2, 3].map(|turn| own ^ (turn << 30)));
+    for command in numbers.chain(others).chain(turned) {
         let result = ioctl(&device, command, page.addr());
         check_eq!(result, Err(Errno::ENOTTY), "command {command:#x}");
     }

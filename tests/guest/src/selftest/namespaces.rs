@@ -27,6 +27,7 @@ tests! { "namespaces":
     containers_share_no_allowance within 120,
     a_container_s_own_namespaces,
     a_container_with_the_host_s_users,
+    a_container_without_root,
 }
 
 /// The first subordinate user of a namespace's maker, and how many there are.
@@ -386,8 +387,17 @@ fn a_container_s_own_namespaces() -> Result<()> {
 
 /// A container whose users are the host's under the same numbers: each counts as itself.
 fn a_container_with_the_host_s_users() -> Result<()> {
+    counts_each_as_itself("0 0 100000")
+}
+
+/// The same without root, so that nobody stands for all of them.
+fn a_container_without_root() -> Result<()> {
+    counts_each_as_itself("1 1 100000")
+}
+
+fn counts_each_as_itself(users: &str) -> Result<()> {
     let _setting = Setting::parameter("allowance_mb", 0)?;
-    let (child, link) = in_namespace_of(0, LIMIT, "0 0 100000", |device, link| {
+    let (child, link) = in_namespace_of(0, LIMIT, users, |device, link| {
         let some = buffer_of(USER, device, 10)?.context("10 pages of a user")?;
         let others = buffer_of(OTHER_USER, device, LIMIT)?.context("another user's")?;
         link.signal()?;

@@ -13,12 +13,13 @@ use std::sync::Barrier;
 use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal};
+use nix::sys::wait::WaitStatus;
 use pinbuf_test_importer::{Direction, Importer, Limits};
 
 use pinbuf_test_harness::support::frames;
 use pinbuf_test_harness::support::kernel::HugePool;
 use pinbuf_test_harness::support::memory::{huge_memfd, memfd, stamp, BLOCK, HUGE, PAGE, RW};
-use pinbuf_test_harness::support::process::signal_of;
+use pinbuf_test_harness::support::process::{signal_of, Child, PATIENCE};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory, Skip};
 use pinbuf_test_harness::tests;
 
@@ -124,6 +125,27 @@ fn signal_at(mapped: &Memory, offset: usize) -> Result<Option<Signal>> {
     })
 }
 
+/// The code of the SIGBUS that touching a page of a mapping raises: a monitor decides by it what it reports to its
+/// guest.
+fn code_at(mapped: &Memory, offset: usize) -> Result<i32> {
+    extern "C" fn end_by_code(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        // SAFETY: the kernel passes a handler with SA_SIGINFO the signal's information. Ends the child.
+        unsafe { libc::_exit(100 + (*info).si_code) };
+    }
+    let child = Child::run(|| {
+        let handler = SigHandler::SigAction(end_by_code);
+        let action = SigAction::new(handler, SaFlags::SA_SIGINFO, SigSet::empty());
+        // SAFETY: the handler makes a system call only.
+        unsafe { sigaction(Signal::SIGBUS, &action) }?;
+        std::hint::black_box(mapped.get(offset));
+        Ok(())
+    })?;
+    match child.end(PATIENCE)? {
+        (WaitStatus::Exited(_, status), _) if status >= 100 => Ok(status - 100),
+        other => bail!("the child ended by {other:?}"),
+    }
+}
+
 /// Expects that nobody gets to use the buffer, of which the pages of `broken` are broken, and that
 /// all others can be read and written. Nothing has been mapped before.
 fn is_broken(buffer: &Buffer, broken: std::ops::Range<usize>, align: usize) -> Result<()> {
@@ -134,6 +156,11 @@ fn is_broken(buffer: &Buffer, broken: std::ops::Range<usize>, align: usize) -> R
         let signal = signal_at(&mapped, offset)?;
         check_eq!(signal, Some(Signal::SIGBUS), "touching {offset:#x}");
     }
+    check_eq!(
+        code_at(&mapped, broken.start)?,
+        libc::BUS_MCEERR_AR,
+        "the signal's code"
+    );
     for offset in (0..len).step_by(PAGE).filter(|at| !broken.contains(at)) {
         let expected = stamp(31, offset as u64);
         check_eq!(mapped.get(offset), expected, "what is at {offset:#x}");
