@@ -9,11 +9,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
+use nix::fcntl::{fcntl, FcntlArg};
 use nix::mount::{mount, umount, MsFlags};
+use nix::sys::resource::{setrlimit, Resource};
 use nix::sys::signal::Signal;
 use nix::sys::stat::fstat;
 use nix::sys::wait::WaitStatus;
-use pinbuf_test_importer::{Direction, Importer, Limits};
+use nix::unistd::close;
+use pinbuf_test_importer::{Direction, EmptyExporter, Importer, Limits};
 use pinbuf_uapi::Range;
 
 use crate::common::{refused, views_agree};
@@ -34,6 +37,7 @@ tests! { "populate":
     tmpfs_runs_out,
     memlock_runs_out,
     kernel_memory_is_charged within 120,
+    small_objects_are_charged within 120,
     memory_cgroup_kills_anonymous within 120,
     memory_cgroup_kills_shmem within 120,
     hugetlb_cgroup_runs_out within 120,
@@ -351,6 +355,67 @@ fn kernel_memory_is_charged() -> Result<()> {
             "{} bytes are charged for a scatterlist of {} entries",
             with_mapping - with_buffer,
             info.extents
+        );
+        Ok(())
+    })?;
+    group.remove()
+}
+
+/// So does what each buffer and each mapping takes, however small it is. A buffer is compared with a dma-buf that has no
+/// memory, of which the group pays for what the core takes.
+fn small_objects_are_charged() -> Result<()> {
+    const BUFFERS: usize = 2000;
+    const IMPORTERS: usize = 150;
+    const MAPPINGS: usize = 8;
+    // Less than a buffer takes; and than a mapping's record, its node in the list and its scatterlist together, of which
+    // no two are that large.
+    const OF_BUFFER: i64 = 160;
+    const OF_MAPPING: i64 = 128;
+    let group = Group::new("memory")?;
+    let member = &group;
+    in_child(|| {
+        member.join()?;
+        let most = (2 * BUFFERS + 4 * IMPORTERS) as u64;
+        setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+        // The table of descriptors grows now, and not later.
+        let highest = fcntl(std::io::stdin(), FcntlArg::F_DUPFD_CLOEXEC(most as i32 - 1))?;
+        close(highest)?;
+        let memory = Memory::anonymous(PAGE)?;
+        let ranges = [memory.range()];
+        let (device, empty) = (Device::open()?, EmptyExporter::new()?);
+        drop((device.create(&ranges)?, empty.export()?));
+        // The kernel adds small amounts up every two seconds.
+        let charged = || {
+            std::thread::sleep(Duration::from_secs(3));
+            member.event("memory.stat", "slab")
+        };
+
+        let before = charged()?;
+        let others = (0..BUFFERS).map(|_| empty.export());
+        let others = others.collect::<std::io::Result<Vec<_>>>()?;
+        let with_others = charged()?;
+        let buffers = (0..BUFFERS).map(|_| device.create(&ranges));
+        let buffers = buffers.collect::<nix::Result<Vec<_>>>()?;
+        let (core, ours) = (with_others - before, charged()? - with_others);
+        check!(
+            ours - core >= OF_BUFFER * BUFFERS as i64,
+            "{ours} bytes are charged for {BUFFERS} buffers, and {core} for dma-bufs without memory"
+        );
+        drop((others, buffers));
+
+        let buffer = device.create(&ranges)?;
+        let importers = (0..IMPORTERS).map(|_| Importer::attach(buffer.as_fd(), Limits::NONE));
+        let importers = importers.collect::<std::io::Result<Vec<_>>>()?;
+        let before = charged()?;
+        for importer in &importers {
+            for _ in 0..MAPPINGS {
+                importer.map(Direction::Bidirectional)?;
+            }
+        }
+        let (count, ours) = (IMPORTERS * MAPPINGS, charged()? - before);
+        check!(
+            ours >= OF_MAPPING * count as i64,
+            "{ours} bytes are charged for {count} mappings"
         );
         Ok(())
     })?;
