@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::sched::{unshare, CloneFlags};
 use nix::sys::resource::{setrlimit, Resource};
+use nix::unistd::{setgroups, setresuid, Uid};
 use pinbuf_uapi::{CHARGE_ALLOWANCE, CHARGE_NONE, CHARGE_USER};
 
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
@@ -34,6 +35,7 @@ tests! { "memlock":
     given_back_by_another_process,
     charged_to_who_calls,
     charged_to_who_called,
+    charged_to_the_real_user,
     overlap_counts_twice,
     huge_pages_count_as_pages,
     root_without_capability,
@@ -44,9 +46,11 @@ tests! { "memlock":
     allowance_of_all_users,
     allowance_of_a_namespace,
     desktop_framebuffer,
+    largest_parameters,
     shown_as_vm_pin,
     never_over_the_limit within 120,
     threads_share_it,
+    given_back_after_the_pages,
 }
 
 /// No allowance, so that the limit alone counts.
@@ -69,13 +73,19 @@ fn gets(device: &Device, memory: &Memory, pages: usize) -> Result<Buffer> {
         .with_context(|| format!("create with {pages} pages"))
 }
 
-/// Expects that this number of pages is too large.
+/// Expects that this number of pages is too large, and that none of them stays in `VmPin`.
 fn too_many(device: &Device, memory: &Memory, pages: usize, when: &str) -> Result<()> {
+    let pinned = kernel::vm_pin()?;
     let error = device.create(&[memory.part(0, pages * PAGE)]).err();
     check_eq!(
         error,
         Some(Errno::ENOMEM),
         "create with {pages} pages {when}"
+    );
+    check_eq!(
+        kernel::vm_pin()?,
+        pinned,
+        "VmPin after {pages} pages {when}"
     );
     Ok(())
 }
@@ -326,6 +336,58 @@ fn charged_to_who_called() -> Result<()> {
         drop(all);
         Ok(())
     })
+}
+
+/// A process whose effective user is another one, as of a set-user-ID file: the user that started it pays, under the
+/// limit and beyond it.
+fn charged_to_the_real_user() -> Result<()> {
+    let setting = no_allowance()?;
+    let of_both = |limit: usize, pages: usize| -> Result<(Child, Link)> {
+        let link = Link::new()?;
+        let child = Child::run(|| {
+            let device = Device::open()?;
+            setgroups(&[]).context("setgroups")?;
+            let (real, effective) = (Uid::from_raw(USER), Uid::from_raw(OTHER_USER));
+            setresuid(real, effective, effective).context("setresuid")?;
+            set_memlock(limit * PAGE)?;
+            let memory = Memory::anonymous(pages * PAGE)?;
+            let buffer = gets(&device, &memory, pages)?;
+            link.theirs.signal()?;
+            link.theirs.wait()?;
+            drop(buffer);
+            Ok(())
+        })?;
+        match link.ours.wait() {
+            Ok(()) => Ok((child, link)),
+            Err(error) => {
+                child.join()?;
+                Err(error)
+            }
+        }
+    };
+    let (child, link) = of_both(16, 16)?;
+    in_child(|| {
+        let (device, memory) = user_with(USER, 16, 1)?;
+        too_many(&device, &memory, 1, "when the real user's limit is taken")
+    })?;
+    in_child(|| {
+        let (device, memory) = user_with(OTHER_USER, 16, 16)?;
+        gets(&device, &memory, 16).map(drop)
+    })?;
+    link.ours.signal()?;
+    child.join()?;
+    drop(setting);
+
+    let (child, link) = of_both(0, 16)?;
+    for (uid, used) in [(USER, 16 * PAGE), (OTHER_USER, 0)] {
+        in_child(|| {
+            let (device, _) = user_with(uid, 0, 1)?;
+            check_eq!(device.query()?.allowance_used, used as u64, "of user {uid}");
+            Ok(())
+        })?;
+    }
+    link.ours.signal()?;
+    child.join()
 }
 
 fn overlap_counts_twice() -> Result<()> {
@@ -642,6 +704,27 @@ fn desktop_framebuffer() -> Result<()> {
     })
 }
 
+/// The module's parameters take any number of 32 bits.
+fn largest_parameters() -> Result<()> {
+    let names = ["allowance_mb", "allowance_system_mb", "pin_retries"];
+    let settings = names.map(|name| Setting::parameter(name, u32::MAX));
+    let _settings = settings.into_iter().collect::<Result<Vec<_>>>()?;
+    in_child(|| {
+        let (device, memory) = user_with(USER, 0, 16)?;
+        let query = device.query()?;
+        let most = u64::from(u32::MAX) << 20;
+        check_eq!(query.allowance_bytes, most, "the allowance");
+        check_eq!(query.allowance_system, most, "the allowance of all users");
+        let buffer = gets(&device, &memory, 16)?;
+        check_eq!(
+            device.describe(&buffer)?.charge,
+            CHARGE_ALLOWANCE,
+            "charged to"
+        );
+        Ok(())
+    })
+}
+
 fn shown_as_vm_pin() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::anonymous(33 * PAGE)?;
@@ -744,4 +827,59 @@ fn threads_share_it() -> Result<()> {
         drop(gets(&device, &memory, 16)?);
         Ok(())
     })
+}
+
+/// The pages of a buffer are given back before its charge is, or a user would have more in place than its limit: when a
+/// create gets the charge of a buffer that is being closed, none of that buffer's pages is pinned any more.
+fn given_back_after_the_pages() -> Result<()> {
+    const PAGES: usize = 64 << 10;
+    const ROUNDS: usize = 10;
+    let _setting = no_allowance()?;
+    let before = kernel::pins()?;
+    let link = Link::new()?;
+    let child = Child::run(|| {
+        let device = Device::open()?;
+        // More than the hard limit that the test has inherited.
+        set_memlock(PAGES * PAGE)?;
+        become_user(USER)?;
+        let memory = Memory::small_pages(PAGES * PAGE)?;
+        let last = Memory::anonymous(PAGE)?;
+        for _ in 0..ROUNDS {
+            let buffer = device.create(&[memory.range()])?;
+            let begun = AtomicI64::new(0);
+            std::thread::scope(|scope| -> Result<()> {
+                let taken = scope.spawn(|| -> Result<()> {
+                    begun.store(1, Ordering::Release);
+                    loop {
+                        match device.create(&[last.range()]) {
+                            Ok(_one) => {
+                                link.theirs.signal()?;
+                                return link.theirs.wait();
+                            }
+                            Err(Errno::ENOMEM) => {}
+                            Err(error) => return Err(error).context("create"),
+                        }
+                    }
+                });
+                while begun.load(Ordering::Acquire) == 0 {
+                    std::thread::yield_now();
+                }
+                drop(buffer);
+                taken.join().map_err(|_| anyhow::anyhow!("the thread"))?
+            })?;
+        }
+        Ok(())
+    })?;
+    let mut most = 0;
+    for _ in 0..ROUNDS {
+        if let Err(error) = link.ours.wait() {
+            child.join()?;
+            return Err(error);
+        }
+        most = most.max(kernel::pins()? - before);
+        link.ours.signal()?;
+    }
+    child.join()?;
+    check_eq!(most, 1, "pages that were pinned when the charge was free");
+    Ok(())
 }
