@@ -58,6 +58,7 @@ const ROWS: &[&str] = &[
 const PURE: &[&str] = &[
     "driver/allowances.rs",
     "driver/extents.rs",
+    "driver/one_or_more.rs",
     "driver/ranges.rs",
     "driver/uaccess.rs",
 ];
