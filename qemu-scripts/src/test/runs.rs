@@ -257,6 +257,18 @@ pub const RUNS: &[Run] = &[
         ..PLAIN
     },
     Run {
+        // Programs that use udmabuf in Debian's next release: GStreamer, GTK, compositors.
+        name: "programs",
+        when: When::Long,
+        memory: "3G",
+        cmdline: "initcall_blacklist=udmabuf_dev_init",
+        image: "programs",
+        modules: &[],
+        command: "pinbuf-clients gstreamer weston gtk kwin",
+        timeout: 3000,
+        ..PLAIN
+    },
+    Run {
         name: "install",
         bare: true,
         memory: "1G",

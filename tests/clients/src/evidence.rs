@@ -35,9 +35,22 @@ pub fn has_device(process: u32) -> Result<bool> {
     .is_empty())
 }
 
+/// The name that pinbuf's buffers have in fdinfo.
+pub const PINBUF: &str = "pinbuf";
+
 /// The dma-bufs that a process has open, each once, as descriptors of our own.  Each must be
-/// pinbuf's: by the exporter's name, and by `PINBUF_INFO`.
+/// pinbuf's.
 pub fn buffers(process: u32) -> Result<Vec<Buffer>> {
+    let found = all_buffers(process)?.into_iter().map(|(exporter, buffer)| {
+        ensure!(exporter == PINBUF, "a buffer of {exporter}'s");
+        Ok(buffer)
+    });
+    found.collect()
+}
+
+/// The same, with the exporters' names.  Those that are pinbuf's by name must be so by what the driver says of
+/// them.
+pub fn all_buffers(process: u32) -> Result<Vec<(String, Buffer)>> {
     let device = Device::open()?;
     let mut seen = Vec::new();
     let mut found = Vec::new();
@@ -50,16 +63,17 @@ pub fn buffers(process: u32) -> Result<Vec<Buffer>> {
             .find_map(|line| line.strip_prefix("exp_name:"))
             .context("fdinfo names no exporter")?
             .trim();
-        ensure!(exporter == "pinbuf", "a buffer of {exporter}'s");
         let buffer = Buffer::from_fd(copy(process, number)?);
         let inode = nix::sys::stat::fstat(&buffer)?.st_ino;
         if seen.contains(&inode) {
             continue;
         }
-        let info = device.info(buffer.as_fd().as_raw_fd())?;
-        ensure!(info.bytes == buffer.len()? as u64, "pinbuf says {info:?}");
+        if exporter == PINBUF {
+            let info = device.info(buffer.as_fd().as_raw_fd())?;
+            ensure!(info.bytes == buffer.len()? as u64, "pinbuf says {info:?}");
+        }
         seen.push(inode);
-        found.push(buffer);
+        found.push((exporter.to_owned(), buffer));
     }
     Ok(found)
 }
@@ -76,4 +90,15 @@ fn copy(process: u32, number: i32) -> Result<OwnedFd> {
     let fd = Errno::result(fd).context("pidfd_getfd")?;
     // SAFETY: the call has just returned it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// How many buffers of at least this size were made, by the log of `pinbuf run --log`.
+pub fn made(log: &str, bytes: usize) -> usize {
+    let size = |line: &str| {
+        let (_, made) = line.split_once("created fd ")?;
+        let (_, size) = made.split_once(": ")?;
+        size.split(' ').next()?.parse().ok()
+    };
+    let sizes = log.lines().filter_map(size);
+    sizes.filter(|&size: &usize| size >= bytes).count()
 }

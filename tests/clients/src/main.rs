@@ -12,7 +12,10 @@ mod containers;
 mod doctor;
 mod evidence;
 mod examples;
+mod gstreamer;
+mod gtk;
 mod info;
+mod kwin;
 mod libcamera;
 mod process;
 mod qemu;
@@ -23,6 +26,8 @@ mod udev;
 mod user;
 mod vulkan;
 mod watch;
+mod wayland;
+mod weston;
 
 use std::process::ExitCode;
 
@@ -36,6 +41,10 @@ struct Options {
     #[command(flatten)]
     choice: Choice,
 }
+
+/// Themes for other machines, which run if they are named: where SELinux is in force AppArmor is not, and the programs
+/// of the others are in the image `programs`.
+const ELSEWHERE: [&str; 5] = ["selinux", "gstreamer", "weston", "gtk", "kwin"];
 
 fn tests() -> impl Iterator<Item = &'static Test> + Clone {
     [
@@ -51,6 +60,10 @@ fn tests() -> impl Iterator<Item = &'static Test> + Clone {
         examples::TESTS,
         containers::TESTS,
         selinux::TESTS,
+        gstreamer::TESTS,
+        weston::TESTS,
+        gtk::TESTS,
+        kwin::TESTS,
     ]
     .into_iter()
     .flatten()
@@ -58,8 +71,8 @@ fn tests() -> impl Iterator<Item = &'static Test> + Clone {
 
 fn main() -> Result<ExitCode> {
     let Options { choice } = Options::parse();
-    // Where SELinux is in force AppArmor is not, and the other way round.
-    let all = tests().filter(|test| !choice.themes.is_empty() || test.theme() != "selinux");
+    let all =
+        tests().filter(|test| !choice.themes.is_empty() || !ELSEWHERE.contains(&test.theme()));
     let Some(chosen) = choice.of(all)? else {
         return Ok(ExitCode::SUCCESS);
     };

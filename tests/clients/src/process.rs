@@ -28,9 +28,15 @@ impl Start {
     }
 
     /// On pinbuf, as docs/operators.md says.
-    pub fn on_pinbuf(mut self) -> Self {
-        let run = ["pinbuf", "run", "--"].map(str::to_owned);
-        self.words.splice(0..0, run);
+    pub fn on_pinbuf(self) -> Self {
+        self.on_pinbuf_with(&[])
+    }
+
+    /// The same with these options.
+    pub fn on_pinbuf_with(mut self, options: &[&str]) -> Self {
+        let words = ["pinbuf", "run"].iter().chain(options).chain(&["--"]);
+        let words: Vec<String> = words.map(|&word| word.to_owned()).collect();
+        self.words.splice(0..0, words);
         self
     }
 

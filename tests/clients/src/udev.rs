@@ -12,6 +12,9 @@ use nix::unistd::Group;
 
 const RULE: &str = include_str!("../../../packaging/60-pinbuf.rules");
 
+/// How long udev may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Installs the rule as `make install` does, starts udev, and waits until it has seen to the device.
 pub fn install() -> Result<()> {
     if is_for_kvm()? {
@@ -21,14 +24,19 @@ pub fn install() -> Result<()> {
     if !fs::exists("/run/udev/control")? {
         run(Command::new("/usr/lib/systemd/systemd-udevd").arg("--daemon"))?;
     }
-    run(Command::new("udevadm").args(["control", "--reload"]))?;
+    // The daemon may be there before it takes requests.
+    let deadline = Instant::now() + PATIENCE;
+    while let Err(error) = run(Command::new("udevadm").args(["control", "--reload"])) {
+        ensure!(Instant::now() < deadline, error);
+        std::thread::sleep(Duration::from_millis(200));
+    }
     run(Command::new("udevadm").args(["trigger", "/dev/pinbuf"]))?;
     wait()
 }
 
 /// Waits until udev has seen to the device, as after loading the module.
 pub fn wait() -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + PATIENCE;
     while !is_for_kvm()? {
         ensure!(
             Instant::now() < deadline,
