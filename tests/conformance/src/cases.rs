@@ -2,9 +2,10 @@
 
 //! The table of cases.
 
+use std::collections::BTreeSet;
 use std::ffi::{c_int, CString};
 use std::io::Result as IoResult;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use anyhow::{bail, Context, Result};
@@ -358,6 +359,7 @@ impl Ask {
     /// file's own and no copies.
     fn look(&self, dmabuf: c_int, files: &[File], outcome: &mut Outcome) -> Result<()> {
         let size: u64 = self.parts.iter().map(|part| part.2).sum();
+        outcome.made_by = u::exporter(dmabuf);
         outcome.fact("size", end(dmabuf)?);
         outcome.fact("size is the parts'", end(dmabuf)? as u64 == size);
         let map = Map::shared(dmabuf, size).context("mapping the buffer")?;
@@ -1666,23 +1668,31 @@ fn surroundings(t: &mut Table) {
             .map(|thread| {
                 let fd = file.fd;
                 thread::spawn(move || {
-                    (0..200).all(|i| {
+                    let mut makers = BTreeSet::new();
+                    let good = (0..200).all(|i| {
                         let page = (thread * 5 + i) % 12;
                         let Ok(dmabuf) = create(device, fd, page * PAGE, 4 * PAGE, 1) else {
                             return false;
                         };
+                        makers.extend(u::exporter(dmabuf));
                         let right = Map::shared(dmabuf, 4 * PAGE)
                             .is_ok_and(|map| (0..4).all(|p| map.get(p) == mark(0, page + p)));
                         right && close(dmabuf).is_ok()
-                    })
+                    });
+                    (good, makers)
                 })
             })
             .collect();
-        let good = threads
-            .into_iter()
-            .all(|thread| thread.join().is_ok_and(|good| good));
+        let (mut good, mut makers) = (true, BTreeSet::new());
+        for thread in threads {
+            let (right, others) = thread.join().unwrap_or_default();
+            good &= right;
+            makers.extend(others);
+        }
+        let makers: Vec<String> = makers.into_iter().collect();
         let mut outcome = Outcome {
             ret: "0".to_owned(),
+            made_by: Some(makers.join(" and ")),
             ..Outcome::default()
         };
         outcome.fact("all buffers right", good);
@@ -1731,6 +1741,96 @@ fn surroundings(t: &mut Table) {
         };
         outcome.fact("all buffers right", good);
         outcome.fact("mappings changed", turns > 10);
+        Ok(outcome)
+    });
+    // A thread puts another file at the number that a request names. The buffer is of one of the two, which both may be
+    // used, and what is made of the wrong one does not stay.
+    t.custom("process/files-change", OK, || {
+        let device = device()?;
+        let files = [File::new(0, PLAIN)?, File::new(7, PLAIN)?];
+        let place = fcntl(files[0].fd, libc::F_DUPFD, 0)?;
+        let fds = [files[0].fd, files[1].fd];
+        let stop = &*Box::leak(Box::new(AtomicBool::new(false)));
+        // A thread's stack is kept, so mappings are not compared.
+        let before = traces()?.1;
+        let changing = thread::spawn(move || {
+            let mut turns = 0u64;
+            while !stop.load(Ordering::Relaxed) {
+                // SAFETY: no memory is involved.
+                unsafe { libc::dup2(fds[(turns % 2) as usize], place) };
+                turns += 1;
+                if turns % 16 == 0 {
+                    thread::sleep(std::time::Duration::from_micros(200));
+                }
+            }
+            turns
+        });
+        let (mut good, mut made) = (true, 0);
+        for _ in 0..1000 {
+            match create(device, place, 0, 4 * PAGE, 0) {
+                Ok(dmabuf) => {
+                    let map = Map::shared(dmabuf, 4 * PAGE)?;
+                    let is_of = |file| (0..4).all(|page| map.get(page) == mark(file, page));
+                    good &= is_of(0) || is_of(7);
+                    close(dmabuf)?;
+                    made += 1;
+                }
+                // The shim gives up if that goes on.
+                Err(error) => good &= error.raw_os_error() == Some(libc::EBADFD),
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        let turns = changing.join().unwrap_or(0);
+        let mut outcome = Outcome {
+            ret: "0".to_owned(),
+            ..Outcome::default()
+        };
+        outcome.fact("all buffers are of one file", good);
+        outcome.fact("some were made", made > 0);
+        outcome.fact("the file changed", turns > 100);
+        outcome.fact("descriptors are as before", traces()?.1 == before);
+        Ok(outcome)
+    });
+    // A thread changes the count of a list, while udmabuf reads it once: a buffer is of the items that one of the counts
+    // names.
+    t.custom("process/list-changes", OK, || {
+        let device = device()?;
+        let file = File::new(0, PLAIN)?;
+        let items: Vec<_> = (0..3).map(|page| file.item(page * PAGE, PAGE)).collect();
+        let list = u::list(0, 1, &items);
+        let list: &[AtomicU64] = Box::leak(list.into_iter().map(AtomicU64::new).collect());
+        let stop = &*Box::leak(Box::new(AtomicBool::new(false)));
+        let turns = &*Box::leak(Box::new(AtomicU64::new(0)));
+        let changing = thread::spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                let turn = turns.fetch_add(1, Ordering::Relaxed);
+                list[0].store([1, 3][(turn % 2) as usize] << 32, Ordering::Relaxed);
+            }
+        });
+        while turns.load(Ordering::Relaxed) == 0 {
+            thread::yield_now();
+        }
+        let mut good = true;
+        for _ in 0..1000 {
+            match u::ioctl(device, u::CREATE_LIST, list.as_ptr() as usize) {
+                Ok(dmabuf) => {
+                    let pages = end(dmabuf)? as u64 / PAGE;
+                    let map = Map::shared(dmabuf, PAGE * pages)?;
+                    good &= [1, 3].contains(&pages);
+                    good &= (0..pages).all(|page| map.get(page) == mark(0, page));
+                    close(dmabuf)?;
+                }
+                Err(_) => good = false,
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        good &= changing.join().is_ok();
+        let mut outcome = Outcome {
+            ret: "0".to_owned(),
+            ..Outcome::default()
+        };
+        outcome.fact("all buffers are of one count", good);
+        outcome.fact("the count changed", turns.load(Ordering::Relaxed) > 10);
         Ok(outcome)
     });
     t.custom("process/in-a-signal-handler", OK, || {

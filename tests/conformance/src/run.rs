@@ -24,6 +24,9 @@ pub struct Outcome {
     /// What else was seen: of the buffer, for example.
     #[serde(default)]
     pub facts: BTreeMap<String, String>,
+    /// Who made the buffers, if it was asked.
+    #[serde(default)]
+    pub made_by: Option<String>,
     /// Why the case could not be tried here.
     #[serde(default)]
     pub skipped: Option<String>,

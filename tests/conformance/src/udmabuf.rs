@@ -98,6 +98,15 @@ pub fn create_list(device: c_int, items: &[Item], flags: u32) -> Result<c_int> {
     ioctl(device, CREATE_LIST, list.as_ptr() as usize)
 }
 
+/// The name of a dma-buf's exporter, if `/proc` can be read.
+pub fn exporter(dmabuf: c_int) -> Option<String> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{dmabuf}")).ok()?;
+    let name = text
+        .lines()
+        .find_map(|line| line.strip_prefix("exp_name:"))?;
+    Some(name.trim().to_owned())
+}
+
 /// `DMA_BUF_IOCTL_SYNC`.
 pub fn sync(dmabuf: c_int, flags: u64) -> Result<c_int> {
     ioctl(dmabuf, SYNC, &raw const flags as usize)
