@@ -169,7 +169,15 @@ int pti_attributes(struct pti_attributes __user *user, const void *vmap,
 #include <linux/mmap_lock.h>
 #include <linux/pgtable.h>
 
-/* The bits for caching of the entry that maps an address: all zero for write-back. */
+/* The bits for caching of a large entry, where they are in one of a page. */
+static u64 pti_large(unsigned long flags)
+{
+	pgprot_t small = pgprot_large_2_4k(__pgprot(flags));
+
+	return pgprot_val(small) & _PAGE_CACHE_MASK;
+}
+
+/* The same of the entry that maps an address: all zero for write-back. */
 static u64 pti_entry(unsigned long addr)
 {
 	pgd_t *pgd = pgd_offset(current->mm, addr);
@@ -187,16 +195,12 @@ static u64 pti_entry(unsigned long addr)
 	if (pud_none(*pud))
 		return PTI_NOT_MAPPED;
 	if (pud_leaf(*pud))
-		return pgprot_val(pgprot_large_2_4k(
-			       __pgprot(pud_flags(*pud)))) &
-		       _PAGE_CACHE_MASK;
+		return pti_large(pud_flags(*pud));
 	pmd = pmd_offset(pud, addr);
 	if (pmd_none(*pmd))
 		return PTI_NOT_MAPPED;
 	if (pmd_leaf(*pmd))
-		return pgprot_val(pgprot_large_2_4k(
-			       __pgprot(pmd_flags(*pmd)))) &
-		       _PAGE_CACHE_MASK;
+		return pti_large(pmd_flags(*pmd));
 	pte = pte_offset_kernel(pmd, addr);
 	return pte_present(*pte) ? pte_flags(*pte) & _PAGE_CACHE_MASK :
 				   PTI_NOT_MAPPED;

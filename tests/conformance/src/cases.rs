@@ -1812,7 +1812,7 @@ fn surroundings(t: &mut Table) {
         }
         let mut good = true;
         for _ in 0..1000 {
-            match u::ioctl(device, u::CREATE_LIST, list.as_ptr() as usize) {
+            match ioctl(device, u::CREATE_LIST, list.as_ptr() as usize) {
                 Ok(dmabuf) => {
                     let pages = end(dmabuf)? as u64 / PAGE;
                     let map = Map::shared(dmabuf, PAGE * pages)?;
