@@ -147,6 +147,7 @@ fn memlock() -> Result<()> {
 }
 
 fn allowance() -> Result<()> {
-    let _one = Setting::parameter("allowance_mb", 1)?;
-    compete(256, 0, CHARGE_ALLOWANCE)
+    const PAGES: usize = 256;
+    let _allowance = Setting::parameter("allowance_mb", (PAGES * PAGE) >> 20)?;
+    compete(PAGES, 0, CHARGE_ALLOWANCE)
 }
