@@ -92,7 +92,7 @@ fn create(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> Result<c_i
     let mut known = Spans::new();
     HINTS.recall(of_call, &mut known);
     if !known.is_empty() && call.locate(plan, &known)? && call.missing == 0 {
-        late::request(&call.ranges);
+        late::wait(device, call);
         match call.make(device, flags) {
             Err(Errno(libc::EAGAIN | libc::EFAULT)) => {}
             result => return result,
@@ -106,7 +106,7 @@ fn create(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> Result<c_i
     }
     if !found.is_empty() && call.locate(plan, &found)? {
         if call.missing == 0 {
-            late::request(&call.ranges);
+            late::wait(device, call);
         }
         match call.make_with(device, flags, plan, &found, |_| Ok(())) {
             Err(Errno(libc::EAGAIN | libc::EFAULT)) => {}

@@ -26,14 +26,13 @@
 //!
 //! Programs confine themselves with seccomp, and are killed for a call that is not on their list. A create makes `ioctl`, `fstat`,
 //! `fcntl(F_GET_SEALS)`, `rt_sigprocmask`, `mmap` and `munmap`, and `openat` and `close` for a file that was
-//! opened read-only and is not mapped. Everything else happens when the program opens the device. A program that
-//! never opens it makes the calls that it makes without the shim. In a program that has registered memory with userfaultfd,
-//! a create starts threads, too ([`late`]).
+//! opened read-only and is not mapped. In a program that has registered memory with userfaultfd, there is `close`, too ([`late`]).
+//! Everything else happens when the program opens the device. A program that never opens it makes the calls that it makes
+//! without the shim.
 //!
 //! # Signals, threads, allocation
 //!
-//! Nothing here allocates with malloc or takes a lock, other than what libc does when it starts a thread ([`late`]). Memory for
-//! long lists comes from `mmap`. No thread outlives the call that started it.
+//! Nothing here allocates with malloc, takes a lock or starts a thread. Memory for long lists comes from `mmap`.
 //! The kernel checks the program's pointers for the shim, so that invalid ones give `EFAULT`.
 
 #![cfg_attr(test, allow(dead_code))] // The interposed functions are not in tests.

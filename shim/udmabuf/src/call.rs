@@ -110,6 +110,29 @@ impl Call {
         }
     }
 
+    /// Are the ranges in the order of their addresses?
+    pub fn ascends(&self) -> bool {
+        self.ranges.is_sorted_by_key(|range| range.addr)
+    }
+
+    /// The same ranges, in the order of their addresses.
+    pub fn ascending(&self, sorted: &mut Self) -> Result<()> {
+        // The lists are sorted together.
+        let mut order = Buffer::<c_int, INLINE_ITEMS>::new();
+        order.reserve(self.ranges.len())?;
+        for index in 0..self.ranges.len() {
+            order.push(index as c_int)?;
+        }
+        order.sort_by_key(|index| self.ranges[*index as usize].addr);
+        sorted.ranges.reserve(order.len())?;
+        sorted.backing.reserve(order.len())?;
+        for index in order.iter() {
+            sorted.ranges.push(self.ranges[*index as usize])?;
+            sorted.backing.push(self.backing[*index as usize])?;
+        }
+        Ok(())
+    }
+
     /// Makes the buffer of what the program has mapped, which was located, and of a window onto the rest, which `ready`
     /// gets to see once it is mapped.
     pub fn make_with(
@@ -200,6 +223,37 @@ pub fn as_udmabuf(error: Errno) -> Errno {
 mod tests {
     use super::*;
     use crate::spans::{FileId, Span};
+
+    #[test]
+    fn ranges_are_sorted_with_their_backings() {
+        let mut call = Call::new();
+        // More than lists have room for without a mapping.
+        let count = 3 * INLINE_ITEMS as u64;
+        for i in 0..count {
+            let addr = i * 37 % count;
+            call.ranges
+                .push(uapi::Range {
+                    addr,
+                    len: addr + 1,
+                })
+                .unwrap();
+            let backing = uapi::Backing {
+                fd: addr as c_int,
+                reserved: 0,
+                offset: 2 * addr,
+            };
+            call.backing.push(backing).unwrap();
+        }
+        assert!(!call.ascends());
+        let mut sorted = Call::new();
+        call.ascending(&mut sorted).unwrap();
+        assert!(sorted.ascends());
+        assert_eq!(sorted.ranges.len() as u64, count);
+        for (i, (range, backing)) in (0..).zip(sorted.ranges.iter().zip(sorted.backing.iter())) {
+            assert_eq!((range.addr, range.len), (i, i + 1));
+            assert_eq!((backing.fd, backing.offset), (i as c_int, 2 * i));
+        }
+    }
 
     #[test]
     fn ranges_do_not_multiply() {

@@ -40,10 +40,6 @@ pub const SUPERVISOR: &[(&str, Difference, &str)] = &[
 /// Cases that are not run under the supervisor, and why.
 const LEFT_OUT: &[(&str, &str)] = &[
     (
-        "late/4k-at-once",
-        "the supervisor requests late pages one after the other",
-    ),
-    (
         "no-pinbuf/",
         "these take pinbuf's device away from the program, and the supervisor has its own",
     ),

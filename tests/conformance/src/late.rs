@@ -19,7 +19,8 @@ use crate::udmabuf::{check, close, create, create_list, Item, Map, PAGE};
 
 pub fn cases(t: &mut Table) {
     missing(t);
-    at_once(t);
+    ascending(t);
+    signal(t);
     other_modes(t);
     several_files(t);
     hole(t);
@@ -51,7 +52,7 @@ const FEATURES: u64 = 1 | 1 << 9 | 1 << 10 | 1 << 12 | 1 << 14;
 
 /// Which faults a userfaultfd has: the value is the mode in which it is registered.
 #[derive(Clone, Copy, PartialEq)]
-enum Mode {
+pub(crate) enum Mode {
     /// Of pages that the file does not have.
     Missing = 1,
     /// Of writes.
@@ -62,7 +63,7 @@ enum Mode {
 
 /// A userfaultfd that has the faults of a mapping.
 #[derive(Clone, Copy)]
-struct Faults {
+pub(crate) struct Faults {
     fd: c_int,
     base: u64,
     /// The size of a page.
@@ -73,7 +74,7 @@ struct Faults {
 }
 
 impl Faults {
-    fn of(map: &Map, len: u64, unit: u64, mode: Mode) -> Result<Self> {
+    pub(crate) fn of(map: &Map, len: u64, unit: u64, mode: Mode) -> Result<Self> {
         // SAFETY: no memory is involved.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, NONBLOCK) };
         let fd = check(fd).context("userfaultfd")? as c_int;
@@ -233,51 +234,99 @@ fn missing(t: &mut Table) {
     }
 }
 
-/// The pages of a buffer are requested before the first of them has come: the owner may have them sent together.
-fn at_once(t: &mut Table) {
-    /// More than one thread that creates the buffer could request.
-    const AT_ONCE: usize = 4;
-    const PATIENCE: Duration = Duration::from_secs(2);
-    t.custom("late/4k-at-once", Expect::Compared, || {
-        let device = device()?;
-        let spec = Spec {
-            filled: false,
-            bytes: 64 * PAGE,
-            ..PLAIN
-        };
-        let file = File::new(0, spec)?;
-        let map = Map::shared(file.fd, spec.bytes)?;
-        let faults = Faults::of(&map, spec.bytes, PAGE, Mode::Missing)?;
-        let stop = AtomicBool::new(false);
-        let (result, requested) = thread::scope(|scope| {
-            let owner = scope.spawn(|| {
-                let mut requested = Vec::new();
-                let start = Instant::now();
-                while requested.len() < AT_ONCE && start.elapsed() < PATIENCE {
-                    requested.extend(faults.next());
-                    thread::sleep(Duration::from_millis(1));
-                }
-                for &offset in &requested {
-                    faults.answer(offset)?;
-                }
-                while !stop.load(Ordering::Relaxed) {
-                    match faults.next() {
-                        Some(offset) => faults.answer(offset)?,
-                        None => thread::sleep(Duration::from_millis(1)),
-                    }
-                }
-                anyhow::Ok(requested.len())
+/// Late pages are requested in the order of their addresses, whatever their order in the buffer: an owner that sends
+/// memory in this order has most of them on their way already.
+fn ascending(t: &mut Table) {
+    for (sort, spec, unit) in SORTS {
+        t.custom(
+            format!("late/{sort}-ascending"),
+            Expect::Compared,
+            move || {
+                let device = device()?;
+                let spec = Spec {
+                    filled: false,
+                    bytes: 8 * unit,
+                    ..spec
+                };
+                let file = File::new(0, spec)?;
+                let map = Map::shared(file.fd, spec.bytes)?;
+                let faults = Faults::of(&map, spec.bytes, unit, Mode::Missing)?;
+                let parts = [6, 1, 4, 3, 0, 6].map(|page| (page * unit, unit));
+                let items = parts.map(|(offset, size)| file.item(offset, size));
+                let stop = AtomicBool::new(false);
+                let (result, requested) = thread::scope(|scope| {
+                    let owner = scope.spawn(|| {
+                        let mut requested = Vec::new();
+                        while !stop.load(Ordering::Relaxed) {
+                            match faults.next() {
+                                Some(offset) => {
+                                    requested.push(offset / unit);
+                                    faults.answer(offset)?;
+                                }
+                                None => thread::sleep(Duration::from_millis(1)),
+                            }
+                        }
+                        anyhow::Ok(requested)
+                    });
+                    let result = create_list(device, &items, 0);
+                    stop.store(true, Ordering::Relaxed);
+                    (result, owner.join())
+                });
+                let mut outcome = Outcome::of(&result);
+                let requested = requested.map_err(|_| anyhow::anyhow!("panicked"))??;
+                outcome.fact("in order of addresses", requested == [0, 1, 3, 4, 6]);
+                outcome.fact("contents", has(result?, pages(&parts))?);
+                Ok(outcome)
+            },
+        );
+    }
+}
+
+extern "C" fn handled(_: c_int) {}
+
+/// The time that this thread has been running.
+fn processor_time() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the time is written to `time`.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// A signal with a handler comes while the call waits: the wait goes on, and the processor is not kept busy by it.
+fn signal(t: &mut Table) {
+    const WAITS: Duration = Duration::from_millis(500);
+    for (sort, spec, unit) in SORTS {
+        t.custom(format!("late/{sort}-signal"), Expect::Compared, move || {
+            let device = device()?;
+            let spec = Spec {
+                filled: false,
+                ..spec
+            };
+            let file = File::new(0, spec)?;
+            let map = Map::shared(file.fd, spec.bytes)?;
+            let faults = Faults::of(&map, spec.bytes, unit, Mode::Missing)?;
+            let handler = handled as extern "C" fn(c_int) as libc::sighandler_t;
+            // SAFETY: the handler does nothing.
+            unsafe { libc::signal(libc::SIGUSR1, handler) };
+            // SAFETY: a call without conditions.
+            let creator = unsafe { libc::pthread_self() };
+            let first = move || {
+                // SAFETY: that thread waits for this one.
+                unsafe { libc::pthread_kill(creator, libc::SIGUSR1) };
+                thread::sleep(WAITS);
+            };
+            let before = processor_time();
+            let (result, mut outcome) = answering(&[faults], first, || {
+                create(device, file.fd, 0, spec.bytes, 0)
             });
-            let result = create(device, file.fd, 0, spec.bytes, 0);
-            stop.store(true, Ordering::Relaxed);
-            (result, owner.join())
+            outcome.fact("at rest", processor_time() - before < WAITS / 2);
+            outcome.fact("contents", has(result?, 0..spec.bytes / PAGE)?);
+            Ok(outcome)
         });
-        let mut outcome = Outcome::of(&result);
-        let requested = requested.map_err(|_| anyhow::anyhow!("panicked"))??;
-        outcome.fact("at once", requested >= AT_ONCE);
-        outcome.fact("contents", has(result?, 0..spec.bytes / PAGE)?);
-        Ok(outcome)
-    });
+    }
 }
 
 /// Pages that the file has, but of which the owner wants to know the first access, or a write.

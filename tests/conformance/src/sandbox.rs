@@ -12,6 +12,7 @@ use crate::cases::{device, unavailable, File, Spec, Table, HUGE, HUGETLB, OK, PL
 #[cfg(target_arch = "x86_64")]
 use crate::crosvm;
 use crate::filter::{confined, refused, Allowed, Test};
+use crate::late::{Faults, Mode};
 use crate::run::Outcome;
 use crate::udmabuf::{self as u, check, create, create_list, ioctl, open, Item, Map, PAGE};
 
@@ -206,6 +207,22 @@ fn seccomp(t: &mut Table) {
         let ended = confined(&for_udmabuf(), || {
             create(device, file.fd, 0, 2 * HUGE, 0)
                 .is_ok_and(|dmabuf| Map::shared(dmabuf, 2 * HUGE).is_ok())
+        })?;
+        Ok(outcome(ended))
+    });
+    // A program that has registered its memory with userfaultfd, and uses it in any order.
+    t.custom("seccomp/userfaultfd", OK, move || {
+        let device = device()?;
+        let file = File::new(0, PLAIN)?;
+        let map = Map::shared(file.fd, PLAIN.bytes)?;
+        let _faults = Faults::of(&map, PLAIN.bytes, PAGE, Mode::Missing)?;
+        let items = [file.item(8 * PAGE, 8 * PAGE), file.item(0, 8 * PAGE)];
+        let list = u::list(0, items.len() as u32, &items);
+        let ended = confined(&for_udmabuf(), || {
+            (0..2).all(|_| {
+                ioctl(device, u::CREATE_LIST, list.as_ptr() as usize)
+                    .is_ok_and(|dmabuf| u::close(dmabuf).is_ok())
+            })
         })?;
         Ok(outcome(ended))
     });

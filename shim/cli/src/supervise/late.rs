@@ -74,6 +74,8 @@ pub fn wait(
     });
     result?;
     walked.map_err(|error| Errno::from_raw(error.0))?;
+    // Whoever sends a page on request often continues with those behind it.
+    late.sort_unstable();
     let mut rest: &[u64] = &late;
     while !rest.is_empty() {
         // If the program is killed while it waits, nobody answers any more, and its pages are filled.
