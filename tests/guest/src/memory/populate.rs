@@ -23,7 +23,7 @@ use crate::common::{refused, views_agree};
 use crate::frames::{entries, Entry};
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
 use pinbuf_test_harness::support::kinds::huge_private;
-use pinbuf_test_harness::support::memory::{file_in, memfd, stamp, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::memory::{file_in, memfd, punch_hole, stamp, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::process::{become_user, in_child, set_memlock, Child, USER};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
 use pinbuf_test_harness::tests;
@@ -40,6 +40,7 @@ tests! { "populate":
     small_objects_are_charged within 120,
     memory_cgroup_kills_anonymous within 120,
     memory_cgroup_kills_shmem within 120,
+    memory_cgroup_bounds_discarded_memory within 120,
     hugetlb_cgroup_runs_out within 120,
 }
 
@@ -268,21 +269,19 @@ impl Group {
     }
 }
 
-/// Create exceeds the group's limit: the kernel kills, as for any fault, and nothing is left behind.
-fn killed_by_cgroup(make: impl Fn(usize) -> Result<Memory>) -> Result<()> {
-    const LIMIT: usize = 24 << 20;
+/// What the group of [`killed_by_cgroup`] may have.
+const LIMIT: usize = 24 << 20;
+
+/// Expects that the kernel kills a member of a control group that takes more memory than the group may have, and
+/// that nothing is left behind.
+fn killed_by_cgroup(take: impl FnOnce() -> Result<()>) -> Result<()> {
     let group = Group::new("memory")?;
     group.set("memory.max", LIMIT)?;
     group.set("memory.swap.max", 0)?;
     let (pins, buffers) = (kernel::pins()?, kernel::dma_bufs()?);
     let child = Child::run(|| {
         group.join()?;
-        let device = Device::open()?;
-        let memory = make(4 * LIMIT)?;
-        // What fits succeeds.
-        drop(device.create(&[memory.part(0, LIMIT / 4)])?);
-        let result = device.create(&[memory.range()]);
-        anyhow::bail!("create came back: {result:?}")
+        take()
     })?;
     let (status, said) = child.end(Duration::from_secs(60))?;
     check!(
@@ -308,6 +307,44 @@ fn killed_by_cgroup(make: impl Fn(usize) -> Result<Memory>) -> Result<()> {
     );
     println!("# memory.max {LIMIT}: oom_kill {kills}, pins +0, memory.current {left} after");
     group.remove()
+}
+
+/// Create exceeds the group's limit: the kernel kills, as for any fault.
+fn killed_in_create(make: impl Fn(usize) -> Result<Memory>) -> Result<()> {
+    killed_by_cgroup(|| {
+        let device = Device::open()?;
+        let memory = make(4 * LIMIT)?;
+        // What fits succeeds.
+        drop(device.create(&[memory.part(0, LIMIT / 4)])?);
+        let result = device.create(&[memory.range()]);
+        anyhow::bail!("create came back: {result:?}")
+    })
+}
+
+/// Memory that is discarded under a buffer and filled anew, again and again. Root has no limit, but what its buffers
+/// keep stays charged to its control group.
+fn memory_cgroup_bounds_discarded_memory() -> Result<()> {
+    const MEMORY: usize = 2 << 20;
+    let rounds = Memory::map(PAGE, RW, libc::MAP_SHARED | libc::MAP_ANONYMOUS, None, 0)?;
+    rounds.set(0, 0);
+    killed_by_cgroup(|| {
+        let device = Device::open()?;
+        let file = memfd(MEMORY, 0)?;
+        let memory = Memory::shared(&file, MEMORY)?;
+        let mut kept = Vec::new();
+        loop {
+            memory.touch_to_write();
+            kept.push(device.create(&[memory.range()])?);
+            punch_hole(&file, 0, MEMORY)?;
+            rounds.set(0, kept.len() as u64);
+        }
+    })?;
+    let kept = rounds.get(0) as usize * MEMORY;
+    check!(
+        (LIMIT / 2..LIMIT).contains(&kept),
+        "{kept} bytes were kept in a group that may have {LIMIT}"
+    );
+    Ok(())
 }
 
 /// What a buffer and a device's mapping take of the kernel's memory counts for the group of the process that
@@ -423,11 +460,11 @@ fn small_objects_are_charged() -> Result<()> {
 }
 
 fn memory_cgroup_kills_anonymous() -> Result<()> {
-    killed_by_cgroup(Memory::small_pages)
+    killed_in_create(Memory::small_pages)
 }
 
 fn memory_cgroup_kills_shmem() -> Result<()> {
-    killed_by_cgroup(|len| Memory::shared(memfd(len, 0)?, len))
+    killed_in_create(|len| Memory::shared(memfd(len, 0)?, len))
 }
 
 /// As an exhausted pool: an error.
