@@ -22,6 +22,7 @@ use crate::process::Start;
 
 tests!("watch":
     lists_the_parts,
+    lists_more_parts_than_a_call_returns,
     shows_them_in_info,
     reports_changes_as_they_come,
     passes_nothing_raw_to_the_terminal,
@@ -41,8 +42,12 @@ struct Frame {
 
 impl Frame {
     fn new() -> Result<Self> {
-        let file = memfd(COUNT * PAGE, 0)?;
-        let memory = Memory::shared(&file, COUNT * PAGE)?;
+        Self::of(COUNT)
+    }
+
+    fn of(pages: usize) -> Result<Self> {
+        let file = memfd(pages * PAGE, 0)?;
+        let memory = Memory::shared(&file, pages * PAGE)?;
         memory.touch_to_write();
         let buffer = Device::open()?.create(&[memory.range()])?;
         Ok(Self {
@@ -98,6 +103,25 @@ fn lists_the_parts() -> Result<()> {
         "{change:#?}"
     );
     drop(whole);
+    Ok(())
+}
+
+/// The library asks for 64 at once.
+fn lists_more_parts_than_a_call_returns() -> Result<()> {
+    const PARTS: usize = 200;
+    let frame = Frame::of(2 * PARTS)?;
+    for page in 0..PARTS {
+        frame.discard(2 * page, 1)?;
+    }
+    let all = once()?;
+    let [(_, change)] = &all[..] else {
+        bail!("{all:#?}");
+    };
+    let expected: Vec<Value> = (0..PARTS).map(|page| part(2 * page, 1)).collect();
+    ensure!(
+        change["parts"] == json!(expected) && change["discarded_bytes"] == PARTS * PAGE,
+        "{change:#?}"
+    );
     Ok(())
 }
 
