@@ -15,6 +15,7 @@ use pinbuf_test_harness::support::memory::{memfd, punch_hole};
 use pinbuf_test_harness::support::process::PATIENCE;
 use pinbuf_test_harness::support::{Buffer, Device, Memory, PAGE};
 use pinbuf_test_harness::tests;
+use pinbuf_uapi::{Discard, STATE_DISCARDED};
 use serde_json::{json, Value};
 
 use crate::info::{clean, set_name};
@@ -23,6 +24,7 @@ use crate::process::Start;
 tests!("watch":
     lists_the_parts,
     lists_more_parts_than_a_call_returns,
+    listed_by_the_c_library,
     shows_them_in_info,
     reports_changes_as_they_come,
     passes_nothing_raw_to_the_terminal,
@@ -122,6 +124,49 @@ fn lists_more_parts_than_a_call_returns() -> Result<()> {
         change["parts"] == json!(expected) && change["discarded_bytes"] == PARTS * PAGE,
         "{change:#?}"
     );
+    Ok(())
+}
+
+/// `pinbuf_discards()`, as a C program calls it with a short list.
+fn listed_by_the_c_library() -> Result<()> {
+    const LEN: usize = 2;
+    let frame = Frame::new()?;
+    for page in [1, 2, 5, 9, 31] {
+        frame.discard(page, 1)?;
+    }
+    let device = pinbuf_c::pinbuf_open();
+    ensure!(device >= 0, "pinbuf_open: {device}");
+    let list_from = |fd: i32, offset: &mut u64| -> (i32, Vec<Discard>) {
+        let mut list = vec![Discard::default(); LEN];
+        // SAFETY: a list of this length, and a number.
+        let count =
+            unsafe { pinbuf_c::pinbuf_discards(device, fd, list.as_mut_ptr(), LEN, offset) };
+        list.truncate(count.max(0) as usize);
+        (count, list)
+    };
+    let fd = frame.buffer.as_fd().as_raw_fd();
+    let end = (COUNT * PAGE) as u64;
+    let (mut offset, mut found) = (0, Vec::new());
+    while offset < end {
+        let (count, list) = list_from(fd, &mut offset);
+        ensure!(count >= 0, "pinbuf_discards: {count}");
+        found.extend(list);
+    }
+    let expected = [(1, 2), (5, 1), (9, 1), (31, 1)].map(|(page, pages)| Discard {
+        offset: (page * PAGE) as u64,
+        len: (pages * PAGE) as u64,
+        state: STATE_DISCARDED,
+        reserved: 0,
+    });
+    ensure!(found == expected && offset == end, "{found:?}, {offset}");
+    let errors = [
+        list_from(fd, &mut (end + PAGE as u64)).0,
+        list_from(fd, &mut 1).0,
+        list_from(frame.file.as_raw_fd(), &mut 0).0,
+    ];
+    ensure!(errors == [-libc::EINVAL; 3], "{errors:?}");
+    // SAFETY: no memory is involved; nothing else has this descriptor.
+    unsafe { libc::close(device) };
     Ok(())
 }
 
