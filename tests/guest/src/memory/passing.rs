@@ -33,6 +33,7 @@ tests! { "passing":
     patience_has_an_end within 120,
     killed_while_patient within 120,
     does_not_wait_with_what_is_not_charged,
+    a_turn_ends_while_its_holder_waits within 120,
 }
 
 /// Pages of the memory that are held.
@@ -357,6 +358,49 @@ fn does_not_wait_with_what_is_not_charged() -> Result<()> {
         result
     });
     result.map(drop)
+}
+
+/// A caller that retries takes the turn, and keeps it until its call ends. If it then waits for a page that nobody
+/// provides, others get the turn after a second: they need not wait for their last retry.
+fn a_turn_ends_while_its_holder_waits() -> Result<()> {
+    /// Less than the first few pauses.
+    const BRIEF: Duration = Duration::from_millis(30);
+    const TURN: Duration = Duration::from_secs(1);
+    let device = &Device::open()?;
+    let patience = patience()?;
+    let movable_memory = Kind::Anonymous.pooled(64 * PAGE)?;
+    let memory = &movable_memory.memory;
+    checked(memory)?;
+    let missing = &Memory::small_pages(PAGE)?;
+    let faults = Faults::of(missing, Mode::Missing)?;
+    std::thread::scope(|scope| -> Result<()> {
+        let release = Piped::pages(memory, 0, HELD)?.release_after(BRIEF);
+        let holder = scope.spawn(|| device.create(&[memory.part(0, 8 * PAGE), missing.range()]));
+        faults.wait()?;
+        release.join().expect("the pipe's thread");
+        std::thread::sleep(TURN);
+        let mut quickest = Duration::MAX;
+        for round in 1..4 {
+            let part = memory.part(16 * round * PAGE, 16 * PAGE);
+            let release = Piped::pages(memory, 16 * round * PAGE, HELD)?.release_after(BRIEF);
+            let start = Instant::now();
+            device.create(&[part]).context("PINBUF_CREATE")?;
+            quickest = quickest.min(start.elapsed());
+            release.join().expect("the pipe's thread");
+        }
+        check!(!holder.is_finished(), "the holder of the turn did not wait");
+        // Nobody waits for a userfaultfd that is closed.
+        drop(faults);
+        holder
+            .join()
+            .expect("the holder panicked")
+            .context("the holder")?;
+        check!(
+            quickest < patience,
+            "the quickest took {quickest:?}: all pauses, of {patience:?} at least"
+        );
+        Ok(())
+    })
 }
 
 /// However many pages are held, the time is bounded, and the parameter sets it.
