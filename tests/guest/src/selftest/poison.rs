@@ -129,8 +129,10 @@ fn signal_at(mapped: &Memory, offset: usize) -> Result<Option<Signal>> {
 /// guest.
 fn code_at(mapped: &Memory, offset: usize) -> Result<i32> {
     extern "C" fn end_by_code(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-        // SAFETY: the kernel passes a handler with SA_SIGINFO the signal's information. Ends the child.
-        unsafe { libc::_exit(100 + (*info).si_code) };
+        // SAFETY: the kernel passes a handler with SA_SIGINFO the signal's information.
+        let code = unsafe { (*info).si_code };
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(100 + code) };
     }
     let child = Child::run(|| {
         let handler = SigHandler::SigAction(end_by_code);
