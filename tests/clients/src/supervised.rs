@@ -30,6 +30,7 @@ tests!("supervised":
     signals_are_passed_on,
     end_by_a_signal_is_passed_back,
     stop_and_continue_are_mirrored,
+    stop_right_after_continue_is_passed_on,
     failing_exec_is_reported,
     nested_runs_are_served_by_the_first,
     what_stays_behind_is_served,
@@ -313,6 +314,34 @@ fn stop_and_continue_are_mirrored() -> Result<()> {
     })?;
     let end = running.end()?;
     ensure!(end.out == "\n", "{end:?}");
+    Ok(())
+}
+
+/// A signal that stops `pinbuf run` may come while the supervisor still reports that the program goes on.
+fn stop_right_after_continue_is_passed_on() -> Result<()> {
+    let script = "echo $$; read line";
+    let words = ["--by", "supervisor", "--", "busybox", "sh", "-c", script];
+    let mut running = Running::start(&run(&words))?;
+    let program = Pid::from_raw(running.line()?.trim().parse()?);
+    let front = running.pid()?;
+    let both = |stopped: bool| -> Result<bool> {
+        Ok((state(program)? == 'T') == stopped && (state(front)? == 'T') == stopped)
+    };
+    for round in 0..30 {
+        kill(program, Signal::SIGSTOP)?;
+        becomes("both stop at first", || both(true))?;
+        kill(front, Signal::SIGCONT)?;
+        // Without a pause.
+        let start = Instant::now();
+        while state(program)? == 'T' {
+            ensure!(start.elapsed() < PATIENCE, "the program does not continue");
+        }
+        kill(front, Signal::SIGTSTP)?;
+        becomes("both stop", || both(true)).with_context(|| format!("round {round}"))?;
+        kill(front, Signal::SIGCONT)?;
+        becomes("both continue", || both(false))?;
+    }
+    running.end()?;
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 //! The supervisor's process: starts the program under the filter, and serves it and all that it starts.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -67,8 +67,9 @@ pub fn serve(command: Command, mask: &SigSet, device: Device, log: Log, front: F
             if child != program {
                 continue;
             }
-            if libc::WIFCONTINUED(status) && getppid() == parent {
-                // It may have been continued alone.
+            if libc::WIFCONTINUED(status) && getppid() == parent && is_stopped(parent) {
+                // It was continued alone. A parent that runs is not sent this signal: the kernel would drop one that
+                // stops it and that it has not read yet.
                 let _ = kill(parent, Signal::SIGCONT);
             }
             if let Some(to) = &front {
@@ -95,6 +96,14 @@ pub fn serve(command: Command, mask: &SigSet, device: Device, log: Log, front: F
             }
         }
     }
+}
+
+/// Whether a process is stopped, as far as that can be known.
+fn is_stopped(process: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    // The name before it may contain anything.
+    stat.rsplit_once(") ")
+        .is_none_or(|(_, rest)| rest.starts_with('T'))
 }
 
 /// Starts the program under the filter.
