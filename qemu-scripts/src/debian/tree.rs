@@ -76,7 +76,7 @@ pub fn inside(path: &Path) -> Result<String> {
 ///
 /// apt resolves what they depend on as if nothing were installed, so that it asks for the essential
 /// packages too. Then what their scripts would have done as far as guests use it: the files of users and
-/// groups, and the links of alternatives.
+/// groups, the links of alternatives, and directories.
 const FOREIGN: &str = r#"
     set -eu
     place=$1 arch=$2; shift 2
@@ -108,6 +108,8 @@ CONFIG
         echo "${name%:*}:x:${name#*:}:" >>"$place/etc/group"
     done
     [ -e "$place/usr/bin/awk" ] || ln -s mawk "$place/usr/bin/awk"
+    mkdir -p "$place/mnt" "$place/usr/local/bin"
+    ln -s ../proc/self/mounts "$place/etc/mtab"
 "#;
 
 /// What building for the kernel takes, and running QEMU.
@@ -251,7 +253,7 @@ impl Tree {
     /// The scripts of packages cannot run either. What guests need of these is done here.
     pub fn foreign(tools: &Self, name: &str, packages: &[&str], arch: Arch) -> Result<Self> {
         let tree = Self::named(name, tools.suite);
-        let key = tools.key()?.text("1").text(arch.debian()).texts(packages);
+        let key = tools.key()?.text("2").text(arch.debian()).texts(packages);
         ensure(
             &format!("tree/{name}"),
             &format!("Debian tree `{name}`"),

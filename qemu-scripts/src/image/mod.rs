@@ -168,6 +168,16 @@ const IMAGES: &[(&str, Suite, &[&str])] = &[
     ),
 ];
 
+/// The package that an image for another architecture has in the place of one of these, if there is one.
+fn of_arch(package: &'static str, arch: Arch) -> Option<&'static str> {
+    match (arch, package) {
+        (Arch::Arm64, "qemu-system-x86") => Some("qemu-system-arm"),
+        // 32-bit programs come along, statically linked.
+        (Arch::Arm64, "libc6-i386") => None,
+        _ => Some(package),
+    }
+}
+
 /// What images leave out.
 const LEFT_OUT: &[&str] = &[
     "var/lib/apt/lists",
@@ -186,20 +196,24 @@ pub fn ensure(tools: &Tree, name: &str, arch: Arch) -> Result<PathBuf> {
             names.join(", ")
         );
     };
+    let packages: Vec<&str> = packages
+        .iter()
+        .filter_map(|name| of_arch(name, arch))
+        .collect();
+    let is_clients = name == "clients";
     let name = &format!("{name}{}", arch.suffix());
     let tree_name = format!("guest-{name}");
     let tree = if arch.is_native() {
-        Tree::of_suite(*suite, &tree_name, packages)?
+        Tree::of_suite(*suite, &tree_name, &packages)?
     } else {
-        Tree::foreign(tools, &tree_name, packages, arch)?
+        Tree::foreign(tools, &tree_name, &packages, arch)?
     };
     let stamp = fs::read_to_string(paths::build().join("stamps/tree").join(tree_name))?;
     let image = paths::build().join(format!("images/{name}.img"));
     let mut key = Key::new().text("1").text(&stamp);
-    let foreign = match name.as_str() {
-        "clients" => Some(foreign::ensure()?),
-        _ => None,
-    };
+    let foreign = is_clients
+        .then(|| foreign::ensure(tools, arch))
+        .transpose()?;
     if let Some(programs) = &foreign {
         key = key.files(programs)?;
     }

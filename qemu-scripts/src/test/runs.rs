@@ -127,6 +127,19 @@ const CONFORMANCE: Run = Run {
     ..PLAIN
 };
 
+/// Debian's programs that use udmabuf, and the command `pinbuf`, as users run them.
+const CLIENTS: Run = Run {
+    name: "clients",
+    memory: "2G",
+    // An example of the library shows a picture, and the test reads the display's memory, which is its driver's.
+    cmdline: "initcall_blacklist=udmabuf_dev_init iomem=relaxed",
+    qemu: "-device bochs-display",
+    image: "clients",
+    modules: &[],
+    command: "pinbuf-clients",
+    ..PLAIN
+};
+
 /// Every kind of memory.
 const MEMORY: Run = Run {
     name: "memory",
@@ -157,10 +170,19 @@ const CMA: Run = Run {
     ..PLAIN
 };
 
-/// A dozen tests.
-const ARM64_SHORT: &str = "pinbuf-selftest --filter coherency. --filter memory_types. --filter compat32. --filter create.one_page \
+/// arm64 with pages of 16 KiB: a test of each part that sizes matter to, and devices without coherency.
+const ARM64: Run = Run {
+    name: "arm64",
+    kernel: "arm64-16k",
+    memory: "2G",
+    cmdline: "",
+    command: "pinbuf-selftest --filter coherency. --filter memory_types. --filter compat32. --filter create.one_page \
     --filter create.memfd --filter huge.shared --filter huge.odd_offsets --filter huge.transparent_in_part \
-    --filter mmap.huge_entries";
+    --filter mmap.huge_entries",
+    filters: false,
+    timeout: 300,
+    ..PLAIN
+};
 
 /// All runs.
 pub const RUNS: &[Run] = &[
@@ -234,18 +256,7 @@ pub const RUNS: &[Run] = &[
         ..PLAIN
     },
     CONFORMANCE,
-    Run {
-        // Debian's programs that use udmabuf, and the command `pinbuf`, as users run them.
-        name: "clients",
-        memory: "2G",
-        // An example of the library shows a picture, and the test reads the display's memory, which is its driver's.
-        cmdline: "initcall_blacklist=udmabuf_dev_init iomem=relaxed",
-        qemu: "-device bochs-display",
-        image: "clients",
-        modules: &[],
-        command: "pinbuf-clients",
-        ..PLAIN
-    },
+    CLIENTS,
     Run {
         // The same command, where SELinux refuses the device.
         name: "selinux",
@@ -300,21 +311,13 @@ pub const RUNS: &[Run] = &[
         kernel: "default-rt",
         ..PLAIN
     },
-    Run {
-        // arm64 with pages of 16 KiB: a test of each part that sizes matter to, and devices without coherency.
-        name: "arm64",
-        kernel: "arm64-16k",
-        memory: "2G",
-        cmdline: "",
-        command: ARM64_SHORT,
-        filters: false,
-        timeout: 300,
-        ..PLAIN
-    },
+    ARM64,
     Run {
         name: "stock-arm64",
         when: When::Long,
         kernel: "arm64",
+        // Memory with tags has a row of its own.
+        command: "pinbuf-selftest --without mappings. --without mte.",
         timeout: 1800,
         ..PLAIN
     },
@@ -331,6 +334,8 @@ pub const RUNS: &[Run] = &[
         name: "memory-arm64",
         when: When::Long,
         kernel: "arm64",
+        cmdline: PLAIN.cmdline,
+        qemu: "-machine virtualization=on",
         timeout: 1800,
         ..MEMORY
     },
@@ -356,6 +361,13 @@ pub const RUNS: &[Run] = &[
         ..CONFORMANCE
     },
     Run {
+        name: "clients-arm64",
+        when: When::Long,
+        kernel: "arm64",
+        timeout: 1800,
+        ..CLIENTS
+    },
+    Run {
         name: "races-arm64",
         when: When::Long,
         kernel: "arm64",
@@ -377,6 +389,8 @@ pub const RUNS: &[Run] = &[
         name: "stock-arm64-16k",
         when: When::Long,
         kernel: "arm64-16k",
+        // Memory with tags has a row of its own.
+        command: "pinbuf-selftest --without mappings. --without mte.",
         timeout: 1800,
         ..PLAIN
     },
@@ -393,6 +407,8 @@ pub const RUNS: &[Run] = &[
         name: "memory-arm64-16k",
         when: When::Long,
         kernel: "arm64-16k",
+        cmdline: PLAIN.cmdline,
+        qemu: "-machine virtualization=on",
         timeout: 1800,
         ..MEMORY
     },
@@ -418,6 +434,13 @@ pub const RUNS: &[Run] = &[
         ..CONFORMANCE
     },
     Run {
+        name: "clients-arm64-16k",
+        when: When::Long,
+        kernel: "arm64-16k",
+        timeout: 1800,
+        ..CLIENTS
+    },
+    Run {
         name: "races-arm64-16k",
         when: When::Long,
         kernel: "arm64-16k",
@@ -434,6 +457,18 @@ pub const RUNS: &[Run] = &[
         command: "pinbuf-stress kills --kills 300",
         timeout: 1800,
         ..KILLS
+    },
+    Run {
+        name: "cloud-arm64",
+        when: When::Long,
+        kernel: "cloud-arm64",
+        ..ARM64
+    },
+    Run {
+        name: "rt-arm64",
+        when: When::Long,
+        kernel: "rt-arm64",
+        ..ARM64
     },
     Run {
         // Memory with tags. Kernel and processor have them in this machine alone.

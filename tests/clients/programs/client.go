@@ -9,6 +9,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
 	"syscall"
 	"unsafe"
@@ -17,13 +18,15 @@ import (
 const (
 	size          = 3840 * 2160 * 4
 	page          = 4096
-	memfdCreate   = 319
 	allowSealing  = 2
 	addSeals      = 1033
 	sealShrink    = 2
 	udmabufCreate = 0x40187542
 	closeOnExec   = 1
 )
+
+// Go's package for system calls is older than memfd_create.
+var memfdCreate = map[string]uintptr{"amd64": 319, "arm64": 279}[runtime.GOARCH]
 
 type create struct {
 	memfd, flags uint32

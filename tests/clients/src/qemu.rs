@@ -18,17 +18,23 @@ tests!("qemu":
     refuses_without_pinbuf within 120,
 );
 
+/// The emulator of this processor's machines, and one of these.
+#[cfg(target_arch = "x86_64")]
+const MACHINE: (&str, &str) = ("qemu-system-x86_64", "q35,accel=tcg,memory-backend=ram");
+#[cfg(target_arch = "aarch64")]
+const MACHINE: (&str, &str) = ("qemu-system-aarch64", "virt,accel=tcg,memory-backend=ram");
+
 /// A virtual machine that does not run, with a blob device, controlled over standard streams.
 fn machine() -> Start {
     Start::program(&[
-        "qemu-system-x86_64",
+        MACHINE.0,
         "-nodefaults",
         "-no-user-config",
         "-S",
         "-display",
         "none",
         "-machine",
-        "q35,accel=tcg,memory-backend=ram",
+        MACHINE.1,
         "-m",
         "64M",
         "-object",
