@@ -179,7 +179,7 @@ fn said(parts: &[(usize, usize)]) -> String {
         .collect();
     format!(
         "{} KiB discarded: {}",
-        pages * PAGE >> 10,
+        (pages * PAGE) >> 10,
         places.join(", ")
     )
 }
