@@ -5,7 +5,7 @@
  * Link with -lpinbuf.  All lengths are in bytes, and multiples of the page size unless stated
  * otherwise.  On success, functions return zero or a positive number; on failure, a negative error
  * number, as <linux/pinbuf.h> documents for the kernel's calls.  They do not set errno.  All
- * functions may be called from any thread.
+ * functions may be called from any thread; a struct pinbuf_watch is used by one thread at a time.
  *
  *	struct pinbuf_region memory;
  *	int device = pinbuf_open();
@@ -53,6 +53,38 @@ int pinbuf_info(int device, int buffer, struct pinbuf_info *info);
  */
 int pinbuf_discards(int device, int buffer, struct pinbuf_discard *list, size_t count,
 		    uint64_t *offset);
+
+/* Buffers that are watched for discarded parts.  It has no thread: poll it from time to time. */
+struct pinbuf_watch;
+
+/* Stores a watch of no buffers at watch.  It keeps a descriptor of the device.  Returns 0. */
+int pinbuf_watch_new(struct pinbuf_watch **watch, int device);
+
+/*
+ * Watches a buffer too, by a descriptor of the watch's own: buffer may be closed, and stays the name
+ * of this buffer in the watch.  Do not add another one with the same number before it is removed.
+ * Returns 0.
+ *   -EINVAL  buffer is not a dma-buf
+ */
+int pinbuf_watch_add(struct pinbuf_watch *watch, int buffer);
+
+/* Watches a buffer no longer, and closes the watch's descriptor.  Returns 0.
+ *   -ENOENT  no buffer was added with this number
+ */
+int pinbuf_watch_remove(struct pinbuf_watch *watch, int buffer);
+
+/*
+ * Asks all buffers.  Stores the numbers of those of which more, or less, is discarded than when they
+ * were asked before, or than nothing: at most count.  Others are stored by the next call.  Returns
+ * the number of stored numbers.  pinbuf_discards() lists the parts.  On a failure nothing is taken
+ * note of.
+ *   -EINVAL  one of the buffers is not a dma-buf of pinbuf
+ *   -ENOTTY  the kernel's pinbuf does not know the call
+ */
+int pinbuf_watch_poll(struct pinbuf_watch *watch, int *buffers, size_t count);
+
+/* Closes the watch's descriptors, and frees the watch.  Does nothing if it is null. */
+void pinbuf_watch_free(struct pinbuf_watch *watch);
 
 /*
  * Makes a dma-buf of a range of the address space and returns its descriptor (close-on-exec).

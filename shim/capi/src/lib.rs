@@ -3,12 +3,14 @@
 //! pinbuf for C. `include/libpinbuf.h` describes the functions; each is the call of the crate
 //! `pinbuf` of that name, with descriptors and negative error numbers in place of types.
 
+use std::collections::VecDeque;
 use std::ffi::{c_int, c_void};
 use std::mem::ManuallyDrop;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::ops::Deref;
+use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use libc::size_t;
-use pinbuf::{Device, DmaBuf, Error, HugePage, Region};
+use pinbuf::{Device, DmaBuf, Error, HugePage, Region, Watch};
 use pinbuf_uapi as uapi;
 
 /// The negative error number of an error.
@@ -144,6 +146,156 @@ pub unsafe extern "C" fn pinbuf_discards(
     // SAFETY: by the contract of this function.
     unsafe { offset.write(call.offset) };
     call.count as c_int
+}
+
+/// A buffer that is watched, by the number that its owner knows it by.
+#[derive(Debug)]
+struct Numbered {
+    number: c_int,
+    buffer: DmaBuf,
+}
+
+impl Deref for Numbered {
+    type Target = DmaBuf;
+
+    fn deref(&self) -> &DmaBuf {
+        &self.buffer
+    }
+}
+
+/// `struct pinbuf_watch`.
+#[derive(Debug)]
+pub struct CWatch {
+    watch: Watch<Box<Device>, Numbered>,
+    /// The numbers of buffers that have changed, and that no call has returned yet.
+    changed: VecDeque<c_int>,
+}
+
+/// What a descriptor refers to, by a descriptor of our own.
+fn of_fd<T: for<'fd> TryFrom<BorrowedFd<'fd>, Error = Error>>(fd: c_int) -> Result<T, c_int> {
+    if fd < 0 {
+        return Err(-libc::EBADF);
+    }
+    // SAFETY: it is copied at once; a number that is not open is an error of that.
+    T::try_from(unsafe { BorrowedFd::borrow_raw(fd) }).map_err(|error| number(&error))
+}
+
+/// Makes a watch.
+///
+/// # Safety
+///
+/// `watch` must be null or point to a pointer.
+#[no_mangle]
+pub unsafe extern "C" fn pinbuf_watch_new(watch: *mut *mut CWatch, device: c_int) -> c_int {
+    if watch.is_null() {
+        return -libc::EFAULT;
+    }
+    let device: Device = match of_fd(device) {
+        Ok(device) => device,
+        Err(error) => return error,
+    };
+    let made = Box::new(CWatch {
+        watch: Watch::new(Box::new(device)),
+        changed: VecDeque::new(),
+    });
+    // SAFETY: by the contract of this function.
+    unsafe { watch.write(Box::into_raw(made)) };
+    0
+}
+
+/// Watches a buffer too.
+///
+/// # Safety
+///
+/// `watch` must be null or one of [`pinbuf_watch_new`]'s, which no other thread uses.
+#[no_mangle]
+pub unsafe extern "C" fn pinbuf_watch_add(watch: *mut CWatch, buffer: c_int) -> c_int {
+    // SAFETY: by the contract of this function.
+    let Some(watch) = (unsafe { watch.as_mut() }) else {
+        return -libc::EFAULT;
+    };
+    match of_fd(buffer) {
+        Ok(copy) => {
+            watch.watch.add(Numbered {
+                number: buffer,
+                buffer: copy,
+            });
+            0
+        }
+        Err(error) => error,
+    }
+}
+
+/// Watches a buffer no longer.
+///
+/// # Safety
+///
+/// As for [`pinbuf_watch_add`].
+#[no_mangle]
+pub unsafe extern "C" fn pinbuf_watch_remove(watch: *mut CWatch, buffer: c_int) -> c_int {
+    // SAFETY: by the contract of this function.
+    let Some(watch) = (unsafe { watch.as_mut() }) else {
+        return -libc::EFAULT;
+    };
+    let mut result = -libc::ENOENT;
+    watch.watch.retain(|watched| {
+        let other = watched.number != buffer;
+        if !other {
+            result = 0;
+        }
+        other
+    });
+    watch.changed.retain(|number| *number != buffer);
+    result
+}
+
+/// Asks all buffers, and returns the numbers of those that changed.
+///
+/// # Safety
+///
+/// As for [`pinbuf_watch_add`]. `buffers` must be an array of `count` elements, and is unused if `count` is zero.
+#[no_mangle]
+pub unsafe extern "C" fn pinbuf_watch_poll(
+    watch: *mut CWatch,
+    buffers: *mut c_int,
+    count: size_t,
+) -> c_int {
+    // SAFETY: by the contract of this function.
+    let Some(watch) = (unsafe { watch.as_mut() }) else {
+        return -libc::EFAULT;
+    };
+    if buffers.is_null() && count > 0 {
+        return -libc::EFAULT;
+    }
+    match watch.watch.poll() {
+        Ok(changes) => {
+            for change in changes {
+                if !watch.changed.contains(&change.buffer.number) {
+                    watch.changed.push_back(change.buffer.number);
+                }
+            }
+        }
+        Err(error) => return number(&error),
+    }
+    let returned = watch.changed.len().min(count).min(c_int::MAX as usize);
+    for (place, number) in watch.changed.drain(..returned).enumerate() {
+        // SAFETY: by the contract of this function: `place` is below `count`.
+        unsafe { buffers.wrapping_add(place).write(number) };
+    }
+    returned as c_int
+}
+
+/// Frees a watch.
+///
+/// # Safety
+///
+/// `watch` must be null or one of [`pinbuf_watch_new`]'s, which nobody uses any more.
+#[no_mangle]
+pub unsafe extern "C" fn pinbuf_watch_free(watch: *mut CWatch) {
+    if !watch.is_null() {
+        // SAFETY: by the contract of this function.
+        drop(unsafe { Box::from_raw(watch) });
+    }
 }
 
 /// Makes a buffer of a range.

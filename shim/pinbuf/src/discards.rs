@@ -99,8 +99,8 @@ impl DmaBuf {
 
 /// Finds out, for many buffers, which parts the memory's owner does not see any more.
 ///
-/// It holds references to buffers of any kind: `&DmaBuf`, `Arc<DmaBuf>`. It has no thread: call
-/// [`poll`](Self::poll) from time to time.
+/// It holds references of any kind to the device and to buffers: `&DmaBuf`, `Arc<DmaBuf>`. It has no
+/// thread: call [`poll`](Self::poll) from time to time.
 ///
 /// ```no_run
 /// # let device = pinbuf::Device::open()?;
@@ -118,8 +118,8 @@ impl DmaBuf {
 /// # Ok::<(), pinbuf::Error>(())
 /// ```
 #[derive(Debug)]
-pub struct Watch<'d, B> {
-    device: &'d Device,
+pub struct Watch<D, B> {
+    device: D,
     /// The buffers, and what was known of them when they were last asked.
     buffers: Vec<(B, Vec<Discard>)>,
 }
@@ -134,9 +134,9 @@ pub struct Change<'w, B> {
     pub discards: &'w [Discard],
 }
 
-impl<'d, B: Deref<Target = DmaBuf>> Watch<'d, B> {
+impl<D: Deref<Target = Device>, B: Deref<Target = DmaBuf>> Watch<D, B> {
     /// Watches nothing yet.
-    pub fn new(device: &'d Device) -> Self {
+    pub fn new(device: D) -> Self {
         Self {
             device,
             buffers: Vec::new(),
@@ -157,11 +157,17 @@ impl<'d, B: Deref<Target = DmaBuf>> Watch<'d, B> {
     ///
     /// # Errors
     ///
-    /// As for [`DmaBuf::discarded`], of the first buffer that has one. Buffers behind it are not asked.
+    /// As for [`DmaBuf::discarded`], of the first buffer that has one. Nothing is taken note of then: the
+    /// changes of other buffers are returned by the next call that succeeds.
     pub fn poll(&mut self) -> Result<Vec<Change<'_, B>>> {
+        let device: &Device = &self.device;
+        let now: Vec<_> = self
+            .buffers
+            .iter()
+            .map(|(buffer, _)| buffer.discarded(device))
+            .collect::<Result<_>>()?;
         let mut changed = Vec::new();
-        for (buffer, known) in &mut self.buffers {
-            let discards = buffer.discarded(self.device)?;
+        for ((buffer, known), discards) in self.buffers.iter_mut().zip(now) {
             if discards != *known {
                 *known = discards;
                 changed.push(Change {

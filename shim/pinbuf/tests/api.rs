@@ -23,7 +23,7 @@ fn everything_is_send_and_sync() {
     both::<SyncGuard<'_>>();
     both::<Region>();
     both::<RegionSlice<'_>>();
-    both::<Watch<'_, Arc<DmaBuf>>>();
+    both::<Watch<Arc<Device>, Arc<DmaBuf>>>();
     both::<Change<'_, Arc<DmaBuf>>>();
     both::<Discard>();
     both::<Image>();

@@ -25,6 +25,7 @@ tests!("watch":
     lists_the_parts,
     lists_more_parts_than_a_call_returns,
     listed_by_the_c_library,
+    watched_by_the_c_library,
     shows_them_in_info,
     reports_changes_as_they_come,
     passes_nothing_raw_to_the_terminal,
@@ -167,6 +168,61 @@ fn listed_by_the_c_library() -> Result<()> {
     ensure!(errors == [-libc::EINVAL; 3], "{errors:?}");
     // SAFETY: no memory is involved; nothing else has this descriptor.
     unsafe { libc::close(device) };
+    Ok(())
+}
+
+/// `struct pinbuf_watch`, with room for fewer buffers than change.
+fn watched_by_the_c_library() -> Result<()> {
+    let frames = [Frame::new()?, Frame::new()?, Frame::new()?];
+    let numbers = [0, 1, 2].map(|frame| -> i32 { frames[frame].buffer.as_fd().as_raw_fd() });
+    let device = pinbuf_c::pinbuf_open();
+    ensure!(device >= 0, "pinbuf_open: {device}");
+    let mut watch = std::ptr::null_mut();
+    // SAFETY: a place for a pointer.
+    let made = unsafe { pinbuf_c::pinbuf_watch_new(&mut watch, device) };
+    ensure!(made == 0, "pinbuf_watch_new: {made}");
+    // SAFETY: no memory is involved; the watch has a descriptor of its own.
+    unsafe { libc::close(device) };
+    // SAFETY: this thread's watch.
+    let add = |fd: i32| unsafe { pinbuf_c::pinbuf_watch_add(watch, fd) };
+    // SAFETY: as above.
+    let remove = |fd: i32| unsafe { pinbuf_c::pinbuf_watch_remove(watch, fd) };
+    let poll = |count: usize| -> (i32, Vec<i32>) {
+        let mut list = vec![-1; count];
+        // SAFETY: as above, and a list of this length.
+        let changed = unsafe { pinbuf_c::pinbuf_watch_poll(watch, list.as_mut_ptr(), count) };
+        list.truncate(changed.max(0) as usize);
+        (changed, list)
+    };
+    let errors = [add(-1), add(frames[0].file.as_raw_fd()), remove(numbers[0])];
+    ensure!(
+        errors == [-libc::EBADF, -libc::EINVAL, -libc::ENOENT],
+        "{errors:?}"
+    );
+    ensure!(numbers.map(add) == [0; 3], "pinbuf_watch_add");
+    ensure!(poll(4) == (0, vec![]), "nothing was discarded");
+    for frame in &frames {
+        frame.discard(3, 2)?;
+    }
+    let first = poll(2);
+    ensure!(first == (2, numbers[..2].to_vec()), "{first:?}");
+    // The third one is not forgotten, and nothing is reported twice.
+    let rest = poll(2);
+    ensure!(rest == (1, numbers[2..].to_vec()), "{rest:?}");
+    ensure!(poll(2) == (0, vec![]), "nothing has changed since");
+    // Without room, it is kept for the next call; and a buffer that is removed is not reported.
+    frames[0].discard(9, 1)?;
+    frames[1].discard(9, 1)?;
+    ensure!(poll(0) == (0, vec![]), "there was no room");
+    ensure!(remove(numbers[0]) == 0, "pinbuf_watch_remove");
+    let left = poll(4);
+    ensure!(left == (1, vec![numbers[1]]), "{left:?}");
+    // SAFETY: nobody uses it after this.
+    unsafe { pinbuf_c::pinbuf_watch_free(watch) };
+    // The watch kept no buffer.
+    drop(frames);
+    let buffers = pinbuf_test_harness::support::kernel::dma_bufs()?;
+    ensure!(buffers == 0, "{buffers} dma-bufs are left");
     Ok(())
 }
 
