@@ -110,6 +110,9 @@ CONFIG
     [ -e "$place/usr/bin/awk" ] || ln -s mawk "$place/usr/bin/awk"
     mkdir -p "$place/mnt" "$place/usr/local/bin"
     ln -s ../proc/self/mounts "$place/etc/mtab"
+    echo "127.0.0.1 localhost" >"$place/etc/hosts"
+    echo guest >"$place/etc/hostname"
+    : >"$place/etc/resolv.conf"
 "#;
 
 /// What building for the kernel takes, and running QEMU.
@@ -253,7 +256,7 @@ impl Tree {
     /// The scripts of packages cannot run either. What guests need of these is done here.
     pub fn foreign(tools: &Self, name: &str, packages: &[&str], arch: Arch) -> Result<Self> {
         let tree = Self::named(name, tools.suite);
-        let key = tools.key()?.text("2").text(arch.debian()).texts(packages);
+        let key = tools.key()?.text("4").text(arch.debian()).texts(packages);
         ensure(
             &format!("tree/{name}"),
             &format!("Debian tree `{name}`"),

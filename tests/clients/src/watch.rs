@@ -296,6 +296,8 @@ impl Drop for Watching {
         // It may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // The thread closes the pipe before it ends, and the sender after that.
+        while self.lines.recv().is_ok() {}
     }
 }
 
