@@ -32,7 +32,7 @@ fn kwin() -> Start {
     ])
 }
 
-/// As a user who may use the graphics card as well, as on a desktop.
+/// As a user with access to the graphics card too, as on a desktop.
 fn user(start: Start) -> Start {
     start
         .memlock(DEBIAN_MEMLOCK, DEBIAN_MEMLOCK)
