@@ -109,7 +109,10 @@ pub fn run(mut command: Command, device: Device, log: Log) -> Result<Outcome> {
         }
         ForkResult::Child => {
             drop(from_supervisor);
-            if let Err(error) = server::serve(command, &mask, device, log, to_us.into()) {
+            // Open until this process exits, after it has reported its error. At the end of this pipe `pinbuf run` exits, and
+            // if that is process 1 of a namespace, the kernel kills this process.
+            let front = to_us.into();
+            if let Err(error) = server::serve(command, &mask, device, log, &front) {
                 complain!("the supervisor: {error:#}");
             }
             // SAFETY: ends this process, without what the parent will do at its end.

@@ -34,7 +34,13 @@ use super::{adopt_orphans, can_open_udmabuf, NAME};
 
 /// Starts the program, and answers its calls until no process is under the filter any more. What `pinbuf run` has to
 /// know is written to `front`.
-pub fn serve(command: Command, mask: &SigSet, device: Device, log: Log, front: File) -> Result<()> {
+pub fn serve(
+    command: Command,
+    mask: &SigSet,
+    device: Device,
+    log: Log,
+    front: &File,
+) -> Result<()> {
     let parent = getppid();
     adopt_orphans()?;
     let quiet = !matches!(log, Log::Stderr);
@@ -42,9 +48,9 @@ pub fn serve(command: Command, mask: &SigSet, device: Device, log: Log, front: F
     let answers = Answers::new(device, log)?;
     let (program, listener) = match start(command, mask)? {
         Ok(started) => started,
-        Err(message) => return Ok(message.send(&front)?),
+        Err(message) => return Ok(message.send(front)?),
     };
-    Message::Started(program).send(&front)?;
+    Message::Started(program).send(front)?;
     leave_the_surroundings()?;
     let pool = Pool::start(listener, answers)?;
 
@@ -72,7 +78,7 @@ pub fn serve(command: Command, mask: &SigSet, device: Device, log: Log, front: F
                 // stops it and that it has not read yet.
                 let _ = kill(parent, Signal::SIGCONT);
             }
-            if let Some(to) = &front {
+            if let Some(to) = front {
                 // The parent may have been killed.
                 let _ = Message::Changed(status).send(to);
             }
