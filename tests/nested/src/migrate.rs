@@ -467,8 +467,12 @@ fn downtime(fragmented: bool, limits: &[(&str, u64)]) -> Result<()> {
             if !blob {
                 of_copy = switch.downtime;
             } else if !preempt {
+                // All of the screen has to come before the target starts, and no faster than the limit.
+                let (width, height) = setup.screen;
+                let bytes = 4.0 * f64::from(width) * f64::from(height);
+                let transfer = Duration::from_secs_f64(bytes / after as f64);
                 ensure!(
-                    switch.downtime <= 2 * of_copy + LOAD,
+                    switch.downtime <= 2 * of_copy + transfer + LOAD,
                     "the guest stood for {:?}, with a copy of the screen for {of_copy:?}",
                     switch.downtime
                 );

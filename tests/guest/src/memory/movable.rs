@@ -35,7 +35,7 @@ tests! { "movable":
     gigantic within 180,
     used_again within 120,
     by_two_at_once within 120,
-    by_several_at_once within 120,
+    by_several_at_once within 420,
     by_several_processes_at_once within 120,
 }
 
@@ -498,8 +498,9 @@ fn several_at_once(callers: usize, rounds: usize) -> Result<()> {
         alone.as_millis(),
         worst.as_millis()
     );
-    // The pauses are bounded. GUP's own time is not; it was never seen to reach a minute.
-    let most = patience()? + 20 * alone + Duration::from_secs(30);
+    // The pauses are bounded. GUP's own time is not: it was seen to reach a minute under emulation, on a machine with
+    // five times more work than processors. Without the driver's turns it was two to three minutes on an idle one.
+    let most = patience()? + 20 * alone + Duration::from_secs(90);
     check!(
         worst <= most,
         "a create took {worst:?}, alone {alone:?}: not {most:?}"
