@@ -416,7 +416,7 @@ fn used_again() -> Result<()> {
     let other = Kind::Anonymous.pooled(16 << 20)?;
     check_eq!(
         within(&all_frames(&other.memory)?, std::slice::from_ref(&zone)),
-        4096,
+        (16 << 20) / PAGE,
         "pages of new memory in ZONE_MOVABLE while the buffer lives"
     );
     drop((buffer, other));
@@ -424,7 +424,7 @@ fn used_again() -> Result<()> {
     let again = Kind::Shmem.pooled(16 << 20)?;
     check_eq!(
         within(&all_frames(&again.memory)?, &[zone]),
-        4096,
+        (16 << 20) / PAGE,
         "pages of new memory in ZONE_MOVABLE after release"
     );
     Ok(())
@@ -436,6 +436,9 @@ fn patience() -> Result<Duration> {
     let retries = kernel::number("/sys/module/pinbuf/parameters/pin_retries")?;
     Ok(Duration::from_millis(4 * ((1 << retries) - 1)))
 }
+
+/// What several callers pin at once, in bytes: the same number of pages wherever pages are larger.
+const LEN: usize = 2048 * PAGE;
 
 /// Makes a buffer of all of the memory, and returns how long that took and the result.
 fn timed(device: &Device, memory: &Memory) -> (Duration, nix::Result<()>) {
@@ -452,13 +455,13 @@ fn several_at_once(callers: usize, rounds: usize) -> Result<()> {
     let device = Device::open()?;
     // What GUP takes for itself.
     let (alone, result) = {
-        let memory = Kind::Anonymous.pooled(4 * HUGE)?;
+        let memory = Kind::Anonymous.pooled(LEN)?;
         timed(&device, &memory.memory)
     };
     result.context("alone")?;
     let mut all = Vec::new();
     for number in 0..rounds {
-        let memory = Kind::Anonymous.pooled(4 * HUGE)?;
+        let memory = Kind::Anonymous.pooled(LEN)?;
         let memory = &memory.memory;
         let pfns = all_frames(memory)?;
         let inside = within(&pfns, &[movable()?]);
@@ -523,15 +526,15 @@ fn by_several_processes_at_once() -> Result<()> {
     let device = Device::open()?;
     let most = patience()? + Duration::from_secs(30);
     for number in 0..ROUNDS {
-        let file = memfd(4 * HUGE, 0)?;
-        let memory = Memory::shared(&file, 4 * HUGE)?;
+        let file = memfd(LEN, 0)?;
+        let memory = Memory::shared(&file, LEN)?;
         for offset in (0..memory.len()).step_by(PAGE) {
             memory.set(offset, 1);
         }
         let children = (0..CALLERS)
             .map(|_| {
                 Child::run(|| {
-                    let own = Memory::shared(&file, 4 * HUGE)?;
+                    let own = Memory::shared(&file, LEN)?;
                     let (took, result) = timed(&device, &own);
                     if result != Err(Errno::EBUSY) {
                         result.with_context(|| format!("after {took:?}"))?;

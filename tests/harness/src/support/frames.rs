@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{bail, Context, Result};
 
+use super::memory::GIGA;
 use super::{kernel, Memory, PAGE};
 
 /// The number of a page frame.
@@ -129,7 +130,7 @@ pub fn movable() -> Result<Range<Pfn>> {
 
 /// The frames of the pool's only page of 1 GiB.
 pub fn giga_page() -> Result<Range<Pfn>> {
-    const PAGES: Pfn = 1 << 18;
+    const PAGES: Pfn = (GIGA / PAGE) as Pfn;
     for first in (PAGES..64 * PAGES).step_by(PAGES as usize) {
         // Beyond the end of memory there is nothing to read.
         let Ok(flags) = flags(first) else { break };
