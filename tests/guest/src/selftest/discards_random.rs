@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::unistd::ftruncate;
-use pinbuf_uapi::STATE_DISCARDED;
+use pinbuf_uapi::{STATE_DISCARDED, STATE_UNSURE};
 
 use crate::discards::{buffer_of, LEN, MADV_COLLAPSE};
 use pinbuf_test_harness::support::kernel::{needs_transparent_huge_pages, HugePool, Setting};
@@ -20,6 +20,9 @@ use pinbuf_test_harness::tests;
 tests! { "discards_random":
     at_random within 240,
 }
+
+/// The name of private memory in transparent huge pages.
+const HUGE_PAGES: &str = "private huge";
 
 /// Memory of a kind, with what can be done to it.
 struct Subject {
@@ -61,7 +64,7 @@ impl Subject {
         let small = 2 * LEN;
         let all = vec![
             anonymous("private", small, PAGE, private)?,
-            anonymous("private huge", HUGE, PAGE, private)?,
+            anonymous(HUGE_PAGES, HUGE, PAGE, private)?,
             anonymous(
                 "private hugetlb",
                 2 * HUGE,
@@ -184,6 +187,7 @@ impl Subject {
         round: u64,
     ) -> Result<usize> {
         let report = device.discards(buffer, 64)?;
+        let may_be_unsure = self.name == HUGE_PAGES && !kernel::has_page_mapcounts()?;
         let mut gone = 0;
         for offset in (0..self.memory.len()).step_by(PAGE) {
             let token = 1 << 63 | round << 32 | offset as u64;
@@ -196,7 +200,9 @@ impl Subject {
                 })
                 .map_or(0, |part| part.state);
             let expected = if is_seen { 0 } else { STATE_DISCARDED };
-            check_eq!(state, expected, "{:#x} of {}", offset, self.name);
+            if state != STATE_UNSURE || !may_be_unsure {
+                check_eq!(state, expected, "{:#x} of {}", offset, self.name);
+            }
             gone += usize::from(!is_seen);
         }
         Ok(gone)

@@ -83,6 +83,12 @@ pub fn flags(pfn: Pfn) -> Result<u64> {
     Ok(words("/proc/kpageflags", pfn, 1)?[0])
 }
 
+/// How often the page is mapped, as `/proc/kpagecount` says. Some kernels know only how often the pages of its folio
+/// are mapped on average: [`kernel::has_page_mapcounts`].
+pub fn mappings(pfn: Pfn) -> Result<u64> {
+    Ok(words("/proc/kpagecount", pfn, 1)?[0])
+}
+
 /// How many of the frames have the flag.
 pub fn with_flag(pfns: &[Pfn], flag: u64) -> Result<usize> {
     let mut count = 0;

@@ -5,13 +5,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 
-use super::memory::{Memory, HUGE, PAGE};
-use super::Skip;
-use crate::check_eq;
+use super::memory::{Memory, HUGE, PAGE, RW};
+use super::{frames, Skip};
+use crate::{check, check_eq};
 
 /// A file's text.
 pub fn read(path: impl AsRef<Path>) -> Result<String> {
@@ -214,6 +215,28 @@ pub fn needs_transparent_huge_pages() -> Result<()> {
     bail!(Skip(format!(
         "the kernel {release} has no transparent huge pages"
     )))
+}
+
+/// Whether the kernel counts the mappings of each page of a large folio (`CONFIG_PAGE_MAPCOUNT`). If it does not, the
+/// driver cannot know which pages of a folio are mapped, unless all or none are. The answer is the kernel's own, for a
+/// page that is unmapped while others of its transparent huge page are not.
+pub fn has_page_mapcounts() -> Result<bool> {
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    if let Some(&known) = KNOWN.get() {
+        return Ok(known);
+    }
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let memory = Memory::map_aligned(HUGE, HUGE, RW, flags, None, 0)?;
+    memory.advise(0, HUGE, libc::MADV_HUGEPAGE)?;
+    memory.touch_to_write();
+    let page = frames::frames(&memory, PAGE, PAGE)?[0];
+    memory.advise(PAGE, PAGE, libc::MADV_DONTNEED)?;
+    let count = frames::mappings(page)?;
+    check!(
+        frames::flags(page)? & frames::THP != 0 && count <= 1,
+        "frame {page:#x} is of no huge page, or mapped {count} times"
+    );
+    Ok(*KNOWN.get_or_init(|| count == 0))
 }
 
 /// Page faults of this process without I/O.
