@@ -13,6 +13,7 @@ mod create;
 mod discards;
 mod discards_more;
 mod discards_random;
+mod discards_unsure;
 mod errors;
 mod fences;
 mod fork;
@@ -59,6 +60,7 @@ fn tests() -> impl Iterator<Item = &'static Test> + Clone {
         discards::TESTS,
         discards_more::TESTS,
         discards_random::TESTS,
+        discards_unsure::TESTS,
         info::TESTS,
         errors::TESTS,
         lists::TESTS,
