@@ -271,6 +271,16 @@ pub const RUNS: &[Run] = &[
     CONFORMANCE,
     CLIENTS,
     Run {
+        // What commands and libraries report of a kernel that does not count the mappings of each page.
+        name: "watch-debug",
+        kernel: "debug",
+        memory: "3G",
+        qemu: "",
+        command: "pinbuf-clients --filter huge_page_in_parts",
+        filters: false,
+        ..CLIENTS
+    },
+    Run {
         // The same command, where SELinux refuses the device.
         name: "selinux",
         memory: "2G",

@@ -11,11 +11,12 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
-use pinbuf_test_harness::support::memory::{memfd, punch_hole};
+use pinbuf::DiscardState;
+use pinbuf_test_harness::support::memory::{memfd, punch_hole, HUGE, RW};
 use pinbuf_test_harness::support::process::PATIENCE;
-use pinbuf_test_harness::support::{Buffer, Device, Memory, PAGE};
+use pinbuf_test_harness::support::{kernel, Buffer, Device, Memory, PAGE};
 use pinbuf_test_harness::tests;
-use pinbuf_uapi::{Discard, STATE_DISCARDED};
+use pinbuf_uapi::{Discard, STATE_DISCARDED, STATE_UNSURE};
 use serde_json::{json, Value};
 
 use crate::info::{clean, set_name};
@@ -32,6 +33,8 @@ tests!("watch":
     keeps_buffers_apart_that_share_a_number,
     ends_with_its_process,
     the_shim_logs_them_once,
+    reports_a_huge_page_in_parts,
+    lists_a_huge_page_in_parts,
 );
 
 const COUNT: usize = 32;
@@ -70,7 +73,11 @@ impl Frame {
 }
 
 fn part(page: usize, pages: usize) -> Value {
-    json!({ "offset": page * PAGE, "len": pages * PAGE, "state": "discarded" })
+    part_in_state(page, pages, "discarded")
+}
+
+fn part_in_state(page: usize, pages: usize, state: &str) -> Value {
+    json!({ "offset": page * PAGE, "len": pages * PAGE, "state": state })
 }
 
 /// The lines of `pinbuf watch --json`, by the buffers' numbers.
@@ -221,7 +228,7 @@ fn watched_by_the_c_library() -> Result<()> {
     unsafe { pinbuf_c::pinbuf_watch_free(watch) };
     // The watch kept no buffer.
     drop(frames);
-    let buffers = pinbuf_test_harness::support::kernel::dma_bufs()?;
+    let buffers = kernel::dma_bufs()?;
     ensure!(buffers == 0, "{buffers} dma-bufs are left");
     Ok(())
 }
@@ -411,5 +418,160 @@ fn the_shim_logs_them_once() -> Result<()> {
     let said = format!("the memory of {bytes} of 33177600 bytes was discarded");
     ensure!(end.err.matches(&said).count() == 1, "{end:?}");
     ensure!(end.err.matches("discarded").count() == 1, "{end:?}");
+    Ok(())
+}
+
+/// The number of pages of a huge page.
+const FOLIO: usize = HUGE / PAGE;
+
+/// A buffer of private memory in two huge pages.
+struct HugePages {
+    memory: Memory,
+    buffer: Buffer,
+}
+
+impl HugePages {
+    fn new() -> Result<Self> {
+        kernel::needs_transparent_huge_pages()?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let memory = Memory::map_aligned(2 * HUGE, HUGE, RW, flags, None, 0)?;
+        memory.advise(0, 2 * HUGE, libc::MADV_HUGEPAGE)?;
+        memory.touch_to_write();
+        let buffer = Device::open()?.create(&[memory.range()])?;
+        Ok(Self { memory, buffer })
+    }
+
+    /// Discards three pages of the second huge page. Returns the first page of the part that is reported then, the
+    /// number of its pages, and its state: a kernel that does not count the mappings of each page knows nothing of the
+    /// huge page.
+    fn discard_three(&self) -> Result<(usize, usize, DiscardState)> {
+        let advice = libc::MADV_DONTNEED;
+        self.memory.advise(HUGE + 4 * PAGE, 3 * PAGE, advice)?;
+        Ok(if kernel::has_page_mapcounts()? {
+            (FOLIO + 4, 3, DiscardState::Discarded)
+        } else {
+            (FOLIO, FOLIO, DiscardState::Unsure)
+        })
+    }
+
+    fn discard_all(&self) -> Result<()> {
+        Ok(self.memory.advise(0, 2 * HUGE, libc::MADV_DONTNEED)?)
+    }
+}
+
+/// By the command line.
+fn reports_a_huge_page_in_parts() -> Result<()> {
+    let huge = HugePages::new()?;
+    ensure!(once()?.is_empty(), "a buffer is reported before");
+    let (first, pages, state) = huge.discard_three()?;
+    let (state, said, bytes) = match state {
+        DiscardState::Discarded => ("discarded", "12 KiB discarded", [3 * PAGE, 0]),
+        _ => ("unsure", "2.0 MiB possibly discarded", [0, HUGE]),
+    };
+    let parts = json!([part_in_state(first, pages, state)]);
+    let said = format!("{said}: {:#x}-{:#x}", first * PAGE, (first + pages) * PAGE);
+
+    let all = once()?;
+    let [(_, change)] = &all[..] else {
+        bail!("{all:#?}");
+    };
+    ensure!(
+        change["parts"] == parts
+            && change["discarded_bytes"] == bytes[0]
+            && change["unsure_bytes"] == bytes[1],
+        "{change:#?}"
+    );
+    let watching = Watching::start(&[])?;
+    let line = watching.next()?;
+    ensure!(line.ends_with(&format!(": {said}")), "{line}");
+    let pid = std::process::id().to_string();
+    let info = ["pinbuf", "info", "--pid", &pid];
+    let text = clean(&Start::program(&info))?;
+    let is_said = text.lines().any(|line| line.trim() == said);
+    ensure!(is_said, "`{said}` is not in: {text}");
+    let end = Start::program(&[&info[..], &["--json"]].concat()).end()?;
+    let listed: Value = serde_json::from_str(&end.out)?;
+    ensure!(listed[0]["pinned"]["discarded"] == parts, "{listed:#?}");
+
+    huge.discard_all()?;
+    // The two may come apart.
+    let mut line = watching.next()?;
+    if !line.contains("all discarded") {
+        line = watching.next()?;
+    }
+    ensure!(line.contains(": all discarded, as when"), "{line}");
+    let all = once()?;
+    ensure!(
+        all.len() == 1
+            && all[0].1["parts"] == json!([part(0, 2 * FOLIO)])
+            && all[0].1["unsure_bytes"] == 0,
+        "{all:#?}"
+    );
+    Ok(())
+}
+
+/// By the libraries.
+fn lists_a_huge_page_in_parts() -> Result<()> {
+    let huge = HugePages::new()?;
+    let device = pinbuf::Device::open()?;
+    let buffer = pinbuf::DmaBuf::from_fd(huge.buffer.as_fd().try_clone_to_owned()?)?;
+    let fd = huge.buffer.as_fd().as_raw_fd();
+    let mut watch = pinbuf::Watch::new(&device);
+    watch.add(&buffer);
+    let mut c_watch = std::ptr::null_mut();
+    let number = device.as_fd().as_raw_fd();
+    // SAFETY: a place for a pointer.
+    let made = unsafe { pinbuf_c::pinbuf_watch_new(&mut c_watch, number) };
+    ensure!(made == 0, "pinbuf_watch_new: {made}");
+    // SAFETY: this thread's watch.
+    let added = unsafe { pinbuf_c::pinbuf_watch_add(c_watch, fd) };
+    ensure!(added == 0, "pinbuf_watch_add: {added}");
+
+    let (first, pages, state) = huge.discard_three()?;
+    let part = ((first * PAGE) as u64, (pages * PAGE) as u64, state);
+    let all = (0, 2 * HUGE as u64, DiscardState::Discarded);
+    for expected in [part, all] {
+        let (offset, len, state) = expected;
+        let changes = watch.poll()?;
+        let [change] = &changes[..] else {
+            bail!("{changes:?}");
+        };
+        let flat = |part: &pinbuf::Discard| (part.offset, part.len, part.state);
+        let seen: Vec<_> = change.discards.iter().map(flat).collect();
+        ensure!(seen == [expected], "{seen:?}");
+        let listed: Vec<_> = buffer.discarded(&device)?.iter().map(flat).collect();
+        ensure!(listed == [expected], "{listed:?}");
+        let info = buffer.info(&device)?;
+        let is_unsure = state == DiscardState::Unsure;
+        let bytes = if is_unsure { [0, len] } else { [len, 0] };
+        ensure!(
+            [info.discarded_bytes, info.unsure_bytes] == bytes,
+            "{info:?}"
+        );
+
+        let mut changed = [-1; 2];
+        // SAFETY: as above, and a list of this length.
+        let count = unsafe { pinbuf_c::pinbuf_watch_poll(c_watch, changed.as_mut_ptr(), 2) };
+        ensure!((count, changed[0]) == (1, fd), "{count}, {changed:?}");
+        let mut list = [Discard::default(); 2];
+        let mut end = 0;
+        // SAFETY: a list of this length, and a number.
+        let count =
+            unsafe { pinbuf_c::pinbuf_discards(number, fd, list.as_mut_ptr(), 2, &mut end) };
+        let as_listed = Discard {
+            offset,
+            len,
+            state: if is_unsure {
+                STATE_UNSURE
+            } else {
+                STATE_DISCARDED
+            },
+            reserved: 0,
+        };
+        ensure!(count == 1 && list[0] == as_listed, "{count}, {list:?}");
+        huge.discard_all()?;
+    }
+    // SAFETY: nobody uses it after this.
+    unsafe { pinbuf_c::pinbuf_watch_free(c_watch) };
     Ok(())
 }
