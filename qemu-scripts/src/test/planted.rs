@@ -241,9 +241,13 @@ fn search(
         }
     }
     let tools = Tree::tools()?;
-    let kernel = Kernel::select(&tools, "default")?;
-    module::build(&tools, &kernel, place)?;
+    let mut built = None;
     for (run, filters) in rows {
+        if built != Some(run.kernel) {
+            let kernel = Kernel::select(&tools, run.kernel)?;
+            module::build(&tools, &kernel, place)?;
+            built = Some(run.kernel);
+        }
         if let Some(test) = in_guest(run, &filters, place)? {
             return Ok(caught(format!("{}: {test}", run.name)));
         }
