@@ -309,10 +309,12 @@ struct pinbuf_discard {
  * that is cut off is cleared and stays seen.
  *
  * Parts that the call reports as discarded stay discarded.  Other parts may be
- * discarded by the time it returns.  PINBUF_STATE_UNSURE is reported for parts
- * of transparent huge pages on a kernel without CONFIG_PAGE_MAPCOUNT.  Memory
- * that the kernel found broken, whose owner gets SIGBUS, may be reported or
- * not.
+ * discarded by the time it returns.  On a kernel without CONFIG_PAGE_MAPCOUNT,
+ * PINBUF_STATE_UNSURE is reported for private memory in a transparent huge page
+ * that is not mapped as a whole, from when its mapping is split, for example
+ * because a part is unmapped, until no page of it is mapped; and in a folio of
+ * another size, which is always mapped page by page.  Memory that the kernel
+ * found broken, whose owner gets SIGBUS, may be reported or not.
  *
  * The time that the call takes grows with the number of pages, or of huge
  * pages; a call whose @list is full checks up to the end of the next such part.
