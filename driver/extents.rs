@@ -92,6 +92,18 @@ impl Extent {
     }
 }
 
+/// The number of extents to allocate memory for when a list of `len` extents, at least one, of
+/// `pages` pages is full: as many as the remaining pages will need if they are as scattered as
+/// those before. Zero if the list may not grow.
+pub(crate) fn growth(len: usize, pages: usize, expected: usize) -> usize {
+    let left = expected.saturating_sub(pages);
+    let more = match len {
+        1 => AT_FIRST - 1,
+        _ => (len.saturating_mul(left) / pages.max(1)).max(AT_FIRST),
+    };
+    more.min(left.max(1)).min(MOST - len)
+}
+
 /// The page frames of a buffer, in the order of the buffer.
 ///
 /// # Invariants
@@ -151,8 +163,7 @@ impl Extents {
         Ok(())
     }
 
-    /// Appends the first extent, or allocates memory for at least one more: for as many as the
-    /// remaining pages will need if they are as scattered as those before.
+    /// Appends the first extent, or allocates memory for at least one more.
     #[cold]
     fn push_and_grow(&mut self, new: Extent) -> Result {
         let len = self.list.len();
@@ -160,12 +171,7 @@ impl Extents {
             self.list = OneOrMore::One([new]);
             return Ok(());
         }
-        let left = self.expected.saturating_sub(self.pages);
-        let more = match len {
-            1 => AT_FIRST - 1,
-            _ => (len.saturating_mul(left) / self.pages.max(1)).max(AT_FIRST),
-        };
-        let more = more.min(left.max(1)).min(MOST - len);
+        let more = growth(len, self.pages, self.expected);
         if more == 0 {
             return Err(ENOMEM);
         }

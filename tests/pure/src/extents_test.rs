@@ -2,7 +2,7 @@
 
 //! `Extents` against a list of pages.
 
-use crate::extents::{Extents, Kind, Run};
+use crate::extents::{growth, Extents, Kind, Run};
 use kernel::alloc::fail_after;
 use proptest::prelude::*;
 
@@ -185,6 +185,17 @@ fn room_is_made_by_what_came_before() {
         extents.push(8 * n, 4, Kind::Pages, true).unwrap();
     }
     assert_eq!(extents.bytes(), EXTENT * 1000);
+}
+
+/// A list grows up to the maximum. It may already be longer: the kernel's `Vec` doubles its capacity, and `vrealloc()`
+/// allocates more than `kvmalloc()` does.
+#[test]
+fn the_longest_list() {
+    let most = i32::MAX as usize / EXTENT;
+    for len in [2, most - 1, most, most + 1, 2 * most] {
+        let more = growth(len, len, 4 * most);
+        assert_eq!(more, most.saturating_sub(len), "of {len} extents");
+    }
 }
 
 /// A list is copied where more than an eighth of it is gained, or it has more room than there are pages; a
