@@ -60,8 +60,9 @@ fn flags() -> Flags {
     GFP_KERNEL_ACCOUNT | __GFP_NOWARN
 }
 
-/// The maximum number of extents. The kernel refuses larger allocations, and warns about some of
-/// them.
+/// The maximum number of extents to ask for memory for. `kvmalloc()` refuses larger allocations,
+/// and warns about some of them. A list may get longer: `reserve` doubles its capacity, and
+/// `vrealloc()` has no such limit.
 const MOST: usize = i32::MAX as usize / size_of::<Extent>();
 
 /// The minimum number of extents to allocate memory for. A single extent is not allocated.
@@ -101,7 +102,7 @@ pub(crate) fn growth(len: usize, pages: usize, expected: usize) -> usize {
         1 => AT_FIRST - 1,
         _ => (len.saturating_mul(left) / pages.max(1)).max(AT_FIRST),
     };
-    more.min(left.max(1)).min(MOST - len)
+    more.min(left.max(1)).min(MOST.saturating_sub(len))
 }
 
 /// The page frames of a buffer, in the order of the buffer.
