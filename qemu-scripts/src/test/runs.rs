@@ -146,7 +146,7 @@ const MEMORY: Run = Run {
     memory: "2688M",
     // With a memory range that the kernel treats as persistent memory of a device.
     cmdline: "hugepagesz=1G hugepages=1 memmap=128M!2G",
-    command: "pinbuf-memtest kinds populate safety discard promises late owners",
+    command: "pinbuf-memtest kinds populate safety discard promises late owners throttled",
     ..PLAIN
 };
 

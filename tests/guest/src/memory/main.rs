@@ -20,6 +20,7 @@ mod populate;
 mod promises;
 mod safety;
 mod swap;
+mod throttled;
 mod vfio;
 
 use std::process::ExitCode;
@@ -51,6 +52,7 @@ fn tests() -> impl Iterator<Item = &'static Test> + Clone {
         promises::TESTS,
         late::TESTS,
         owners::TESTS,
+        throttled::TESTS,
     ]
     .into_iter()
     .flatten()

@@ -234,10 +234,10 @@ fn memlock_runs_out() -> Result<()> {
 
 /// A control group of the test's own, removed when dropped: which fails while anything is charged
 /// to a process in it.
-struct Group(PathBuf);
+pub struct Group(PathBuf);
 
 impl Group {
-    fn new(controller: &str) -> Result<Self> {
+    pub fn new(controller: &str) -> Result<Self> {
         kernel::write(
             "/sys/fs/cgroup/cgroup.subtree_control",
             format!("+{controller}"),
@@ -247,24 +247,24 @@ impl Group {
         Ok(Self(path))
     }
 
-    fn set(&self, file: &str, value: impl ToString) -> Result<()> {
+    pub fn set(&self, file: &str, value: impl ToString) -> Result<()> {
         kernel::write(self.0.join(file), value)
     }
 
-    fn number(&self, file: &str) -> Result<i64> {
+    pub fn number(&self, file: &str) -> Result<i64> {
         kernel::number(self.0.join(file))
     }
 
-    fn event(&self, file: &str, key: &str) -> Result<i64> {
+    pub fn event(&self, file: &str, key: &str) -> Result<i64> {
         kernel::field(&self.0.join(file).to_string_lossy(), key)
     }
 
     /// Puts the calling process into it.
-    fn join(&self) -> Result<()> {
+    pub fn join(&self) -> Result<()> {
         self.set("cgroup.procs", std::process::id())
     }
 
-    fn remove(self) -> Result<()> {
+    pub fn remove(self) -> Result<()> {
         std::fs::remove_dir(&self.0).context("removing the control group")
     }
 }
