@@ -30,34 +30,22 @@ use kernel::{
     device::Device,
     dma::DataDirection,
     page::PAGE_SHIFT,
-    prelude::*,
-    sync::{
-        new_mutex,
-        Mutex, //
-    }, //
+    prelude::*, //
 };
 
 /// The pages of one dma-buf.
-#[pin_data]
 pub(crate) struct Buffer {
     // Fields are dropped in this order: the pages are unpinned before they are uncharged.
     held: Held,
     /// The number of pages of large folios that the buffer keeps in place besides its own pages.
     rest: usize,
     charge: Charge,
-    #[pin]
-    faults: Mutex<()>,
 }
 
 impl Buffer {
     /// Creates a buffer of at least one page.
-    pub(crate) fn new(held: Held, rest: usize, charge: Charge) -> impl PinInit<Self> {
-        pin_init!(Self {
-            held,
-            rest,
-            charge,
-            faults <- new_mutex!((), "pinbuf::faults"),
-        })
+    pub(crate) fn new(held: Held, rest: usize, charge: Charge) -> Self {
+        Self { held, rest, charge }
     }
 
     /// The pages.
@@ -131,10 +119,6 @@ unsafe impl pfn_map::Pages for Buffer {
             }
         }
         false
-    }
-
-    fn faults(&self) -> &Mutex<()> {
-        &self.faults
     }
 }
 

@@ -18,6 +18,7 @@
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 #include <linux/page_table_check.h>
+#include <linux/pgalloc.h>
 #include <linux/pgtable.h>
 #include <linux/scatterlist.h>
 #include <linux/sched/signal.h>
@@ -221,6 +222,29 @@ bool pinbuf_pmd_none(pmd_t *pmd)
 bool pinbuf_pmd_leaf(pmd_t *pmd)
 {
 	return pmd_leaf(pmdp_get_lockless(pmd));
+}
+
+/*
+ * Does what pmd_install() of mm/memory.c does, which is not exported, with the
+ * page table that the core has allocated for the fault.  Returns whether the
+ * PMD refers to a page table now.
+ */
+bool pinbuf_pmd_install(struct vm_fault *vmf)
+{
+	struct mm_struct *mm = vmf->vma->vm_mm;
+	spinlock_t *ptl = pmd_lock(mm, vmf->pmd);
+	bool table;
+
+	if (pmd_none(*vmf->pmd) && vmf->prealloc_pte) {
+		mm_inc_nr_ptes(mm);
+		/* The page table is initialised before others can see it. */
+		smp_wmb();
+		pmd_populate(mm, vmf->pmd, vmf->prealloc_pte);
+		vmf->prealloc_pte = NULL;
+	}
+	table = !pmd_none(*vmf->pmd) && !pmd_leaf(*vmf->pmd);
+	spin_unlock(ptl);
+	return table;
 }
 
 bool pinbuf_pte_none(pte_t *pte)

@@ -19,6 +19,7 @@ struct task_struct;
 struct user_namespace;
 struct user_struct;
 struct vm_area_struct;
+struct vm_fault;
 
 /* Module parameters */
 unsigned int pinbuf_param_allowance_mb(void);
@@ -65,6 +66,7 @@ void pinbuf_vm_flags_mod(struct vm_area_struct *vma, unsigned long set,
 bool pinbuf_page_table_check_enabled(void);
 bool pinbuf_pmd_none(pmd_t *pmd);
 bool pinbuf_pmd_leaf(pmd_t *pmd);
+bool pinbuf_pmd_install(struct vm_fault *vmf);
 bool pinbuf_pte_none(pte_t *pte);
 void pinbuf_set_pte_pfn(struct vm_area_struct *vma, unsigned long addr,
 			pte_t *pte, unsigned long pfn);

@@ -19,10 +19,10 @@
 //!
 //! # Locks
 //!
-//! Lock order: mmap lock or VMA lock, then `dma_resv`, then `dma_buf::mappings`; and mmap lock or
-//! VMA lock, then `pinbuf::faults`, then the page-table locks. The mutex of [`charge`] is a leaf:
-//! no other lock is taken under it. The driver holds none of these locks when it pins or unpins
-//! pages or copies user memory.
+//! Lock order: mmap lock or VMA lock, then `dma_resv`, then `dma_buf::mappings`. The mutex of
+//! [`charge`] is a leaf: no other lock is taken under it. The driver holds none of these locks when
+//! it pins or unpins pages or copies user memory. Faults in mappings take no lock but those of the
+//! page tables, so that no process delays the faults of another.
 //!
 //! # Lifetimes
 //!

@@ -22,9 +22,14 @@
 //! Faults run under the mmap lock or the VMA lock, held for reading, and therefore concurrently.
 //! Whether a block of the address space gets a huge entry or a page table depends on conditions
 //! that may change meanwhile, and the core cannot handle two faults that disagree: neither a huge
-//! entry where a page table exists, nor the other way round. So a fault takes [`Pages::faults`],
-//! and checks the block's current entry before it enters anything. Only faults fill an empty block;
-//! operations that remove or split entries hold one of the core's locks for writing.
+//! entry where a page table exists, nor the other way round. So both are installed under the lock
+//! of the block's PMD, and only in an empty one. Only faults fill a block, and operations that
+//! empty it or split its entry hold one of the core's locks for writing, with one exception: a page
+//! table that other VMAs use too may be removed, but a block that lies in several VMAs never gets a
+//! huge entry.
+//!
+//! There is no lock for all faults in the memory, because memory is allocated for page tables, and
+//! the control group of one process may delay that for seconds.
 //!
 //! C headers: [`include/linux/mm.h`](srctree/include/linux/mm.h),
 //! [`include/linux/huge_mm.h`](srctree/include/linux/huge_mm.h).
@@ -41,6 +46,7 @@ use core::{
 };
 use kernel::{
     bindings,
+    error::code,
     ffi::{
         c_int,
         c_uint,
@@ -50,8 +56,7 @@ use kernel::{
         PAGE_SHIFT,
         PAGE_SIZE, //
     },
-    prelude::*,
-    sync::Mutex, //
+    prelude::*, //
 };
 
 /// The number of entries of a page table, which is one page of 8-byte entries (`helpers.c` checks
@@ -78,9 +83,6 @@ pub(crate) unsafe trait Pages: Send + Sync + 'static {
     /// Whether one of the `pages` pages from `first` on, all of which must exist, has been found
     /// broken. Must not sleep.
     fn any_poisoned(&self, first: usize, pages: usize) -> bool;
-
-    /// A lock that only this file takes.
-    fn faults(&self) -> &Mutex<()>;
 }
 
 /// Makes `vma` a mapping of `pages`, from the page on that the VMA's page offset names. Fails with
@@ -201,19 +203,22 @@ impl<'a, P: Pages> Fault<'a, P> {
         let Some((first, pfn)) = self.huge_block().filter(|_| huge_entries_allowed()) else {
             return bindings::vm_fault_reason_VM_FAULT_FALLBACK;
         };
-        let _lock = self.pages.faults().lock();
-        let empty = self.block_is_empty();
-        if !empty && !self.block_is_huge() {
-            return bindings::vm_fault_reason_VM_FAULT_FALLBACK;
-        }
-        if empty && self.pages.any_poisoned(first, TABLE_PAGES) {
+        let huge = self.block_is_huge();
+        if !huge && (!self.block_is_empty() || self.pages.any_poisoned(first, TABLE_PAGES)) {
             return bindings::vm_fault_reason_VM_FAULT_FALLBACK;
         }
         // SAFETY: The fault is valid.
         let flags = unsafe { (*self.vmf).flags };
-        let write = flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;
+        // Only for an entry that exists. If another fault installs a page table meanwhile, the
+        // function does nothing, but it would warn about a write.
+        let write = huge && flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;
         // SAFETY: The VMA is a shared `VM_PFNMAP`, and the entry's whole block lies within it.
-        unsafe { bindings::vmf_insert_pfn_pmd(self.vmf, pfn, write) }
+        let result = unsafe { bindings::vmf_insert_pfn_pmd(self.vmf, pfn, write) };
+        if self.block_is_huge() {
+            result
+        } else {
+            bindings::vm_fault_reason_VM_FAULT_FALLBACK
+        }
     }
 
     /// Fills in the page table around the address, as far as the VMA reaches.
@@ -230,14 +235,15 @@ impl<'a, P: Pages> Fault<'a, P> {
         if self.pages.any_poisoned(self.page, 1) {
             return bindings::vm_fault_reason_VM_FAULT_HWPOISON;
         }
-        let _lock = self.pages.faults().lock();
-        if self.block_is_huge() {
+        // SAFETY: The fault is valid.
+        if !unsafe { ffi::pinbuf_pmd_install(self.vmf) } {
             // Another fault has entered a huge page meanwhile. The access is retried.
             return bindings::vm_fault_reason_VM_FAULT_NOPAGE;
         }
         match enter_pages(self.vma, low, high, self.pages.runs(first)) {
-            Ok(()) => bindings::vm_fault_reason_VM_FAULT_NOPAGE,
-            Err(error) if error == ENOMEM => bindings::vm_fault_reason_VM_FAULT_OOM,
+            // `ENOMEM`: The page table has been removed meanwhile. The access is retried, and the
+            // core allocates another one.
+            Ok(()) | Err(code::ENOMEM) => bindings::vm_fault_reason_VM_FAULT_NOPAGE,
             Err(_) => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
         }
     }
@@ -254,7 +260,8 @@ struct Cursor<R> {
 }
 
 /// Enters the pages of `runs`, in order, at the addresses from `low` to `high`, which lie in one
-/// page table of `vma`, where there is no entry yet.
+/// page table of `vma`, where there is no entry yet. Fails with `ENOMEM` if the page table is gone
+/// and cannot be replaced.
 fn enter_pages<R: Iterator<Item = (Pfn, usize)>>(
     vma: *mut bindings::vm_area_struct,
     low: usize,
