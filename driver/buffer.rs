@@ -16,7 +16,7 @@ use crate::{
         },
         pfn_map,
         sched,
-        sg_table::MappedTable,
+        sg_table::Prepared,
         vmap, //
     },
     pin::held::Held, //
@@ -135,11 +135,11 @@ impl Exporter for Buffer {
         self.held.extents().pages() << PAGE_SHIFT
     }
 
-    fn map(&self, dev: &Device, direction: DataDirection) -> Result<KBox<MappedTable>> {
+    fn prepare<'a>(&self, dev: &'a Device, direction: DataDirection) -> Result<Prepared<'a>> {
         self.check_poison()?;
         // SAFETY: The pages are pinned while the buffer lives, and the buffer outlives its
         // mappings: the importer that maps it holds a reference to the dma-buf.
-        unsafe { MappedTable::new(dev, direction, self.runs()) }
+        unsafe { Prepared::new(dev, direction, self.runs()) }
     }
 
     unsafe fn mmap(&self, vma: *mut bindings::vm_area_struct) -> Result {

@@ -42,7 +42,10 @@
 //!
 //! C header: [`include/linux/dma-buf.h`](srctree/include/linux/dma-buf.h).
 
-use super::sg_table::MappedTable;
+use super::sg_table::{
+    MappedTable,
+    Prepared, //
+};
 use core::{
     ffi::c_void,
     marker::PhantomData,
@@ -87,8 +90,8 @@ pub(crate) trait Exporter: Sized + Send + Sync + 'static {
     /// The size of the memory in bytes: a multiple of the page size, not zero, and constant.
     fn size(&self) -> usize;
 
-    /// Maps all of the memory for a device.
-    fn map(&self, dev: &Device, direction: DataDirection) -> Result<KBox<MappedTable>>;
+    /// Prepares a mapping of all of the memory for a device.
+    fn prepare<'a>(&self, dev: &'a Device, direction: DataDirection) -> Result<Prepared<'a>>;
 
     /// Sets up a user mapping of the memory. The core has checked that the mapping lies within the
     /// memory.
@@ -277,9 +280,12 @@ unsafe extern "C" fn map<E: Exporter>(
     // SAFETY: The attached device is valid while it is attached.
     let dev = unsafe { Device::from_raw((*attachment).dev) };
     let map = || -> Result<*mut bindings::sg_table> {
+        // Memory is allocated without the lock: the importer's memory cgroup may delay that for
+        // seconds, and accesses by the CPU wait for the lock.
         let reserved = RBTreeNodeReservation::new(GFP_KERNEL_ACCOUNT)?;
+        let prepared = exported.exporter.prepare(dev, direction(raw)?)?;
         let mut mappings = exported.mappings.lock();
-        let table = exported.exporter.map(dev, direction(raw)?)?;
+        let table = prepared.map()?;
         if table.device_writes() {
             let mut writers = mappings.values().filter(|other| other.device_writes());
             if writers.any(|other| table.bounces() || other.bounces()) {

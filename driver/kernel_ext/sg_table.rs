@@ -12,6 +12,7 @@ use super::{
     sched::cond_resched, //
 };
 use crate::ffi;
+use core::mem::MaybeUninit;
 use kernel::{
     bindings,
     device::Device,
@@ -86,20 +87,28 @@ unsafe impl Send for MappedTable {}
 // the DMA API.
 unsafe impl Sync for MappedTable {}
 
-impl MappedTable {
-    /// Maps `runs`, pairs of a first page frame and a number of pages, for `dev`, with as few
-    /// entries as the device's limits allow. May sleep.
-    ///
-    /// The memory of the list is charged to the caller's memory cgroup.
+/// A scatterlist that is allocated and filled, and is going to be mapped for `dev`.
+pub(crate) struct Prepared<'a> {
+    table: Table,
+    dev: &'a Device,
+    direction: DataDirection,
+    room: KBox<MaybeUninit<MappedTable>>,
+}
+
+impl<'a> Prepared<'a> {
+    /// Allocates a scatterlist of `runs`, pairs of a first page frame and a number of pages, for
+    /// `dev`, with as few entries as the device's limits allow. May sleep, for seconds where the
+    /// caller's memory cgroup is short of memory: the list is charged to it.
     ///
     /// # Safety
     ///
-    /// The frames have `struct page`s, and their pages stay in place while the value lives.
+    /// The frames have `struct page`s, and their pages stay in place while the value lives, and
+    /// while the mapping lives that is made of it.
     pub(crate) unsafe fn new(
-        dev: &Device,
+        dev: &'a Device,
         direction: DataDirection,
         runs: impl Iterator<Item = (usize, usize)> + Clone,
-    ) -> Result<KBox<Self>> {
+    ) -> Result<Self> {
         let limits = SegmentLimits::of(dev)?;
         let count = segments(runs.clone(), limits).count();
         // The DMA API counts entries in an `int`.
@@ -118,19 +127,29 @@ impl MappedTable {
             }
             direction => direction,
         };
-        let mapped = KBox::new_uninit(GFP_KERNEL_ACCOUNT)?;
+        Ok(Self {
+            table,
+            dev,
+            direction,
+            room: KBox::new_uninit(GFP_KERNEL_ACCOUNT)?,
+        })
+    }
+
+    /// Maps it. May sleep.
+    pub(crate) fn map(mut self) -> Result<KBox<MappedTable>> {
         // SAFETY: `dev` is a valid device, and the list is filled with pages that stay in place, by
-        // the function's requirements.
+        // the requirements of `new`.
         to_result(unsafe {
-            bindings::dma_map_sgtable(raw(dev), &mut table.0, direction.into(), 0)
+            let dev = raw(self.dev);
+            bindings::dma_map_sgtable(dev, &mut self.table.0, self.direction.into(), 0)
         })?;
-        // INVARIANT: Allocated and mapped above.
+        // INVARIANT: Allocated, and mapped above.
         let mut mapped = KBox::write(
-            mapped,
-            Self {
-                table: Opaque::new(table.into_inner()),
-                dev: ARef::from(dev),
-                direction,
+            self.room,
+            MappedTable {
+                table: Opaque::new(self.table.into_inner()),
+                dev: ARef::from(self.dev),
+                direction: self.direction,
                 bounces: false,
                 unmap: 0,
             },
@@ -138,7 +157,9 @@ impl MappedTable {
         mapped.bounces = mapped.find_bounces();
         Ok(mapped)
     }
+}
 
+impl MappedTable {
     /// Whether some of the memory is mapped through bounce buffers.
     fn find_bounces(&self) -> bool {
         if !may_bounce(&self.dev) {
@@ -325,7 +346,7 @@ impl Table {
                 }
             }
             let page = array.page(pfn);
-            // SAFETY: The frame has a `struct page`, as `MappedTable::new` demands. `sg` is an
+            // SAFETY: The frame has a `struct page`, as `Prepared::new` demands. `sg` is an
             // entry of the list; the length fits, by `SegmentLimits`.
             unsafe { ffi::pinbuf_sg_set_page(sg, page, (pages * PAGE_SIZE) as u32, 0) };
         }
