@@ -49,8 +49,8 @@ impl SegmentLimits {
         let mapping = unsafe { bindings::dma_max_mapping_size(raw(dev)) };
         // SAFETY: `dev` is a valid device.
         let mask = unsafe { ffi::pinbuf_dma_get_seg_boundary(raw(dev)) };
-        // The length of an entry is a `u32`.
-        let bytes = segment.min(mapping).min(u32::MAX as usize);
+        // `segment` is an `unsigned int` in C, as the length of an entry is.
+        let bytes = segment.min(mapping);
         if bytes < PAGE_SIZE || mask < PAGE_SIZE - 1 {
             return Err(EINVAL);
         }
