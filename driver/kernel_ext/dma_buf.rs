@@ -337,13 +337,10 @@ unsafe extern "C" fn begin_cpu_access<E: Exporter>(
     from_result(|| {
         let direction = direction(raw)?;
         // The core waits for the devices' fences too, but only after this callback. What a device
-        // writes after the sync below would not be synchronised, so the wait has to be before it. A
-        // read waits for writers, and a write waits for readers too.
-        let usage = if direction == DataDirection::FromDevice {
-            bindings::dma_resv_usage_DMA_RESV_USAGE_WRITE
-        } else {
-            bindings::dma_resv_usage_DMA_RESV_USAGE_READ
-        };
+        // writes after the sync below would not be synchronised, so the wait for devices that write
+        // has to be before it. Devices that read do not matter here: the core waits for them before
+        // the CPU writes.
+        let usage = bindings::dma_resv_usage_DMA_RESV_USAGE_WRITE;
         // SAFETY: The `dma_resv` lives as long as the buffer. By the rules for this callback, its
         // caller does not hold the lock.
         let left = unsafe {
