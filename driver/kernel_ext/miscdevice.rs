@@ -58,8 +58,7 @@ impl<C: Calls> Registration<C> {
         let operations = bindings::file_operations {
             owner: module.as_ptr(),
             unlocked_ioctl: Some(ioctl::<C>),
-            #[cfg(CONFIG_COMPAT)]
-            compat_ioctl: Some(compat_ioctl::<C>),
+            compat_ioctl: bindings::compat_ptr_ioctl,
             ..pin_init::zeroed()
         };
         try_pin_init!(Self {
@@ -102,19 +101,5 @@ unsafe extern "C" fn ioctl<C: Calls>(
     command: c_uint,
     argument: c_ulong,
 ) -> c_long {
-    from_result(|| C::ioctl(command, UserPtr::from_addr(argument)))
-}
-
-/// # Safety
-///
-/// Called by the kernel, on behalf of a 32-bit task.
-#[cfg(CONFIG_COMPAT)]
-unsafe extern "C" fn compat_ioctl<C: Calls>(
-    _file: *mut bindings::file,
-    command: c_uint,
-    argument: c_ulong,
-) -> c_long {
-    // Does what the generic `compat_ptr()` does.
-    let argument = argument & u32::MAX as c_ulong;
     from_result(|| C::ioctl(command, UserPtr::from_addr(argument)))
 }
