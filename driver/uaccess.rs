@@ -81,18 +81,14 @@ pub(crate) fn read_struct<T: Extensible>(user: UserPtr) -> Result<(T, usize)> {
     Ok((value.0, claimed))
 }
 
-/// Writes `value` to the caller's struct of `claimed` bytes at `user`: truncated if that is
-/// shorter, and followed by zeroes if it is longer.
+/// Writes `value` to the caller's struct of `claimed` bytes at `user`, truncated if that is
+/// shorter. If it is longer, its tail is zero already: [`read_struct`] has checked that.
 pub(crate) fn write_struct<T: Extensible>(user: UserPtr, value: T, claimed: usize) -> Result {
     let known = claimed.min(size_of::<T>());
-    let mut writer = UserSlice::new(user, claimed).writer();
     let bytes = Bytes(value);
-    writer.write_slice(&bytes.as_bytes()[..known])?;
-    while !writer.is_empty() {
-        let part = writer.len().min(64);
-        writer.write_slice(&[0; 64][..part])?;
-    }
-    Ok(())
+    UserSlice::new(user, known)
+        .writer()
+        .write_slice(&bytes.as_bytes()[..known])
 }
 
 /// Reads an array of `count` elements at `address` of user space. The caller of this function has
