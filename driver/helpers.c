@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Wrappers of what Rust cannot call: inline functions and macros of the
- * kernel's headers, and functions that the kernel's bindings do not contain.
+ * Wrappers of functions that Rust cannot call: inline functions and macros of
+ * the kernel's headers, and functions that are not exported or that the
+ * kernel's bindings do not contain.
  *
- * Each function here calls the function that it is named after and contains no
- * policy.  In the kernel's tree, they would be in files of rust/helpers/.
+ * Each function here does what the function does that it is named after, and
+ * contains no policy.  In the kernel's tree, they would be in rust/helpers/.
  *
  * The module's parameters are here as well: kernel::module_param (7.2, 7.3)
  * does not create sysfs entries, and operators change these at run time.
@@ -27,7 +28,7 @@
 
 #include "helpers.h"
 
-/* The macro module! of 7.2 and 7.3 knows no version. */
+/* The macro module! of 7.2 and 7.3 does not support a version. */
 MODULE_VERSION(PINBUF_VERSION);
 
 static unsigned int allowance_mb = 128;

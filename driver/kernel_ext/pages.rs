@@ -253,9 +253,9 @@ impl FolioPin {
 unsafe fn folio_and_flags<'a>(page: NonNull<bindings::page>) -> (Folio<'a>, FolioFlags) {
     let raw = page.as_ptr();
     // SAFETY: By the function's requirements. Bit 0 of the first word after the flags marks a tail
-    // page, whatever else the word is used for. (On older kernels, a tail page of hugetlb may look
-    // like a head page, which is not taken for a folio of its own either.) While the page is
-    // pinned, neither that bit nor `PG_head` changes. Other bits of the words may change, so the
+    // page, whatever else the word is used for. (On older kernels, a tail page of hugetlb may have
+    // `PG_head` set, and so does not count as a folio of its own either.) While the page is pinned,
+    // neither that bit nor `PG_head` changes. Other bits of the words may change, so the
     // reads are volatile.
     let (flags, word) = unsafe {
         (

@@ -252,8 +252,8 @@ impl Drop for MappedTable {
 /// Whether memory may be bounced for `dev`.
 ///
 /// If a device may need bounce buffers, its `dma_max_mapping_size()` is limited to the size of one.
-/// So is that of an untrusted device behind an IOMMU, but there only memory that does not fill
-/// whole pages of the IOMMU is bounced, and entries consist of whole pages.
+/// The same holds for an untrusted device behind an IOMMU. But an IOMMU bounces only memory that
+/// does not fill whole pages of the IOMMU, and entries consist of whole pages.
 fn may_bounce(dev: &Device) -> bool {
     // SAFETY: A valid device.
     let (most, mask) = unsafe {
