@@ -4,6 +4,7 @@
 
 mod foreign;
 pub mod initramfs;
+mod jay;
 pub mod payload;
 pub mod userspace;
 
@@ -127,7 +128,7 @@ const IMAGES: &[(&str, Suite, &[&str])] = &[
         ],
     ),
     (
-        // Programs that use udmabuf in Debian's newest release only, for `tests/programs`.
+        // Programs that use udmabuf in Debian's newest release only, for `tests/clients`.
         "programs",
         Suite::Testing,
         &[
@@ -145,6 +146,26 @@ const IMAGES: &[(&str, Suite, &[&str])] = &[
             "udev",
             "util-linux",
             "weston",
+        ],
+    ),
+    (
+        // What the compositor Jay is linked with or loads; `jay.rs` builds it. Its tests draw text.
+        "jay",
+        Suite::Testing,
+        &[
+            "fonts-dejavu-core",
+            "kmod",
+            "libcairo2",
+            "libfontconfig1",
+            "libgbm1",
+            "libglib2.0-0t64",
+            "libinput10",
+            "libpangocairo-1.0-0",
+            "libsqlite3-0",
+            "procps",
+            "strace",
+            "udev",
+            "util-linux",
         ],
     ),
     (
@@ -200,7 +221,7 @@ pub fn ensure(tools: &Tree, name: &str, arch: Arch) -> Result<PathBuf> {
         .iter()
         .filter_map(|name| of_arch(name, arch))
         .collect();
-    let is_clients = name == "clients";
+    let base = name;
     let name = &format!("{name}{}", arch.suffix());
     let tree_name = format!("guest-{name}");
     let tree = if arch.is_native() {
@@ -211,10 +232,13 @@ pub fn ensure(tools: &Tree, name: &str, arch: Arch) -> Result<PathBuf> {
     let stamp = fs::read_to_string(paths::build().join("stamps/tree").join(tree_name))?;
     let image = paths::build().join(format!("images/{name}.img"));
     let mut key = Key::new().text("1").text(&stamp);
-    let foreign = is_clients
-        .then(|| foreign::ensure(tools, arch))
-        .transpose()?;
-    if let Some(programs) = &foreign {
+    // What is not Debian's.
+    let built = match base {
+        "clients" => Some(foreign::ensure(tools, arch)?),
+        "jay" => Some(jay::ensure()?),
+        _ => None,
+    };
+    if let Some(programs) = &built {
         key = key.files(programs)?;
     }
     cache::ensure(
@@ -225,7 +249,7 @@ pub fn ensure(tools: &Tree, name: &str, arch: Arch) -> Result<PathBuf> {
             for path in LEFT_OUT {
                 crate::debian::tree::remove(&tree.path.join(path))?;
             }
-            if let Some(programs) = &foreign {
+            if let Some(programs) = &built {
                 let mut copy = Command::new("cp");
                 copy.arg("-a").arg(programs.join(".")).arg(&tree.path);
                 step.run(&mut copy, "images.log")?;

@@ -94,23 +94,33 @@ fn foreign_cargo(tools: &Tree, step: &Step, arch: Arch, arguments: &[&str]) -> R
     tools.require_arch(arch)?;
     step.run(cargo().args(["fetch", "--locked"]), "userspace.log")
         .context("fetching the crates of Cargo.lock")?;
-    let home = match (std::env::var_os("CARGO_HOME"), std::env::home_dir()) {
-        (Some(directory), _) => PathBuf::from(directory),
-        (None, Some(home)) => home.join(".cargo"),
-        (None, None) => bail!("neither CARGO_HOME nor HOME is set"),
-    };
+    let home = cargo_home()?;
     let mut words = vec!["/usr/bin/cargo"];
     words.extend(arguments);
     words.extend(["--offline", "--locked", "--target", arch.rust()]);
     let mut command = tools.command_on(&[paths::root(), &home], &words)?;
     let linker = format!("CARGO_TARGET_{}_LINKER", arch.rust().replace('-', "_"));
-    command
+    without_host_s_rust(&mut command)
         .env(linker.to_uppercase(), format!("{}-gcc-14", arch.gnu()))
         .env("CARGO_HOME", home);
+    Ok(command)
+}
+
+/// Where the host's cargo keeps what it downloads.
+pub fn cargo_home() -> Result<PathBuf> {
+    match (std::env::var_os("CARGO_HOME"), std::env::home_dir()) {
+        (Some(directory), _) => Ok(PathBuf::from(directory)),
+        (None, Some(home)) => Ok(home.join(".cargo")),
+        (None, None) => bail!("neither CARGO_HOME nor HOME is set"),
+    }
+}
+
+/// Takes from a command what would make a tree's cargo use the host's compiler, or its flags.
+pub fn without_host_s_rust(command: &mut Command) -> &mut Command {
     for name in ["CARGO", "RUSTC", "RUSTUP_TOOLCHAIN", "RUSTFLAGS"] {
         command.env_remove(name);
     }
-    Ok(command)
+    command
 }
 
 /// The packages that have nothing for guests of other architectures: they run on the host, are for x86-64, or are for

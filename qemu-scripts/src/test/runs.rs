@@ -303,6 +303,18 @@ pub const RUNS: &[Run] = &[
         ..PLAIN
     },
     Run {
+        // The compositor Jay, whose build takes a quarter of an hour of a processor.
+        name: "jay",
+        when: When::Long,
+        memory: "2G",
+        cmdline: "initcall_blacklist=udmabuf_dev_init",
+        image: "jay",
+        modules: &[],
+        command: "pinbuf-clients jay",
+        timeout: 2500,
+        ..PLAIN
+    },
+    Run {
         name: "install",
         bare: true,
         memory: "1G",

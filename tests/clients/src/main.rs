@@ -15,6 +15,7 @@ mod examples;
 mod gstreamer;
 mod gtk;
 mod info;
+mod jay;
 mod kwin;
 mod libcamera;
 mod process;
@@ -43,8 +44,8 @@ struct Options {
 }
 
 /// Themes for other machines, which run if they are named: where SELinux is in force AppArmor is not, and the programs
-/// of the others are in the image `programs`.
-const ELSEWHERE: [&str; 5] = ["selinux", "gstreamer", "weston", "gtk", "kwin"];
+/// of the others are in the images `programs` and `jay`.
+const ELSEWHERE: [&str; 6] = ["selinux", "gstreamer", "weston", "gtk", "kwin", "jay"];
 
 fn tests() -> impl Iterator<Item = &'static Test> + Clone {
     [
@@ -64,6 +65,7 @@ fn tests() -> impl Iterator<Item = &'static Test> + Clone {
         weston::TESTS,
         gtk::TESTS,
         kwin::TESTS,
+        jay::TESTS,
     ]
     .into_iter()
     .flatten()
