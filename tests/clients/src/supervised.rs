@@ -12,9 +12,12 @@ use anyhow::{bail, ensure, Context, Result};
 use nix::mount::{mount, umount, MsFlags};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
+use pinbuf_test_harness::accounts::Accounts;
+use pinbuf_test_harness::support::process::USER;
 use pinbuf_test_harness::tests;
 
 use crate::process::{no_udmabuf, End, Start};
+use crate::udev;
 
 tests!("supervised":
     client_on_rustix_is_served,
@@ -35,6 +38,8 @@ tests!("supervised":
     nested_runs_are_served_by_the_first,
     what_stays_behind_is_served,
     calls_fail_once_the_supervisor_is_killed,
+    a_link_spares_the_reports_of_calls_that_open,
+    buffers_are_charged_to_the_program_s_user,
     doctor_recognises_the_supervisor,
     user_that_root_becomes_is_not_served,
     ends_where_the_end_of_children_is_ignored,
@@ -426,6 +431,71 @@ fn calls_fail_once_the_supervisor_is_killed() -> Result<()> {
         "{end:?}"
     );
     Ok(())
+}
+
+/// With the link that udev's rule has a line for, programs of all kinds are served as without it. That no call that opens
+/// is reported shows where the supervisor is killed: such calls succeed, and the request alone fails.
+fn a_link_spares_the_reports_of_calls_that_open() -> Result<()> {
+    no_udmabuf()?;
+    udev::link(true)?;
+    let result = (|| {
+        for (by, program) in [
+            ("supervisor", "pinbuf-c-client-static"),
+            ("supervisor", "pinbuf-go-client"),
+            ("supervisor", RUSTIX),
+            ("preload", CLIENT),
+            ("both", CLIENT),
+        ] {
+            let end = run(&["--by", by, "--", program]).end()?;
+            ensure!(
+                end.status == Some(0) && end.out == MADE,
+                "{by} {program}: {end:?}"
+            );
+        }
+        let script = "echo; read line; pinbuf-c-client-static 2>&1; exit 3";
+        let words = ["--by", "supervisor", "--", "busybox", "sh", "-c", script];
+        let mut running = Running::start(&run(&words))?;
+        running.line()?;
+        kill(supervisor_of(running.pid()?)?, Signal::SIGKILL)?;
+        let end = running.end()?;
+        ensure!(
+            end.status == Some(3) && end.out == "UDMABUF_CREATE: Function not implemented\n",
+            "{end:?}"
+        );
+        Ok(())
+    })();
+    udev::link(false)?;
+    result
+}
+
+/// The kilobytes that a process has pinned.
+fn pinned(pid: Pid) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPin:"));
+    let number = line.and_then(|rest| rest.split_whitespace().next());
+    Ok(number.context("no VmPin")?.parse()?)
+}
+
+/// More than the limit on locked memory, so it is the allowance that is charged. `VmPin` is the supervisor's.
+fn buffers_are_charged_to_the_program_s_user() -> Result<()> {
+    const BYTES: u64 = 33_177_600;
+    let mut accounts = Accounts::of([USER]);
+    let [before] = accounts.charges()?;
+    let mut running = Running::start(&run(&["--by", "supervisor", "--", CLIENT, "--hold"]))?;
+    ensure!(running.line()? == MADE, "no buffer");
+    let supervisor = supervisor_of(running.pid()?)?;
+    let program = supervisor_of(supervisor)?;
+    let [held] = accounts.charges()?;
+    let pins = (pinned(supervisor)?, pinned(program)?);
+    let end = running.end()?;
+    ensure!(end.status == Some(0), "{end:?}");
+    ensure!(
+        held.allowance == before.allowance + BYTES && pins == (BYTES >> 10, 0),
+        "{before:?}, then {held:?}, with {pins:?} KiB pinned by the supervisor and the program"
+    );
+    becomes("the charge is given back", || {
+        Ok(accounts.charges()? == [before])
+    })
 }
 
 fn doctor_recognises_the_supervisor() -> Result<()> {

@@ -34,6 +34,25 @@ pub fn install() -> Result<()> {
     wait()
 }
 
+/// Has udev make the link `/dev/udmabuf`, or remove it, by the line of the rule that is off, as docs/installing.md says.
+pub fn link(wanted: bool) -> Result<()> {
+    const COPY: &str = "/etc/udev/rules.d/61-pinbuf-link.rules";
+    if wanted {
+        let line = RULE.lines().last().and_then(|line| line.strip_prefix('#'));
+        fs::write(COPY, line.context("the rule's last line is not off")?)?;
+    } else {
+        fs::remove_file(COPY)?;
+    }
+    run(Command::new("udevadm").args(["control", "--reload"]))?;
+    run(Command::new("udevadm").args(["trigger", "--settle", "/dev/pinbuf"]))?;
+    ensure!(
+        fs::exists("/dev/udmabuf")? == wanted,
+        "udev has not {} the link",
+        if wanted { "made" } else { "removed" }
+    );
+    Ok(())
+}
+
 /// Waits until udev has seen to the device, as after loading the module.
 pub fn wait() -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
