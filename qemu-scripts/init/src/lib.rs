@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What the host tells a guest's first process, and what that answers.
+//! The messages between the host and a guest's first process.
 //!
 //! The host writes [`Config`] as JSON into the initramfs.  Host and guest then talk through virtio
 //! serial ports: one for each of the command's standard streams, and one ([`port::CONTROL`]) that

@@ -710,7 +710,7 @@ struct Job {
 }
 
 impl Job {
-    /// For people.
+    /// The text for messages.
     fn title(&self) -> String {
         format!("{} ({})", self.run.name, self.kernel)
     }

@@ -286,7 +286,7 @@ fn copy(place: &Path) -> Result<()> {
     write_changed(&place.join("Cargo.toml"), whole.as_bytes())
 }
 
-/// What is built from a file that did not change need not be built anew.
+/// What is built from an unchanged file is not built again.
 fn write_changed(path: &Path, contents: &[u8]) -> Result<()> {
     if fs::read(path).ok().as_deref() != Some(contents) {
         fs::write(path, contents).with_context(|| format!("writing {}", path.display()))?;
@@ -609,7 +609,7 @@ impl Results {
 }
 
 impl Caught {
-    /// For people.
+    /// The text for messages.
     pub fn text(&self) -> String {
         format!("{} ({})", self.by, seconds(self.after))
     }

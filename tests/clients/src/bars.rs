@@ -40,7 +40,7 @@ impl Bars {
         COLORS[(x + shift) % self.width * COLORS.len() / self.width]
     }
 
-    /// Compares every pixel, and tells how far the picture has moved.
+    /// Compares every pixel, and returns how far the picture has moved.
     pub fn check(self, frame: &[u8]) -> Result<usize> {
         ensure!(
             frame.len() == self.bytes(),

@@ -22,14 +22,14 @@ tests!("gstreamer":
     has_no_buffers_without_pinbuf within 400,
 );
 
-/// The plugins that pipelines have elements of. Looking at all that there are takes minutes.
+/// The plugins whose elements the pipelines use. A scan of all plugins takes minutes.
 const PLUGINS: [&str; 4] = ["coreelements", "opengl", "videotestsrc", "waylandsink"];
 const DIRECTORY: &str = "/usr/lib/x86_64-linux-gnu/gstreamer-1.0";
 
 /// What `glupload` makes of frames in buffers of its udmabuf allocator, and of no others.
 const DMABUF: &str = "video/x-raw(memory:DMABuf),format=DMA_DRM,drm-format=XR24";
 
-/// Textures that the renderer makes of the frames, and what comes back from there. Of buffers, and of nothing else, it
+/// The renderer makes textures of the frames, and frames of the textures. Only for buffers, it
 /// makes textures in another format.
 const GL: &str = "glupload ! gldownload ! video/x-raw";
 

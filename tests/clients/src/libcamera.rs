@@ -48,7 +48,7 @@ fn camera() -> Result<()> {
     fs::write(CAMERAS, text).context("describing a camera")
 }
 
-/// `cam`, told to capture from it.
+/// `cam`, with arguments to capture from it.
 fn cam(more: &[&str]) -> Start {
     let stream = format!(
         "width={},height={},pixelformat=NV12",

@@ -137,7 +137,7 @@ pub fn memfd(flags: u32, size: u64) -> Result<c_int> {
     Ok(fd)
 }
 
-/// The size of a file, as seeking tells it.
+/// The size of a file, as `lseek` reports it.
 pub fn end(fd: c_int) -> Result<i64> {
     // SAFETY: no memory is involved.
     check(unsafe { libc::lseek(fd, 0, libc::SEEK_END) })

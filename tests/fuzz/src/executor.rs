@@ -126,7 +126,7 @@ pub struct Executor {
 }
 
 impl Executor {
-    /// Prepares what inputs share, and becomes the caller. `trace`: tells on standard error what it does.
+    /// Prepares what inputs share, and becomes the caller. `trace`: prints each step to standard error.
     pub fn new(who: Who, giga: Option<RawFd>, trace: bool) -> Result<Self> {
         let fixture = phase(Phase::Fixture);
         let executor = Self {

@@ -271,7 +271,7 @@ impl Gpu {
         // SAFETY: a new command buffer.
         unsafe { self.device.begin_command_buffer(commands[0], &info) }?;
         record(&self.device, commands[0]);
-        // All that was written is for the reader of the memory, whoever that is.
+        // Makes everything that was written visible to any reader of the memory.
         let barrier = [vk::MemoryBarrier::default()
             .src_access_mask(vk::AccessFlags::MEMORY_WRITE)
             .dst_access_mask(vk::AccessFlags::HOST_READ)];

@@ -298,7 +298,7 @@ fn plain_reference_blocks() -> Result<()> {
     block.online()
 }
 
-/// The pool has no other page: the target is allocated anew, and the pool's size stays.
+/// The pool has no other page: the target is a new allocation, and the pool's size stays.
 fn hugetlb_without_spare() -> Result<()> {
     for kind in [Kind::HugePrivate, Kind::HugeShared] {
         let device = Device::open()?;

@@ -321,7 +321,7 @@ fn killed_in_create(make: impl Fn(usize) -> Result<Memory>) -> Result<()> {
     })
 }
 
-/// Memory that is discarded under a buffer and filled anew, again and again. Root has no limit, but what its buffers
+/// Memory that is discarded under a buffer and filled again, repeatedly. Root has no limit, but what its buffers
 /// keep stays charged to its control group.
 fn memory_cgroup_bounds_discarded_memory() -> Result<()> {
     const MEMORY: usize = 2 << 20;

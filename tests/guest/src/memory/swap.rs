@@ -132,7 +132,7 @@ impl Drop for SlowSwap {
     }
 }
 
-/// How many pages of some memory are resident, as `mincore` tells it of page cache and memory.
+/// How many pages of some memory are resident, as `mincore` reports it for page cache and memory.
 pub fn resident(memory: &Memory) -> Result<usize> {
     let mut pages = vec![0u8; memory.len() / PAGE];
     // SAFETY: the vector has a byte for each page of the mapping.

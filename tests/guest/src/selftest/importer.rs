@@ -1205,7 +1205,7 @@ fn kernel_mapping() -> Result<()> {
     Ok(())
 }
 
-/// The mapping lives until its last user is gone, and can be made anew.
+/// The mapping lives until its last user is gone, and can be made again.
 fn kernel_mapping_counts() -> Result<()> {
     let device = Device::open()?;
     let memory = Memory::small_pages(40 * PAGE)?;
