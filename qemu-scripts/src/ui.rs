@@ -2,6 +2,7 @@
 
 //! What the user sees: steps with their times, and failures with their logs.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{stderr, BufRead, BufReader, IsTerminal, Write};
 use std::path::Path;
@@ -26,6 +27,8 @@ pub struct Step {
     name: String,
     start: Instant,
     bar: Option<ProgressBar>,
+    /// When the last line of progress was printed.
+    printed: Cell<Instant>,
 }
 
 impl Step {
@@ -49,24 +52,21 @@ impl Step {
             name,
             start: Instant::now(),
             bar,
+            printed: Cell::new(Instant::now()),
         }
     }
 
-    /// Shows what the step is doing at the moment.
-    fn detail(&self, text: &str) {
+    /// Shows what the step is doing at the moment: without a terminal, as a line at an interval.
+    pub fn progress(&self, text: &str) {
         if let Some(bar) = &self.bar {
             bar.set_message(text.trim().to_owned());
-        }
-    }
-
-    /// Says that a step without a terminal is still at work.
-    fn sign_of_life(&self, last: &str) {
-        if self.bar.is_none() {
-            let seconds = self.start.elapsed().as_secs();
+        } else if self.printed.get().elapsed() > SIGN_OF_LIFE {
+            self.printed.set(Instant::now());
             say(&format!(
-                "  ... {}: {seconds} s; {}",
+                "  ... {}: {}; {}",
                 self.name,
-                shorten(last, 70)
+                seconds(self.start.elapsed()),
+                shorten(text, 70)
             ));
         }
     }
@@ -122,13 +122,11 @@ impl Step {
             }
         });
         let mut last = Vec::new();
-        let mut sign = Instant::now();
         loop {
             match output.recv_timeout(Duration::from_secs(1)) {
                 Ok(line) => {
                     file.write_all(&line)?;
                     let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-                    self.detail(&text);
                     last.push(text);
                     if last.len() > TAIL {
                         last.remove(0);
@@ -137,10 +135,7 @@ impl Step {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
-            if sign.elapsed() > SIGN_OF_LIFE {
-                sign = Instant::now();
-                self.sign_of_life(last.last().map_or("", String::as_str));
-            }
+            self.progress(last.last().map_or("", String::as_str));
         }
         let status = child.wait()?;
         if !status.success() {
