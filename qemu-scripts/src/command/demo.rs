@@ -14,9 +14,8 @@ use anyhow::{bail, Context, Result};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
-use crate::guest::{End, Guest, Options, Outcome, Streams};
+use crate::guest::{self, End, Guest, Options, Outcome, Streams};
 use crate::paths;
-use crate::test::runs;
 use crate::ui::{say, seconds, step, tail, Step};
 
 /// What the program prints when its picture is on the screen.
@@ -79,8 +78,8 @@ impl Demo {
         let options = Options {
             kernel: self.kernel,
             memory: "3G".to_owned(),
-            cmdline: runs::NO_UDMABUF.to_owned(),
-            qemu: shell_words::split(runs::VFIO)?,
+            cmdline: guest::NO_UDMABUF.to_owned(),
+            qemu: shell_words::split(guest::VFIO)?,
             image: "qemu".to_owned(),
             share: Some(share.path().to_owned()),
             command: ["pinbuf-nested", "--demo", NAME]

@@ -36,6 +36,14 @@ const LOGS_KEPT: usize = 200;
 /// How long QEMU may take to execute a command.
 const QMP_LIMIT: Duration = Duration::from_secs(60);
 
+/// Devices for `pinbuf-nested`: an nvme behind an IOMMU, whose data is kept in a temporary file.
+pub const VFIO: &str = "-machine kernel-irqchip=split -device intel-iommu,intremap=on \
+    -drive if=none,id=nvme,file.driver=null-co,file.size=64M,file.read-zeroes=on,format=raw,\
+snapshot=on -device nvme,drive=nvme,serial=nested";
+
+/// Without the kernel's own udmabuf: what works then works through pinbuf.
+pub const NO_UDMABUF: &str = "initcall_blacklist=udmabuf_dev_init intel_iommu=on";
+
 /// What a guest is to be.
 #[derive(Debug, Clone)]
 pub struct Options {

@@ -2,6 +2,8 @@
 
 //! What `test` runs in guests.  A new row here is a new run.
 
+use crate::guest::{NO_UDMABUF, VFIO};
+
 /// When a run happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum When {
@@ -70,14 +72,6 @@ const PLAIN: Run = Run {
     filters: true,
     timeout: 600,
 };
-
-/// Devices for `pinbuf-nested`: an nvme behind an IOMMU, whose data is kept in a temporary file.
-pub const VFIO: &str = "-machine kernel-irqchip=split -device intel-iommu,intremap=on \
-    -drive if=none,id=nvme,file.driver=null-co,file.size=64M,file.read-zeroes=on,format=raw,\
-snapshot=on -device nvme,drive=nvme,serial=nested";
-
-/// Without the kernel's own udmabuf: what works then works through pinbuf.
-pub const NO_UDMABUF: &str = "initcall_blacklist=udmabuf_dev_init intel_iommu=on";
 
 /// Virtual machines inside of the guest; rows say which.
 const NESTED: Run = Run {
