@@ -17,6 +17,7 @@ use std::time::Instant;
 use anyhow::{bail, Context, Result};
 use clap::{Args, ValueEnum};
 use pinbuf::{Access, Device, DmaBuf, HugePage, Region};
+use pinbuf_udmabuf::request::{self, Create};
 use serde::{Deserialize, Serialize};
 
 use crate::shim;
@@ -434,25 +435,21 @@ fn memfd(memory: Memory, bytes: usize) -> Result<(OwnedFd, Option<Region>)> {
     Ok((fd, mapped.then_some(region)))
 }
 
-#[repr(C)]
-struct Create {
-    memfd: u32,
-    flags: u32,
-    offset: u64,
-    size: u64,
-}
-
-const UDMABUF_CREATE: libc::c_ulong = 0x4018_7542;
-
 fn udmabuf(device: &File, memfd: &OwnedFd, bytes: usize) -> Result<DmaBuf> {
     let create = Create {
         memfd: memfd.as_raw_fd() as u32,
-        flags: 1,
+        flags: request::FLAGS_CLOEXEC,
         offset: 0,
         size: bytes as u64,
     };
     // SAFETY: UDMABUF_CREATE reads the struct.
-    let fd = unsafe { libc::ioctl(device.as_raw_fd(), UDMABUF_CREATE, &raw const create) };
+    let fd = unsafe {
+        libc::ioctl(
+            device.as_raw_fd(),
+            libc::c_ulong::from(request::CREATE),
+            &raw const create,
+        )
+    };
     if fd < 0 {
         return Err(std::io::Error::last_os_error()).context("UDMABUF_CREATE");
     }

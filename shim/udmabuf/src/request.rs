@@ -27,13 +27,18 @@ const fn ioc_write(nr: u32, size: usize) -> u32 {
     1 << 30 | (size as u32) << 16 | (b'u' as u32) << 8 | nr
 }
 
+/// The argument of `UDMABUF_CREATE`.
 #[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Create {
-    memfd: u32,
-    flags: u32,
-    offset: u64,
-    size: u64,
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Create {
+    /// The file.
+    pub memfd: u32,
+    /// [`FLAGS_CLOEXEC`].
+    pub flags: u32,
+    /// The first byte; a multiple of the page size.
+    pub offset: u64,
+    /// Length in bytes.
+    pub size: u64,
 }
 
 #[repr(C)]

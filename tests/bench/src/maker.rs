@@ -2,31 +2,16 @@
 
 //! Making a buffer: pinbuf's call or udmabuf's, with nothing left to do but the call.
 
-use std::ffi::CString;
 use std::fs;
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{bail, ensure, Context, Result};
-use nix::errno::Errno;
-use pinbuf_test_harness::support::Device;
+use pinbuf_test_harness::support::{udmabuf, Device};
 use pinbuf_test_importer::EmptyExporter;
 use pinbuf_uapi::{Create, Range};
 
 use crate::task::{Item, Side};
-
-/// `struct udmabuf_create`.
-#[repr(C)]
-struct UdmabufCreate {
-    memfd: u32,
-    flags: u32,
-    offset: u64,
-    size: u64,
-}
-
-const UDMABUF_CREATE: libc::c_ulong = 0x4018_7542;
-const UDMABUF_CREATE_LIST: libc::c_ulong = 0x4008_7543;
-const UDMABUF_FLAGS_CLOEXEC: u32 = 1;
 
 /// A prepared call.
 pub enum Maker {
@@ -35,11 +20,13 @@ pub enum Maker {
     /// `UDMABUF_CREATE`, of one item.
     Single {
         device: OwnedFd,
-        item: Item,
-        memfd: i32,
+        create: udmabuf::Create,
     },
-    /// `UDMABUF_CREATE_LIST`: a head of eight bytes, and 24 for each item.
-    List { device: OwnedFd, words: Vec<u64> },
+    /// `UDMABUF_CREATE_LIST`.
+    List {
+        device: OwnedFd,
+        list: udmabuf::List,
+    },
     /// A dma-buf with nothing in it.
     Empty(EmptyExporter),
 }
@@ -61,16 +48,26 @@ impl Maker {
                 }
             }
             Side::Udmabuf | Side::Shim | Side::Unmapped => {
-                let device = open_udmabuf()?;
+                let device = udmabuf::open().context("opening /dev/udmabuf")?;
+                let part = |item: &Item| udmabuf::Item {
+                    memfd: memfd as u32,
+                    pad: 0,
+                    offset: item.offset,
+                    size: item.len,
+                };
                 match items {
                     [item] => Self::Single {
                         device,
-                        item: *item,
-                        memfd,
+                        create: udmabuf::Create {
+                            memfd: memfd as u32,
+                            flags: udmabuf::CLOEXEC,
+                            offset: item.offset,
+                            size: item.len,
+                        },
                     },
                     _ => Self::List {
                         device,
-                        words: list(memfd, items),
+                        list: udmabuf::List::new(items.iter().map(part)),
                     },
                 }
             }
@@ -101,52 +98,11 @@ impl Maker {
                 let buffer = device.create_raw(&create).context("PINBUF_CREATE")?;
                 Ok(buffer.into())
             }
-            Self::Single {
-                device,
-                item,
-                memfd,
-            } => {
-                let create = UdmabufCreate {
-                    memfd: *memfd as u32,
-                    flags: UDMABUF_FLAGS_CLOEXEC,
-                    offset: item.offset,
-                    size: item.len,
-                };
-                ioctl(device, UDMABUF_CREATE, (&raw const create).cast())
-            }
-            Self::List { device, words } => {
-                ioctl(device, UDMABUF_CREATE_LIST, words.as_ptr().cast())
-            }
+            Self::Single { device, create } => create.call(device).context("UDMABUF_CREATE"),
+            Self::List { device, list } => list.call(device).context("UDMABUF_CREATE_LIST"),
             Self::Empty(exporter) => exporter.export().context("PTI_EXPORT"),
         }
     }
-}
-
-/// The argument of `UDMABUF_CREATE_LIST`.
-fn list(memfd: i32, items: &[Item]) -> Vec<u64> {
-    let head = u64::from(UDMABUF_FLAGS_CLOEXEC) | (items.len() as u64) << 32;
-    let body = items
-        .iter()
-        .flat_map(|item| [u64::from(memfd as u32), item.offset, item.len]);
-    std::iter::once(head).chain(body).collect()
-}
-
-/// Opens `/dev/udmabuf` by libc's function, where the shim stands.
-fn open_udmabuf() -> Result<OwnedFd> {
-    let path = CString::new("/dev/udmabuf")?;
-    // SAFETY: a terminated string; no mode is needed.
-    let fd = unsafe { libc::open(path.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
-    let fd = Errno::result(fd).context("opening /dev/udmabuf")?;
-    // SAFETY: just opened, so nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn ioctl(device: &OwnedFd, request: libc::c_ulong, argument: *const u8) -> Result<OwnedFd> {
-    // SAFETY: both calls only read: a struct, or as many items as its head says.
-    let fd = unsafe { libc::ioctl(device.as_raw_fd(), request, argument) };
-    let fd = Errno::result(fd).context("UDMABUF_CREATE")?;
-    // SAFETY: the kernel has just returned it, so nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Which driver a dma-buf is from.

@@ -8,6 +8,7 @@ use std::ffi::c_void;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use anyhow::{ensure, Context, Result};
+use pinbuf_test_harness::support::udmabuf::Create;
 use rustix::fs::{
     fcntl_add_seals, ftruncate, memfd_create, open, MemfdFlags, Mode, OFlags, SealFlags,
 };
@@ -17,17 +18,11 @@ use rustix::mm::{mmap, MapFlags, ProtFlags};
 const SIZE: usize = 3840 * 2160 * 4;
 const PAGE: usize = 4096;
 
-/// `struct udmabuf_create`.
-#[repr(C)]
-struct Create {
-    memfd: u32,
-    flags: u32,
-    offset: u64,
-    size: u64,
-}
+/// `UDMABUF_CREATE`.
+struct Request(Create);
 
-// SAFETY: `UDMABUF_CREATE` reads this struct, and returns a new descriptor.
-unsafe impl Ioctl for Create {
+// SAFETY: `UDMABUF_CREATE` reads the struct, and returns a new descriptor.
+unsafe impl Ioctl for Request {
     type Output = OwnedFd;
 
     const IS_MUTATING: bool = false;
@@ -37,7 +32,7 @@ unsafe impl Ioctl for Create {
     }
 
     fn as_ptr(&mut self) -> *mut c_void {
-        std::ptr::from_mut(self).cast()
+        (&raw mut self.0).cast()
     }
 
     unsafe fn output_from_ptr(fd: IoctlOutput, _: *mut c_void) -> rustix::io::Result<OwnedFd> {
@@ -74,14 +69,9 @@ fn main() -> Result<()> {
     let memory = memfd_create("client", MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC)?;
     ftruncate(&memory, SIZE as u64)?;
     fcntl_add_seals(&memory, SealFlags::SHRINK)?;
-    let create = Create {
-        memfd: memory.as_raw_fd() as u32,
-        flags: 1,
-        offset: 0,
-        size: SIZE as u64,
-    };
+    let request = Request(Create::new(&memory, 0, SIZE));
     // SAFETY: as for the implementation.
-    let buffer = unsafe { ioctl(&device, create) }.context("UDMABUF_CREATE")?;
+    let buffer = unsafe { ioctl(&device, request) }.context("UDMABUF_CREATE")?;
     let (pixels, seen) = (map(memory.as_fd())?, map(buffer.as_fd())?);
     let value = |page: usize| (page as u32 + 1).wrapping_mul(0x9e37_79b9);
     for page in 0..SIZE / PAGE {

@@ -3,61 +3,24 @@
 //! A program written for udmabuf: makes a dma-buf of a memfd as large as a 4K framebuffer, writes
 //! through the one, and reads through the other.  It prints who made the dma-buf.
 
-use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd};
 
 use anyhow::{ensure, Context, Result};
-use nix::errno::Errno;
-use pinbuf_test_harness::support::memory::memfd;
-use pinbuf_test_harness::support::{Buffer, Memory, Sync, PAGE};
+use pinbuf_test_harness::support::udmabuf::Create;
+use pinbuf_test_harness::support::{udmabuf, Buffer, Memory, Sync, PAGE};
 
 const WIDTH: usize = 3840;
 const HEIGHT: usize = 2160;
 const SIZE: usize = WIDTH * HEIGHT * 4;
 
-/// `struct udmabuf_create`.
-#[repr(C)]
-struct Create {
-    memfd: u32,
-    flags: u32,
-    offset: u64,
-    size: u64,
-}
-
-nix::ioctl_write_ptr!(
-    /// `UDMABUF_CREATE`.
-    udmabuf_create,
-    b'u',
-    0x42,
-    Create
-);
-
 fn main() -> Result<()> {
-    let memory = memfd(SIZE, libc::MFD_ALLOW_SEALING)?;
-    // SAFETY: no memory is involved.
-    Errno::result(unsafe {
-        libc::fcntl(memory.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK)
-    })
-    .context("sealing the memfd")?;
+    let memory = udmabuf::sealed_memfd(SIZE)?;
     let pixels = Memory::shared(&memory, SIZE)?;
-    let device = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/udmabuf")
-        .context("opening /dev/udmabuf")?;
-    let create = Create {
-        memfd: memory.as_raw_fd() as u32,
-        flags: 1,
-        offset: 0,
-        size: SIZE as u64,
-    };
+    let device = udmabuf::open().context("opening /dev/udmabuf")?;
     let make = || -> Result<Buffer> {
-        // SAFETY: the kernel reads the struct.
-        let fd = unsafe { udmabuf_create(device.as_raw_fd(), &create) };
-        // SAFETY: the call has just returned it.
-        Ok(Buffer::from_fd(unsafe {
-            OwnedFd::from_raw_fd(fd.context("UDMABUF_CREATE")?)
-        }))
+        let buffer = Create::new(&memory, 0, SIZE).call(&device);
+        Ok(Buffer::from_fd(buffer.context("UDMABUF_CREATE")?))
     };
     let buffer = make()?;
     ensure!(buffer.len()? == SIZE, "the buffer has another size");

@@ -22,7 +22,7 @@ use pinbuf_test_harness::support::memory::{
 use pinbuf_test_harness::support::process::in_child;
 use pinbuf_test_harness::support::uffd::{Faults, Mode};
 use pinbuf_test_harness::support::view::same;
-use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::support::{check, check_eq, kernel, udmabuf, Device, Memory};
 use pinbuf_test_harness::tests;
 
 tests! { "kinds":
@@ -546,8 +546,8 @@ fn own_mapping() -> Result<()> {
 }
 
 fn mapping_of_udmabuf() -> Result<()> {
-    let file = crate::passing::sealed_memfd(4 * PAGE)?;
-    let other = crate::passing::udmabuf(&file, 4 * PAGE)?;
+    let file = udmabuf::sealed_memfd(4 * PAGE)?;
+    let other = udmabuf::buffer(&file, 4 * PAGE)?;
     let memory = Memory::shared(&other, 4 * PAGE)?;
     memory.set(0, 5);
     refused_anywhere("udmabuf's mapping", Errno::EFAULT, memory.range())?;

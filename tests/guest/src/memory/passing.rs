@@ -4,12 +4,10 @@
 //! patience create succeeds, beyond it create returns `EBUSY` and keeps nothing. Without patience the same must
 //! fail, or the tests would prove nothing.
 
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use nix::fcntl::{fcntl, FcntlArg, SealFlag};
 
 use crate::common::views_agree;
 use crate::frames::{self, all_frames, movable, within};
@@ -98,7 +96,7 @@ fn checked(memory: &Memory) -> Result<()> {
 fn held_by_a_pipe(kind: Kind, len: usize, counters: &[&str]) -> Result<()> {
     let device = Device::open()?;
     let patience = patience()?;
-    let mut told = String::new();
+    let mut report = String::new();
 
     // Without retries.
     let movable_memory = kind.pooled(len)?;
@@ -109,7 +107,7 @@ fn held_by_a_pipe(kind: Kind, len: usize, counters: &[&str]) -> Result<()> {
     let piped = Piped::pages(memory, 20 * PAGE, HELD)?;
     let took = busy(&device, memory).context("without patience")?;
     drop((piped, setting));
-    told += &format!("at once EBUSY in {} ms", took.as_millis());
+    report += &format!("at once EBUSY in {} ms", took.as_millis());
 
     // For long: longer than the driver retries.
     let before: Vec<i64> = counters
@@ -125,9 +123,9 @@ fn held_by_a_pipe(kind: Kind, len: usize, counters: &[&str]) -> Result<()> {
     for (name, before) in counters.iter().zip(before) {
         let risen = vmstat(name)? - before;
         check!(risen > 0, "{name} has not risen");
-        told += &format!("; {name} +{risen}");
+        report += &format!("; {name} +{risen}");
     }
-    told += &format!("; EBUSY in {} ms", took.as_millis());
+    report += &format!("; EBUSY in {} ms", took.as_millis());
     drop(piped);
 
     // For a short time. What moved meanwhile stays moved; new memory is in the zone again.
@@ -148,7 +146,7 @@ fn held_by_a_pipe(kind: Kind, len: usize, counters: &[&str]) -> Result<()> {
     }
     views_agree(&buffer, &[(memory, 0, len)])?;
     println!(
-        "# {kind:?}: {told}; success in {} ms after {} ms of holding",
+        "# {kind:?}: {report}; success in {} ms after {} ms of holding",
         took.as_millis(),
         SHORT.as_millis()
     );
@@ -457,40 +455,4 @@ fn killed_while_patient() -> Result<()> {
     check!(took < Duration::from_millis(800), "it took {took:?} to die");
     check_eq!(kernel::pins()?, pins, "pins after it was killed");
     Ok(())
-}
-
-#[repr(C)]
-struct UdmabufCreate {
-    memfd: u32,
-    flags: u32,
-    offset: u64,
-    size: u64,
-}
-
-nix::ioctl_write_ptr!(udmabuf_create, b'u', 0x42, UdmabufCreate);
-
-/// A memfd that udmabuf takes.
-pub fn sealed_memfd(len: usize) -> Result<OwnedFd> {
-    let file = memfd(len, libc::MFD_ALLOW_SEALING)?;
-    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK))?;
-    Ok(file)
-}
-
-/// A buffer of udmabuf's.
-pub fn udmabuf(file: impl AsFd, len: usize) -> nix::Result<Buffer> {
-    let device = nix::fcntl::open(
-        "/dev/udmabuf",
-        nix::fcntl::OFlag::O_RDWR | nix::fcntl::OFlag::O_CLOEXEC,
-        nix::sys::stat::Mode::empty(),
-    )?;
-    let argument = UdmabufCreate {
-        memfd: u32::try_from(file.as_fd().as_raw_fd()).unwrap_or(u32::MAX),
-        flags: 1,
-        offset: 0,
-        size: len as u64,
-    };
-    // SAFETY: the kernel reads the struct.
-    let fd = unsafe { udmabuf_create(device.as_raw_fd(), &argument) }?;
-    // SAFETY: the call has just returned it.
-    Ok(Buffer::from_fd(unsafe { OwnedFd::from_raw_fd(fd) }))
 }

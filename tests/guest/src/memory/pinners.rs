@@ -12,13 +12,12 @@ use nix::errno::Errno;
 use crate::common::views_agree;
 use crate::frames::{all_frames, movable, within, Pfn};
 use crate::holders::Piped;
-use crate::passing::{sealed_memfd, udmabuf};
 use crate::vfio::Container;
 use pinbuf_test_harness::support::kernel::{vmstat, Setting};
 use pinbuf_test_harness::support::kinds::{Kind, Pooled};
 use pinbuf_test_harness::support::memory::{stamp, HUGE, PAGE};
 use pinbuf_test_harness::support::process::{drop_ipc_lock, in_child, set_memlock};
-use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
+use pinbuf_test_harness::support::{check, check_eq, kernel, udmabuf, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
 
 tests! { "pinners":
@@ -327,7 +326,7 @@ fn same_load() -> Result<()> {
     let device = Device::open()?;
     let len = 256 * PAGE;
     let prepared = || -> Result<_> {
-        let file = sealed_memfd(len)?;
+        let file = udmabuf::sealed_memfd(len)?;
         let memory = Memory::shared(&file, len)?;
         for offset in (0..len).step_by(PAGE) {
             memory.set(offset, 1);
@@ -342,11 +341,11 @@ fn same_load() -> Result<()> {
     };
     let fails = vmstat("pgmigrate_fail")?;
     let (file, memory, holder) = prepared()?;
-    let others = udmabuf(&file, len).map(drop);
+    let others = udmabuf::buffer(&file, len).map(drop);
     check!(others.is_err(), "udmabuf was as patient as pinbuf");
     check!(!holder.is_finished(), "the pipe was too fast for the test");
     holder.join().expect("the pipe's thread");
-    udmabuf(&file, len).context("udmabuf, when nobody holds the pages")?;
+    udmabuf::buffer(&file, len).context("udmabuf, when nobody holds the pages")?;
     drop((file, memory));
     let after_udmabuf = vmstat("pgmigrate_fail")?;
 

@@ -16,7 +16,7 @@ use pinbuf_uapi::{Info, Query};
 use pinbuf_test_harness::support::device::ioctl;
 use pinbuf_test_harness::support::memory::{self, memfd, HUGE, PAGE};
 use pinbuf_test_harness::support::process::{become_user, in_child, set_memlock, USER};
-use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::support::{check, check_eq, kernel, udmabuf, Device, Memory};
 use pinbuf_test_harness::tests;
 
 tests! { "info":
@@ -290,42 +290,18 @@ fn foreign() -> Result<OwnedFd> {
     use std::os::fd::FromRawFd;
 
     #[repr(C)]
-    struct UdmabufCreate {
-        memfd: u32,
-        flags: u32,
-        offset: u64,
-        size: u64,
-    }
-    #[repr(C)]
     struct HeapAllocation {
         len: u64,
         fd: u32,
         fd_flags: u32,
         heap_flags: u64,
     }
-    nix::ioctl_write_ptr!(udmabuf_create, b'u', 0x42, UdmabufCreate);
     nix::ioctl_readwrite!(heap_alloc, b'H', 0, HeapAllocation);
 
     if Path::new("/dev/udmabuf").exists() {
-        let file = memfd(PAGE, libc::MFD_ALLOW_SEALING)?;
-        nix::fcntl::fcntl(
-            &file,
-            nix::fcntl::FcntlArg::F_ADD_SEALS(nix::fcntl::SealFlag::F_SEAL_SHRINK),
-        )?;
-        let udmabuf = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/udmabuf")?;
-        let argument = UdmabufCreate {
-            memfd: file.as_raw_fd() as u32,
-            flags: 1,
-            offset: 0,
-            size: PAGE as u64,
-        };
-        // SAFETY: the kernel reads the struct.
-        let fd = unsafe { udmabuf_create(udmabuf.as_raw_fd(), &argument) }.context("udmabuf")?;
-        // SAFETY: the call has just returned it.
-        return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+        let file = udmabuf::sealed_memfd(PAGE)?;
+        let made = udmabuf::Create::new(&file, 0, PAGE).call(udmabuf::open()?);
+        return made.context("udmabuf");
     }
     let heap = File::open("/dev/dma_heap/system").context("no other exporter of dma-bufs")?;
     let flags = (libc::O_RDWR | libc::O_CLOEXEC) as u32;

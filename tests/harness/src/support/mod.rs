@@ -12,6 +12,7 @@ pub mod probe;
 pub mod process;
 pub mod processor;
 pub mod turn;
+pub mod udmabuf;
 pub mod uffd;
 pub mod vgem;
 pub mod view;

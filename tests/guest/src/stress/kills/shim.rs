@@ -6,26 +6,23 @@
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use fastrand::Rng;
-use nix::errno::Errno;
-use nix::fcntl::{fcntl, open, FcntlArg, OFlag, SealFlag};
 use nix::sys::signal::{kill, killpg, Signal};
-use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
 use super::baseline::Baseline;
 use super::victims::Scene;
 use super::{intervals, may_fail, moment};
 use crate::settings::Settings;
-use pinbuf_test_harness::support::memory::{memfd, PAGE};
+use pinbuf_test_harness::support::memory::PAGE;
 use pinbuf_test_harness::support::process::USER;
-use pinbuf_test_harness::support::{check, Buffer, Memory, Sync};
+use pinbuf_test_harness::support::{check, udmabuf, Buffer, Memory, Sync};
 
 /// Starting a program takes as long as some of the other kills: one in this number.
 const SHARE: usize = 20;
@@ -182,45 +179,13 @@ fn files() -> Result<BTreeSet<String>> {
     Ok(found)
 }
 
-/// `struct udmabuf_create`.
-#[repr(C)]
-struct Create {
-    memfd: u32,
-    flags: u32,
-    offset: u64,
-    size: u64,
-}
-
-/// `struct udmabuf_create_item`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Item {
-    memfd: u32,
-    pad: u32,
-    offset: u64,
-    size: u64,
-}
-
-/// `struct udmabuf_create_list` with `N` items.
-#[repr(C)]
-struct List<const N: usize> {
-    flags: u32,
-    count: u32,
-    items: [Item; N],
-}
-
 const PAGES: usize = 256;
 const ITEMS: usize = 64;
-const CLOEXEC: u32 = 1;
-/// `UDMABUF_CREATE` and `UDMABUF_CREATE_LIST`.
-const CREATE: libc::c_ulong = 0x4018_7542;
-const CREATE_LIST: libc::c_ulong = 0x4008_7543;
 
 /// A dma-buf, or `None` if the limit has no room for it.
-fn made(fd: i32) -> Result<Option<Buffer>> {
-    match Errno::result(fd) {
-        // SAFETY: the call has just returned it.
-        Ok(fd) => Ok(Some(Buffer::from_fd(unsafe { OwnedFd::from_raw_fd(fd) }))),
+fn made(buffer: nix::Result<OwnedFd>) -> Result<Option<Buffer>> {
+    match buffer {
+        Ok(fd) => Ok(Some(Buffer::from_fd(fd))),
         Err(error) if may_fail(error) => Ok(None),
         Err(error) => Err(error).context("udmabuf"),
     }
@@ -229,14 +194,8 @@ fn made(fd: i32) -> Result<Option<Buffer>> {
 /// The program: makes, maps and closes buffers of memfds until it is killed.
 pub fn client(seed: u64) -> Result<()> {
     let mut rng = Rng::with_seed(seed);
-    let device = open(
-        c"/dev/udmabuf",
-        OFlag::O_RDWR | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )
-    .context("opening /dev/udmabuf")?;
-    let file = memfd(PAGES * PAGE, libc::MFD_ALLOW_SEALING)?;
-    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).context("sealing")?;
+    let device = udmabuf::open().context("opening /dev/udmabuf")?;
+    let file = udmabuf::sealed_memfd(PAGES * PAGE)?;
     // The shim uses the mapping of the program, if there is one.
     let _mapped = match rng.bool() {
         true => Some(Memory::shared(&file, PAGES * PAGE)?),
@@ -246,30 +205,17 @@ pub fn client(seed: u64) -> Result<()> {
     let mut at_work = false;
     loop {
         let buffer = if rng.bool() {
-            let create = Create {
-                memfd,
-                flags: CLOEXEC,
-                offset: 0,
-                size: (PAGES * PAGE) as u64,
-            };
-            // SAFETY: the kernel, or the shim, reads the struct.
-            made(unsafe { libc::ioctl(device.as_raw_fd(), CREATE, &create) })?
+            udmabuf::Create::new(&file, 0, PAGES * PAGE).call(&device)
         } else {
-            let item = |index: usize| Item {
+            let item = |index: usize| udmabuf::Item {
                 memfd,
                 pad: 0,
                 offset: ((ITEMS - 1 - index) * PAGE) as u64,
                 size: PAGE as u64,
             };
-            let list = List {
-                flags: CLOEXEC,
-                count: u32::try_from(ITEMS)?,
-                items: std::array::from_fn::<_, ITEMS, _>(item),
-            };
-            // SAFETY: as above.
-            made(unsafe { libc::ioctl(device.as_raw_fd(), CREATE_LIST, &list) })?
+            udmabuf::List::new((0..ITEMS).map(item)).call(&device)
         };
-        let Some(buffer) = buffer else {
+        let Some(buffer) = made(buffer)? else {
             continue;
         };
         let view = buffer.map_part(0, ITEMS * PAGE).context("mmap")?;
