@@ -60,6 +60,13 @@ pub fn module() -> Finding {
             "pinbuf needs Linux 7.2 or newer with CONFIG_RUST: in Debian, trixie-backports has one",
         );
     }
+    if has_rust(Path::new("/"), &release) == Some(false) {
+        return bad(
+            "module",
+            format!("pinbuf.ko is not loaded; kernel {release} was built without Rust (CONFIG_RUST)"),
+            "no module can be built for this kernel: boot one with CONFIG_RUST, such as those of Debian's trixie-backports",
+        );
+    }
     if installed(&release) {
         bad(
             "module",
@@ -95,6 +102,17 @@ fn loaded(release: &str) -> Finding {
             version::REMEDY,
         ),
     }
+}
+
+/// Was a kernel built with Rust? `None` if its configuration is in none of the places where distributions put it.
+fn has_rust(root: &Path, release: &str) -> Option<bool> {
+    let places = [
+        format!("boot/config-{release}"),
+        format!("lib/modules/{release}/config"),
+        format!("lib/modules/{release}/build/.config"),
+    ];
+    let text = places.iter().find_map(|place| read(root.join(place)))?;
+    Some(text.lines().any(|line| line == "CONFIG_RUST=y"))
 }
 
 /// Does modprobe know the module?
@@ -301,5 +319,36 @@ pub fn user_name() -> String {
     match nix::unistd::User::from_uid(uid) {
         Ok(Some(user)) => user.name,
         _ => uid.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_rust_is_recognised() {
+        let root = tempfile::tempdir().unwrap();
+        assert_eq!(has_rust(root.path(), "9.9-a"), None);
+        let places = [
+            "boot/config-9.9-a",
+            "lib/modules/9.9-b/config",
+            "lib/modules/9.9-c/build/.config",
+        ];
+        for (place, release) in places.iter().zip(["9.9-a", "9.9-b", "9.9-c"]) {
+            let file = root.path().join(place);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            for (text, expected) in [
+                (
+                    "CONFIG_RUST_IS_AVAILABLE=y\n# CONFIG_RUST is not set\n",
+                    false,
+                ),
+                ("CONFIG_HAVE_RUST=y\n", false),
+                ("CONFIG_HAVE_RUST=y\nCONFIG_RUST=y\n", true),
+            ] {
+                fs::write(&file, text).unwrap();
+                assert_eq!(has_rust(root.path(), release), Some(expected), "{place}");
+            }
+        }
     }
 }
