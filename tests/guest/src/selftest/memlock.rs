@@ -15,7 +15,7 @@ use pinbuf_uapi::{CHARGE_ALLOWANCE, CHARGE_NONE, CHARGE_USER};
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
 use pinbuf_test_harness::support::memory::{HUGE, PAGE, RW};
 use pinbuf_test_harness::support::process::{
-    become_user, drop_ipc_lock, in_child, set_memlock, Child, Link, OTHER_USER, USER,
+    become_user, drop_ipc_lock, in_child, set_memlock, Child, End, Link, OTHER_USER, USER,
 };
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
@@ -92,23 +92,25 @@ fn too_many(device: &Device, memory: &Memory, pages: usize, when: &str) -> Resul
 
 /// A child that holds a buffer until it gets the message to end.
 struct Holder {
-    link: Link,
+    link: End,
     child: Child,
 }
 
 impl Holder {
     fn new(uid: u32, limit: usize, pages: usize) -> Result<Self> {
-        let link = Link::new()?;
+        let Link { ours, theirs } = Link::new()?;
         let child = Child::run(|| {
             let (device, memory) = user_with(uid, limit, pages)?;
             let buffer = gets(&device, &memory, pages)?;
-            link.theirs.signal()?;
-            link.theirs.wait()?;
+            theirs.signal()?;
+            theirs.wait()?;
             drop(buffer);
             Ok(())
         })?;
-        match link.ours.wait() {
-            Ok(()) => Ok(Self { link, child }),
+        // The child has the only copy then, so its end ends the wait.
+        drop(theirs);
+        match ours.wait() {
+            Ok(()) => Ok(Self { link: ours, child }),
             Err(error) => {
                 child.join()?;
                 Err(error)
@@ -117,7 +119,7 @@ impl Holder {
     }
 
     fn release(self) -> Result<()> {
-        self.link.ours.signal()?;
+        self.link.signal()?;
         self.child.join()
     }
 }
