@@ -5,9 +5,8 @@
 use std::fs::File;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use nix::errno::Errno;
 use nix::sys::resource::{getrlimit, Resource};
 use pinbuf_test_importer::{Direction, Importer, Limits};
@@ -16,7 +15,7 @@ use pinbuf_uapi::{Info, Query};
 use pinbuf_test_harness::support::device::ioctl;
 use pinbuf_test_harness::support::memory::{self, memfd, HUGE, PAGE};
 use pinbuf_test_harness::support::process::{become_user, in_child, set_memlock, USER};
-use pinbuf_test_harness::support::{check, check_eq, kernel, udmabuf, Device, Memory};
+use pinbuf_test_harness::support::{check, check_eq, foreign, kernel, Device, Memory};
 use pinbuf_test_harness::tests;
 
 tests! { "info":
@@ -276,45 +275,13 @@ fn foreign_descriptors() -> Result<()> {
 
 /// A dma-buf of another exporter.
 fn foreign_dma_buf() -> Result<()> {
-    let other = foreign()?;
+    let other = foreign::dma_buf()?;
     check_eq!(
         Device::open()?.info(other.as_raw_fd()).err(),
         Some(Errno::EINVAL),
         "a foreign dma-buf"
     );
     Ok(())
-}
-
-/// A dma-buf from the kernel's own udmabuf or system heap.
-fn foreign() -> Result<OwnedFd> {
-    use std::os::fd::FromRawFd;
-
-    #[repr(C)]
-    struct HeapAllocation {
-        len: u64,
-        fd: u32,
-        fd_flags: u32,
-        heap_flags: u64,
-    }
-    nix::ioctl_readwrite!(heap_alloc, b'H', 0, HeapAllocation);
-
-    if Path::new("/dev/udmabuf").exists() {
-        let file = udmabuf::sealed_memfd(PAGE)?;
-        let made = udmabuf::Create::new(&file, 0, PAGE).call(udmabuf::open()?);
-        return made.context("udmabuf");
-    }
-    let heap = File::open("/dev/dma_heap/system").context("no other exporter of dma-bufs")?;
-    let flags = (libc::O_RDWR | libc::O_CLOEXEC) as u32;
-    let mut argument = HeapAllocation {
-        len: PAGE as u64,
-        fd: 0,
-        fd_flags: flags,
-        heap_flags: 0,
-    };
-    // SAFETY: the kernel reads and writes the struct.
-    unsafe { heap_alloc(heap.as_raw_fd(), &mut argument) }.context("the system heap")?;
-    // SAFETY: the call has just returned it.
-    Ok(unsafe { OwnedFd::from_raw_fd(argument.fd as i32) })
 }
 
 /// One extent costs next to nothing, whatever its size.

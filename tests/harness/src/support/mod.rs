@@ -4,6 +4,7 @@
 
 pub mod arena;
 pub mod device;
+pub mod foreign;
 pub mod frames;
 pub mod kernel;
 pub mod kinds;
