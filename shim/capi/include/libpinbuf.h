@@ -63,8 +63,9 @@ int pinbuf_watch_new(struct pinbuf_watch **watch, int device);
 /*
  * Watches a buffer too, by a descriptor of the watch's own: buffer may be closed, and stays the name
  * of this buffer in the watch.  Do not add another one with the same number before it is removed.
- * Returns 0.
- *   -EINVAL  buffer is not a dma-buf
+ * Returns 0.  On a failure the buffer is not watched, and the others still are.
+ *   -EINVAL  buffer is not a dma-buf, or is one of another exporter than pinbuf
+ *   -ENOTTY  the kernel's pinbuf does not know PINBUF_DISCARDS
  */
 int pinbuf_watch_add(struct pinbuf_watch *watch, int buffer);
 

@@ -216,11 +216,11 @@ pub unsafe extern "C" fn pinbuf_watch_add(watch: *mut CWatch, buffer: c_int) -> 
     };
     match of_fd(buffer) {
         Ok(copy) => {
-            watch.watch.add(Numbered {
+            let added = watch.watch.add(Numbered {
                 number: buffer,
                 buffer: copy,
             });
-            0
+            added.map_or_else(|error| number(&error), |()| 0)
         }
         Err(error) => error,
     }

@@ -59,8 +59,11 @@ impl DmaBuf {
     /// # Ok::<(), pinbuf::Error>(())
     /// ```
     pub fn discarded(&self, device: &Device) -> Result<Vec<Discard>> {
+        self.discarded_from(device, 0)
+    }
+
+    fn discarded_from(&self, device: &Device, mut offset: u64) -> Result<Vec<Discard>> {
         let mut all = Vec::new();
-        let mut offset = 0;
         loop {
             let mut list = [uapi::Discard::default(); AT_ONCE];
             let mut call = uapi::Discards {
@@ -107,7 +110,7 @@ impl DmaBuf {
 /// # let memory = pinbuf::Region::anonymous(1 << 20)?;
 /// # let buffer = device.export(&memory)?;
 /// let mut watch = pinbuf::Watch::new(&device);
-/// watch.add(&buffer);
+/// watch.add(&buffer)?;
 /// loop {
 ///     for change in watch.poll()? {
 ///         println!("{:?}", change.discards);
@@ -144,8 +147,17 @@ impl<D: Deref<Target = Device>, B: Deref<Target = DmaBuf>> Watch<D, B> {
     }
 
     /// Watches a buffer too. What is discarded already is a change.
-    pub fn add(&mut self, buffer: B) {
+    ///
+    /// # Errors
+    ///
+    /// As for [`DmaBuf::discarded`]: [`Error::NotADmaBuf`] if the buffer belongs to another exporter. The
+    /// buffer is not watched then, and is dropped.
+    pub fn add(&mut self, buffer: B) -> Result<()> {
+        // Nothing is left to check at the buffer's end, so this takes no time.
+        let end = buffer.size()? as u64;
+        buffer.discarded_from(&self.device, end)?;
         self.buffers.push((buffer, Vec::new()));
+        Ok(())
     }
 
     /// Watches only those buffers for which `keep` is true.

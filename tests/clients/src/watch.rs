@@ -14,7 +14,7 @@ use anyhow::{bail, ensure, Context, Result};
 use pinbuf::DiscardState;
 use pinbuf_test_harness::support::memory::{memfd, punch_hole, HUGE, RW};
 use pinbuf_test_harness::support::process::PATIENCE;
-use pinbuf_test_harness::support::{kernel, Buffer, Device, Memory, PAGE};
+use pinbuf_test_harness::support::{foreign, kernel, Buffer, Device, Memory, PAGE};
 use pinbuf_test_harness::tests;
 use pinbuf_uapi::{Discard, STATE_DISCARDED, STATE_UNSURE};
 use serde_json::{json, Value};
@@ -27,6 +27,7 @@ tests!("watch":
     lists_more_parts_than_a_call_returns,
     listed_by_the_c_library,
     watched_by_the_c_library,
+    a_watch_refuses_another_exporters_buffer,
     shows_them_in_info,
     reports_changes_as_they_come,
     passes_nothing_raw_to_the_terminal,
@@ -207,6 +208,13 @@ fn watched_by_the_c_library() -> Result<()> {
         "{errors:?}"
     );
     ensure!(numbers.map(add) == [0; 3], "pinbuf_watch_add");
+    let other = foreign::dma_buf()?;
+    let refused = add(other.as_raw_fd());
+    ensure!(
+        refused == -libc::EINVAL,
+        "pinbuf_watch_add of another exporter's buffer: {refused}"
+    );
+    drop(other);
     ensure!(poll(4) == (0, vec![]), "nothing was discarded");
     for frame in &frames {
         frame.discard(3, 2)?;
@@ -230,6 +238,25 @@ fn watched_by_the_c_library() -> Result<()> {
     drop(frames);
     let buffers = kernel::dma_bufs()?;
     ensure!(buffers == 0, "{buffers} dma-bufs are left");
+    Ok(())
+}
+
+/// The same in Rust. Without this error, each poll would fail, and not say for which buffer.
+fn a_watch_refuses_another_exporters_buffer() -> Result<()> {
+    let device = pinbuf::Device::open()?;
+    let frame = Frame::new()?;
+    let own = pinbuf::DmaBuf::try_from(frame.buffer.as_fd())?;
+    let other = pinbuf::DmaBuf::from_fd(foreign::dma_buf()?)?;
+    let mut watch = pinbuf::Watch::new(&device);
+    watch.add(&own)?;
+    let refused = watch.add(&other);
+    ensure!(
+        refused == Err(pinbuf::Error::NotADmaBuf),
+        "Watch::add of another exporter's buffer: {refused:?}"
+    );
+    frame.discard(3, 2)?;
+    let changes = watch.poll().context("poll after a buffer was refused")?;
+    ensure!(changes.len() == 1, "{changes:?}");
     Ok(())
 }
 

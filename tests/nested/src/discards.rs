@@ -179,7 +179,7 @@ pub fn balloon() -> Result<()> {
     let lost = machine.screen_fd()?;
     let buffer = DmaBuf::from_fd(evidence::copy(process, &lost)?)?;
     let mut watch = Watch::new(&device);
-    watch.add(&buffer);
+    watch.add(&buffer)?;
     ensure!(
         watch.poll()?.is_empty(),
         "something is reported before anything was discarded"
