@@ -544,7 +544,7 @@ fn lists_a_huge_page_in_parts() -> Result<()> {
     let buffer = pinbuf::DmaBuf::from_fd(huge.buffer.as_fd().try_clone_to_owned()?)?;
     let fd = huge.buffer.as_fd().as_raw_fd();
     let mut watch = pinbuf::Watch::new(&device);
-    watch.add(&buffer);
+    watch.add(&buffer)?;
     let mut c_watch = std::ptr::null_mut();
     let number = device.as_fd().as_raw_fd();
     // SAFETY: a place for a pointer.
