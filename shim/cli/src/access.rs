@@ -35,7 +35,9 @@ impl Credentials {
         // The device belongs to the host's users, over whom a namespace's root has no power.
         found.in_namespace = !users.split_whitespace().eq(all);
         found.overrides &= !found.in_namespace;
-        found.locks_memory &= !found.in_namespace;
+        // A namespace may have the host's numbers, and its privileges are its own all the same.
+        let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/user")).ok();
+        found.locks_memory &= !found.in_namespace && namespace(pid) == namespace("self");
         Ok(found)
     }
 

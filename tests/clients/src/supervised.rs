@@ -42,6 +42,8 @@ tests!("supervised":
     buffers_are_charged_to_the_program_s_user,
     doctor_recognises_the_supervisor,
     user_that_root_becomes_is_not_served,
+    privileges_of_another_namespace_do_not_count,
+    device_is_no_directory,
     ends_where_the_end_of_children_is_ignored,
     refuses_a_proc_of_another_namespace,
 );
@@ -536,6 +538,45 @@ fn user_that_root_becomes_is_not_served() -> Result<()> {
     if end.out != MADE {
         bail!("root itself: {end:?}");
     }
+    Ok(())
+}
+
+/// A namespace's root has all privileges there, also one that has the host's numbers of users. What it locks is charged
+/// to its user by the kernel, and would be charged to nobody by root's supervisor.
+fn privileges_of_another_namespace_do_not_count() -> Result<()> {
+    no_udmabuf()?;
+    let script = format!(
+        "d=$(mktemp -d); mkfifo $d/f
+        unshare --user --keep-caps sh -c \"read line <$d/f; exec {CLIENT}\" & p=$!
+        while [ $(readlink /proc/$p/ns/user) = $(readlink /proc/$$/ns/user) ]; do sleep 0.1; done
+        echo 0 0 4294967295 >/proc/$p/uid_map; echo 0 0 4294967295 >/proc/$p/gid_map
+        echo >$d/f; wait $p; status=$?; rm -r $d; exit $status"
+    );
+    let caps = ["--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"];
+    for dropped in [&caps[..], &[]] {
+        let words = ["pinbuf", "run", "--by", "supervisor", "--", "setpriv"];
+        let words = [&words[..], dropped, &["--", "sh", "-c", &script]].concat();
+        let end = Start::program(&words).end()?;
+        ensure!(
+            end.status == Some(1)
+                && end
+                    .err
+                    .contains("has given up rights that `pinbuf run` has"),
+            "{dropped:?}: {end:?}"
+        );
+    }
+    Ok(())
+}
+
+fn device_is_no_directory() -> Result<()> {
+    no_udmabuf()?;
+    let words = "--by supervisor -- dd if=/dev/udmabuf iflag=directory of=/dev/null count=0";
+    let words: Vec<&str> = words.split(' ').collect();
+    let end = run(&words).end()?;
+    ensure!(
+        end.status == Some(1) && end.err.contains("Not a directory"),
+        "{end:?}"
+    );
     Ok(())
 }
 

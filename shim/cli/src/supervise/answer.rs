@@ -144,6 +144,11 @@ impl Answers {
             return Ok(KERNELS);
         }
         let flags = flags as i32;
+        if flags & libc::O_DIRECTORY != 0 {
+            let both = flags & libc::O_CREAT != 0;
+            let error = if both { Errno::EINVAL } else { Errno::ENOTDIR };
+            return Ok((Answer::Error(error), None));
+        }
         let exclusive = libc::O_CREAT | libc::O_EXCL;
         if flags & exclusive == exclusive {
             return Ok((Answer::Error(Errno::EEXIST), None));
