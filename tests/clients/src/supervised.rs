@@ -34,6 +34,7 @@ tests!("supervised":
     end_by_a_signal_is_passed_back,
     stop_and_continue_are_mirrored,
     stop_right_after_continue_is_passed_on,
+    continue_right_after_stop_is_passed_on,
     failing_exec_is_reported,
     nested_runs_are_served_by_the_first,
     what_stays_behind_is_served,
@@ -347,6 +348,32 @@ fn stop_right_after_continue_is_passed_on() -> Result<()> {
         becomes("both stop", || both(true)).with_context(|| format!("round {round}"))?;
         kill(front, Signal::SIGCONT)?;
         becomes("both continue", || both(false))?;
+    }
+    running.end()?;
+    Ok(())
+}
+
+/// The program may be continued before `pinbuf run` has read that it stopped.
+fn continue_right_after_stop_is_passed_on() -> Result<()> {
+    let script = "echo $$; read line";
+    let words = ["--by", "supervisor", "--", "busybox", "sh", "-c", script];
+    let mut running = Running::start(&run(&words))?;
+    let program = Pid::from_raw(running.line()?.trim().parse()?);
+    let front = running.pid()?;
+    for round in 0..50 {
+        kill(program, Signal::SIGSTOP)?;
+        let start = Instant::now();
+        while state(program)? != 'T' {
+            ensure!(start.elapsed() < PATIENCE, "the program does not stop");
+        }
+        // From at once to after `pinbuf run` has stopped.
+        std::thread::sleep(Duration::from_micros(200 * round));
+        kill(program, Signal::SIGCONT)?;
+        std::thread::sleep(Duration::from_millis(50));
+        becomes("both continue", || {
+            Ok(state(program)? != 'T' && state(front)? != 'T')
+        })
+        .with_context(|| format!("round {round}"))?;
     }
     running.end()?;
     Ok(())

@@ -61,6 +61,14 @@ impl Message {
     }
 }
 
+/// Are there messages that were sent, and not received? Both ends of the pipe may ask.
+pub fn is_unread(messages: &File) -> bool {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the kernel writes a number.
+    let asked = unsafe { libc::ioctl(messages.as_raw_fd(), libc::FIONREAD, &mut bytes) };
+    asked == 0 && bytes > 0
+}
+
 /// The program.
 struct Program {
     number: Pid,
@@ -146,8 +154,10 @@ pub fn wait(messages: File) -> Result<Outcome> {
         for status in statuses {
             if libc::WIFSTOPPED(status) {
                 raise(Signal::SIGSTOP)?;
-                // We were continued, and perhaps nobody else.
-                if let Some(program) = &program {
+                // We were continued, and perhaps nobody else. If there is a message, the program went on before; it may
+                // have been stopped again since.
+                let went_on = messages.as_ref().is_some_and(is_unread);
+                if let Some(program) = program.as_ref().filter(|_| !went_on) {
                     program.send(libc::SIGCONT);
                 }
             } else if libc::WIFEXITED(status) {

@@ -7,6 +7,8 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -26,20 +28,20 @@ use pinbuf::Device;
 
 use super::answer::Answers;
 use super::filter::Filter;
-use super::front::Message;
+use super::front::{self, Message};
 use super::listener::Listener;
 use super::log::Log;
 use super::pool::Pool;
 use super::{adopt_orphans, can_open_udmabuf, NAME};
 
 /// Starts the program, and answers its calls until no process is under the filter any more. What `pinbuf run` has to
-/// know is written to `front`.
+/// know is written to `to_front`.
 pub fn serve(
     command: Command,
     mask: &SigSet,
     device: Device,
     log: Log,
-    front: &File,
+    to_front: &File,
 ) -> Result<()> {
     let parent = getppid();
     adopt_orphans()?;
@@ -48,15 +50,15 @@ pub fn serve(
     let answers = Answers::new(device, log)?;
     let (program, listener) = match start(command, mask)? {
         Ok(started) => started,
-        Err(message) => return Ok(message.send(front)?),
+        Err(message) => return Ok(message.send(to_front)?),
     };
-    Message::Started(program).send(front)?;
+    Message::Started(program).send(to_front)?;
     leave_the_surroundings()?;
     let pool = Pool::start(listener, answers)?;
 
     let ended = SigSet::from(Signal::SIGCHLD);
     let ended = SignalFd::with_flags(&ended, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    let mut front = Some(front);
+    let mut front = Some(to_front);
     loop {
         let mut fds = [
             PollFd::new(ended.as_fd(), PollFlags::POLLIN),
@@ -73,14 +75,12 @@ pub fn serve(
             if child != program {
                 continue;
             }
-            if libc::WIFCONTINUED(status) && getppid() == parent && is_stopped(parent) {
-                // It was continued alone. A parent that runs is not sent this signal: the kernel would drop one that
-                // stops it and that it has not read yet.
-                let _ = kill(parent, Signal::SIGCONT);
-            }
             if let Some(to) = front {
                 // The parent may have been killed.
-                let _ = Message::Changed(status).send(to);
+                let sent = Message::Changed(status).send(to);
+                if sent.is_ok() && libc::WIFCONTINUED(status) {
+                    go_on(parent, to);
+                }
             }
             if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
                 front = None;
@@ -101,6 +101,21 @@ pub fn serve(
                 result => drop(result?),
             }
         }
+    }
+}
+
+/// Continues the parent if it is stopped, or stops because of an earlier message, until it has read all of them: the
+/// program was perhaps continued alone. A parent that runs is not sent the signal: the kernel would drop one that stops
+/// it and that it has not read yet.
+fn go_on(parent: Pid, messages: &File) {
+    while getppid() == parent {
+        if is_stopped(parent) {
+            let _ = kill(parent, Signal::SIGCONT);
+        }
+        if !front::is_unread(messages) {
+            return;
+        }
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
