@@ -241,6 +241,16 @@ fn supervisor_of(pid: Pid) -> Result<Pid> {
     Ok(Pid::from_raw(child.parse()?))
 }
 
+/// Kills the supervisor of a program that runs, once it answers calls: its first thread for that starts after it has
+/// reported the program's start, which the program's first line may precede.
+fn kill_supervisor(running: &Running) -> Result<()> {
+    let supervisor = supervisor_of(running.pid()?)?;
+    becomes("the supervisor answers calls", || {
+        Ok(fs::read_dir(format!("/proc/{supervisor}/task"))?.count() > 1)
+    })?;
+    Ok(kill(supervisor, Signal::SIGKILL)?)
+}
+
 fn becomes(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
     let start = Instant::now();
     while !is_so()? {
@@ -451,7 +461,7 @@ fn calls_fail_once_the_supervisor_is_killed() -> Result<()> {
         script,
     ]))?;
     running.line()?;
-    kill(supervisor_of(running.pid()?)?, Signal::SIGKILL)?;
+    kill_supervisor(&running)?;
     let end = running.end()?;
     ensure!(
         end.status == Some(3)
@@ -485,7 +495,7 @@ fn a_link_spares_the_reports_of_calls_that_open() -> Result<()> {
         let words = ["--by", "supervisor", "--", "busybox", "sh", "-c", script];
         let mut running = Running::start(&run(&words))?;
         running.line()?;
-        kill(supervisor_of(running.pid()?)?, Signal::SIGKILL)?;
+        kill_supervisor(&running)?;
         let end = running.end()?;
         ensure!(
             end.status == Some(3) && end.out == "UDMABUF_CREATE: Function not implemented\n",

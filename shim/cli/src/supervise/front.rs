@@ -100,7 +100,7 @@ impl Program {
 }
 
 /// Waits until the program has ended.
-pub fn wait(messages: File) -> Result<Outcome> {
+pub fn wait(messages: File, supervisor: Pid) -> Result<Outcome> {
     // Should the supervisor be killed, its children become ours.
     adopt_orphans()?;
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
@@ -145,7 +145,7 @@ pub fn wait(messages: File) -> Result<Outcome> {
         // Until there is a program, signals for it are kept.
         if let Some(program) = &program {
             while let Some(signal) = signals.read_signal()? {
-                pass_on(&signal, program);
+                pass_on(&signal, program, supervisor);
             }
         }
         if let Some(program) = program.as_ref().filter(|_| messages.is_none()) {
@@ -171,12 +171,14 @@ pub fn wait(messages: File) -> Result<Outcome> {
 }
 
 /// Passes a signal on that somebody has sent to us. The kernel's own, such as those of a terminal, go to the whole
-/// group of processes, to which the program belongs as well.
-fn pass_on(signal: &libc::signalfd_siginfo, program: &Program) {
+/// group of processes, to which the program belongs as well. The supervisor continues us after the program went on:
+/// passed on, that would undo a stop that came since.
+fn pass_on(signal: &libc::signalfd_siginfo, program: &Program, supervisor: Pid) {
     let number = signal.ssi_signo as i32;
     let sent = signal.ssi_code <= 0;
-    let by_program = signal.ssi_pid == program.number.as_raw() as u32;
-    if sent && !by_program && number != libc::SIGCHLD {
+    let by = |process: Pid| signal.ssi_pid == process.as_raw() as u32;
+    let of_our_own = number == libc::SIGCONT && by(supervisor);
+    if sent && !by(program.number) && !of_our_own && number != libc::SIGCHLD {
         program.send(number);
     }
 }

@@ -103,9 +103,9 @@ pub fn run(mut command: Command, device: Device, log: Log) -> Result<Outcome> {
     let (from_supervisor, to_us) = pipe2(OFlag::O_CLOEXEC).context("pipe")?;
     // SAFETY: this process has one thread.
     match unsafe { fork() }.context("fork")? {
-        ForkResult::Parent { .. } => {
+        ForkResult::Parent { child } => {
             drop((to_us, device));
-            front::wait(from_supervisor.into())
+            front::wait(from_supervisor.into(), child)
         }
         ForkResult::Child => {
             drop(from_supervisor);
