@@ -241,6 +241,18 @@ fn supervisor_of(pid: Pid) -> Result<Pid> {
     Ok(Pid::from_raw(child.parse()?))
 }
 
+/// Waits until `pinbuf run` has passed on what it was sent: a SIGCONT that comes later would undo the next stop.
+fn handled(front: Pid) -> Result<()> {
+    becomes("`pinbuf run` has no signal to pass on", || {
+        let status = fs::read_to_string(format!("/proc/{front}/status"))?;
+        let pending = status
+            .lines()
+            .find_map(|line| line.strip_prefix("ShdPnd:"))
+            .context("no ShdPnd")?;
+        Ok(u64::from_str_radix(pending.trim(), 16)? == 0 && state(front)? == 'S')
+    })
+}
+
 /// Kills the supervisor of a program that runs, once it answers calls: its first thread for that starts after it has
 /// reported the program's start, which the program's first line may precede.
 fn kill_supervisor(running: &Running) -> Result<()> {
@@ -358,6 +370,7 @@ fn stop_right_after_continue_is_passed_on() -> Result<()> {
         becomes("both stop", || both(true)).with_context(|| format!("round {round}"))?;
         kill(front, Signal::SIGCONT)?;
         becomes("both continue", || both(false))?;
+        handled(front)?;
     }
     running.end()?;
     Ok(())
@@ -384,6 +397,7 @@ fn continue_right_after_stop_is_passed_on() -> Result<()> {
             Ok(state(program)? != 'T' && state(front)? != 'T')
         })
         .with_context(|| format!("round {round}"))?;
+        handled(front)?;
     }
     running.end()?;
     Ok(())
