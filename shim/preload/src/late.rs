@@ -60,12 +60,17 @@ pub unsafe fn noticed(number: u32, arg: usize) {
     }
 }
 
+/// May some of the program's pages have yet to come?
+pub fn is_expected() -> bool {
+    REGISTERED.load(Ordering::Relaxed) > 0
+}
+
 /// Waits for the pages of a call, in the order of their addresses, if some of them may have yet to come and the call
 /// itself would wait in another order.
 ///
 /// What fails here fails again in the call, which reports it.
 pub fn wait(device: c_int, call: &Call) {
-    if REGISTERED.load(Ordering::Relaxed) > 0 && !call.ascends() {
+    if is_expected() && !call.ascends() {
         wait_ascending(device, call);
     }
 }

@@ -10,6 +10,7 @@
 use core::ffi::c_int;
 use core::sync::atomic::{fence, AtomicU64, Ordering};
 
+use crate::late;
 use crate::log::log;
 use crate::procmap;
 use crate::spans::{FileId, Spans};
@@ -126,7 +127,13 @@ impl Maps {
         let Some(fd) = self.proved() else {
             return;
         };
-        procmap::ask(fd, procmap::MOST, wanted, spans);
+        // A page that is late in a mapping that is not found would be filled with zeroes.
+        let most = if late::is_expected() {
+            usize::MAX
+        } else {
+            procmap::MOST
+        };
+        procmap::ask(fd, most, wanted, spans);
     }
 }
 
@@ -199,6 +206,43 @@ mod tests {
         assert!(found.iter().zip(ends).all(|(span, (offset, addr))| {
             (span.offset, span.len, span.addr) == (offset, page as u64, addr)
         }));
+    }
+
+    #[test]
+    fn memory_that_comes_late_is_found_behind_many_mappings() {
+        let _alone = ALONE.lock().unwrap();
+        let maps = Maps::new();
+        maps.open();
+        let (fd, other) = (memfd(), memfd());
+        let page = sys::page_size() as usize;
+        let both = libc::PROT_READ | libc::PROT_WRITE;
+        let count = procmap::MOST + 1;
+        let first = map(other, (count + 1) * page, both, libc::MAP_SHARED, 0);
+        for i in 0..=count {
+            // The mapping sought is the highest; neighbours of the same offset stay apart.
+            let file = if i == count { fd } else { other };
+            let at = (first as usize + i * page) as *mut libc::c_void;
+            let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+            // SAFETY: a page of the mapping above, which nothing uses.
+            let mapped = unsafe { libc::mmap(at, page, both, flags, file, 0) };
+            assert_eq!(mapped, at);
+        }
+        let stat = sys::fstat(fd).unwrap();
+        let id = FileId {
+            dev: stat.st_dev,
+            ino: stat.st_ino,
+        };
+        let register = [first, page as u64, 1, 0];
+        // SAFETY: as the kernel is given it.
+        unsafe { late::noticed(late::REGISTER, register.as_ptr() as usize) };
+        let found = ask(&maps, |found| found == id);
+        // SAFETY: no memory is read.
+        unsafe { late::noticed(late::UNREGISTER, 0) };
+        assert_eq!(found.len(), 1);
+        assert!(ask(&maps, |found| found == id).is_empty());
+        // SAFETY: the mappings of this test, which nothing uses.
+        unsafe { sys::munmap(first as usize, (count + 1) * page) }.unwrap();
+        sys::close(maps.proved().unwrap());
     }
 
     /// The descriptors of `/proc/self/maps` with high numbers.
