@@ -24,6 +24,7 @@
 #include <linux/scatterlist.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/user.h>
+#include <linux/uidgid.h>
 #include <linux/vmalloc.h>
 
 #include "helpers.h"
@@ -86,6 +87,11 @@ struct user_struct *pinbuf_get_current_user(void)
 struct user_namespace *pinbuf_current_user_ns(void)
 {
 	return current_user_ns();
+}
+
+kuid_t pinbuf_make_kuid(struct user_namespace *ns, uid_t uid)
+{
+	return make_kuid(ns, uid);
 }
 
 unsigned long pinbuf_totalram_pages(void)

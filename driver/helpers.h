@@ -9,6 +9,7 @@
 #include <linux/dma-direction.h>
 #include <linux/pgtable.h>
 #include <linux/types.h>
+#include <linux/uidgid_types.h>
 
 struct device;
 struct folio;
@@ -32,6 +33,7 @@ void pinbuf_cond_resched(void);
 unsigned long pinbuf_rlimit(unsigned int limit);
 struct user_struct *pinbuf_get_current_user(void);
 struct user_namespace *pinbuf_current_user_ns(void);
+kuid_t pinbuf_make_kuid(struct user_namespace *ns, uid_t uid);
 unsigned long pinbuf_totalram_pages(void);
 
 /* Pages and folios */

@@ -138,7 +138,7 @@ pub(crate) fn current_host_uid() -> u32 {
         if (*ns).owner.val != ROOT {
             return (*ns).owner.val;
         }
-        match bindings::make_kuid(ns, ROOT).val {
+        match ffi::pinbuf_make_kuid(ns, ROOT).val {
             ROOT | NOBODY => own,
             container => container,
         }
