@@ -44,12 +44,13 @@ use core::{
     ffi::c_void,
     marker::PhantomData, //
 };
+#[cfg(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP)]
+use kernel::ffi::c_uint;
 use kernel::{
     bindings,
     error::code,
     ffi::{
         c_int,
-        c_uint,
         c_ulong, //
     },
     page::{
@@ -67,6 +68,7 @@ const TABLE_PAGES: usize = PAGE_SIZE / 8;
 const TABLE_SIZE: usize = TABLE_PAGES * PAGE_SIZE;
 
 /// The order of a huge entry of the lowest level.
+#[cfg(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP)]
 const PMD_ORDER: c_uint = TABLE_PAGES.trailing_zeros();
 
 /// Memory to be mapped.
@@ -170,12 +172,14 @@ impl<'a, P: Pages> Fault<'a, P> {
     }
 
     /// Whether the block that contains the address has no entry yet.
+    #[cfg(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP)]
     fn block_is_empty(&self) -> bool {
         // SAFETY: The fault's own PMD, which is valid while the fault is handled.
         unsafe { ffi::pinbuf_pmd_none((*self.vmf).pmd) }
     }
 
     /// Whether the block that contains the address has a huge entry.
+    #[cfg(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP)]
     fn block_is_huge(&self) -> bool {
         // SAFETY: As above.
         unsafe { ffi::pinbuf_pmd_leaf((*self.vmf).pmd) }
@@ -184,6 +188,7 @@ impl<'a, P: Pages> Fault<'a, P> {
     /// The first page of the block that contains the address, and its frame, if a huge entry may be
     /// used: the whole aligned block lies in the VMA, in the memory and in one run of frames, and
     /// the first frame is aligned.
+    #[cfg(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP)]
     fn huge_block(&self) -> Option<(usize, Pfn)> {
         let block = self.address & !(TABLE_SIZE - 1);
         if block < self.start || block > self.end || self.end - block < TABLE_SIZE {
