@@ -115,34 +115,34 @@ pub(crate) fn may_lock_without_limit() -> bool {
 
 /// The UID, in the initial user namespace, of the user that the current task belongs to there.
 ///
-/// In the initial namespace, this is the task's own UID. In any other, it is the UID of the owner
-/// of the outermost namespace below the initial one. If that owner is root, which creates
-/// namespaces for other users (containers), it is the UID that the namespace's root has in the
-/// initial one, or the task's own UID if the namespace's root is the host's root or is not mapped.
+/// In the initial namespace, this is the task's own UID. In any other, the outermost namespace that
+/// stands for one user decides. A namespace stands for its owner. If that is root, which creates
+/// namespaces for other users (containers), it stands for the UID that the namespace's root has in
+/// the initial one, and for no single user if that root is the host's root or is not mapped. If no
+/// namespace stands for one user, this is the task's own UID.
 pub(crate) fn current_host_uid() -> u32 {
     const ROOT: u32 = 0;
     const NOBODY: u32 = u32::MAX;
-    let own = kernel::current!().uid().into_raw().val;
+    let mut uid = kernel::current!().uid().into_raw().val;
     let init = &raw mut bindings::init_user_ns;
     // SAFETY: Always allowed in process context. The task's credentials hold the namespace, a
     // namespace holds its parent, and the initial one ends the chain. None of the fields that are
     // read changes while a namespace lives.
     unsafe {
         let mut ns = ffi::pinbuf_current_user_ns();
-        if ns == init {
-            return own;
-        }
-        while (*ns).parent != init {
+        while ns != init {
+            if (*ns).owner.val != ROOT {
+                uid = (*ns).owner.val;
+            } else {
+                match ffi::pinbuf_make_kuid(ns, ROOT).val {
+                    ROOT | NOBODY => {}
+                    container => uid = container,
+                }
+            }
             ns = (*ns).parent;
         }
-        if (*ns).owner.val != ROOT {
-            return (*ns).owner.val;
-        }
-        match ffi::pinbuf_make_kuid(ns, ROOT).val {
-            ROOT | NOBODY => own,
-            container => container,
-        }
     }
+    uid
 }
 
 /// The machine's memory in pages.
