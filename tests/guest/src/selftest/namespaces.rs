@@ -28,6 +28,7 @@ tests! { "namespaces":
     a_container_s_own_namespaces,
     a_container_with_the_host_s_users,
     a_container_without_root,
+    namespaces_in_a_container_with_the_host_s_users,
 }
 
 /// The first subordinate user of a namespace's maker, and how many there are.
@@ -410,6 +411,49 @@ fn counts_each_as_itself(users: &str) -> Result<()> {
     }
     host_user_gets(USER, LIMIT, 6).context("the same user outside")?;
     host_user_gets(OTHER_USER, LIMIT, 0).context("the other user outside")?;
+    link.signal()?;
+    child.join()?;
+    host_user_gets(USER, LIMIT, LIMIT).context("at the end")
+}
+
+/// A user of a container whose users are the host's makes a namespace with more users: these count as
+/// the user, and not each as itself.
+fn namespaces_in_a_container_with_the_host_s_users() -> Result<()> {
+    let _setting = Setting::parameter("allowance_mb", 0)?;
+    let (child, link) = in_namespace_of(0, LIMIT, "0 0 200000", |device, link| {
+        let Link { ours, theirs } = Link::new()?;
+        let nested = Child::run(|| {
+            become_user(USER)?;
+            unshare(CloneFlags::CLONE_NEWUSER).context("making a nested namespace")?;
+            theirs.signal()?;
+            theirs.wait()?;
+            let buffers = buffers_of_all(device, 40, 3)?;
+            theirs.say(buffers.len() as u64)?;
+            theirs.wait()
+        })?;
+        let map = format!("0 {USER} 1\n1 {LENT} {COUNT}");
+        if let Err(error) = lend_users(&nested, &ours, &map) {
+            nested.join()?;
+            return Err(error);
+        }
+        let Ok(count) = ours.hear() else {
+            return nested.join();
+        };
+        check_eq!(count, 5, "buffers of 3 pages each, of {LIMIT} pages");
+        check!(buffer_of(USER, device, 2)?.is_none(), "2 of the last page");
+        check!(
+            buffer_of(OTHER_USER, device, LIMIT)?.is_some(),
+            "another user of the container"
+        );
+        link.signal()?;
+        link.wait()?;
+        ours.signal()?;
+        nested.join()
+    })?;
+    if link.wait().is_err() {
+        return child.join();
+    }
+    host_user_gets(USER, LIMIT, 1).context("the same user outside")?;
     link.signal()?;
     child.join()?;
     host_user_gets(USER, LIMIT, LIMIT).context("at the end")
