@@ -22,6 +22,7 @@
 #include <linux/pgalloc.h>
 #include <linux/pgtable.h>
 #include <linux/scatterlist.h>
+#include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/user.h>
 #include <linux/uidgid.h>
@@ -72,6 +73,16 @@ bool pinbuf_fatal_signal_pending(struct task_struct *task)
 void pinbuf_cond_resched(void)
 {
 	cond_resched();
+}
+
+unsigned int pinbuf_memalloc_pin_save(void)
+{
+	return memalloc_pin_save();
+}
+
+void pinbuf_memalloc_pin_restore(unsigned int flags)
+{
+	memalloc_pin_restore(flags);
 }
 
 unsigned long pinbuf_rlimit(unsigned int limit)

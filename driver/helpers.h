@@ -30,6 +30,8 @@ unsigned int pinbuf_param_pin_retries(void);
 /* Tasks and users */
 bool pinbuf_fatal_signal_pending(struct task_struct *task);
 void pinbuf_cond_resched(void);
+unsigned int pinbuf_memalloc_pin_save(void);
+void pinbuf_memalloc_pin_restore(unsigned int flags);
 unsigned long pinbuf_rlimit(unsigned int limit);
 struct user_struct *pinbuf_get_current_user(void);
 struct user_namespace *pinbuf_current_user_ns(void);

@@ -23,6 +23,7 @@ use kernel::{
     bindings,
     error::to_result,
     ffi::{
+        c_char,
         c_int,
         c_uint, //
     },
@@ -134,6 +135,22 @@ pub(crate) fn pin_user_pages(
     // belong to the elements of `out`.
     unsafe { out.inc_len(pinned as usize) };
     Ok(())
+}
+
+/// Faults in up to `pages` pages of the current process for writing, from the address `addr` on,
+/// without pinning them. Stops at the first page that cannot be faulted in.
+///
+/// May sleep, as [`pin_user_pages`].
+pub(crate) fn fault_in(_: &CurrentMm<'_>, addr: usize, pages: usize) {
+    if pages > 0 {
+        // SAFETY: Sets a flag of the current task: as in GUP, memory is allocated where it may stay.
+        let flags = unsafe { ffi::pinbuf_memalloc_pin_save() };
+        // SAFETY: The current task has an address space. Any address is allowed.
+        unsafe { bindings::fault_in_safe_writeable(addr as *const c_char, pages << PAGE_SHIFT) };
+        // SAFETY: Restores the flag.
+        unsafe { ffi::pinbuf_memalloc_pin_restore(flags) };
+        cond_resched();
+    }
 }
 
 /// One pin of one page of user memory.

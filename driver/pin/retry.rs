@@ -50,14 +50,12 @@ pub(super) struct Patience {
     /// The maximum number of pages to ask for.
     most: usize,
     turn: Option<Turn>,
-    /// The number of pages to pin one by one before a batch is tried again, and the initial value
-    /// of this number the last time.
-    alone: usize,
-    row: usize,
+    /// The number of pages to fault in before the next batch is pinned; 0 where pages are present.
+    ahead: usize,
 }
 
-/// The maximum number of pages that are pinned one by one before a batch is tried again.
-const ROW: usize = 16;
+/// The maximum number of pages that are faulted in before they are pinned.
+const AHEAD: usize = 16;
 
 impl Patience {
     /// The retries of a new call.
@@ -68,8 +66,7 @@ impl Patience {
             left: IN_ALL * each,
             most: usize::MAX,
             turn: None,
-            alone: 0,
-            row: 0,
+            ahead: 0,
         }
     }
 
@@ -120,12 +117,12 @@ impl Patience {
     /// Pins the pages that are present; if the first is not, faults it in and pins it alone.
     ///
     /// A caller can make GUP wait in a page fault forever, with all pages that the same call of GUP
-    /// has pinned before. So pages are faulted in one at a time: everything that the ioctl holds
-    /// while it waits has been charged. And if something else is mapped than the caller expects,
-    /// only one page of it is faulted in before that page is compared with the expected file.
+    /// has pinned before. So GUP faults in one page per call, and further pages are faulted in
+    /// without being pinned: everything that the ioctl holds while it waits has been charged.
     ///
-    /// Where pages are not present, an increasing number of them, up to [`ROW`], is pinned one by
-    /// one before a batch is tried again.
+    /// If something else is mapped than the caller expects, little of it is faulted in: the first
+    /// page is pinned, and compared with the expected file, before the next ones are faulted in, at
+    /// first two, then twice as many for each batch, up to [`AHEAD`].
     fn pin_once(
         &mut self,
         mm: &CurrentMm<'_>,
@@ -133,19 +130,18 @@ impl Patience {
         max: usize,
         out: &mut KVec<PagePin>,
     ) -> Result {
-        if max > 1 && self.alone == 0 {
+        if max > 1 {
+            pages::fault_in(mm, addr, self.ahead.min(max));
             match pages::pin_user_pages(mm, addr, max, How::LongIfPresent, out) {
-                Err(code::EFAULT) => {
-                    self.row = (2 * self.row).clamp(1, ROW);
-                    self.alone = self.row;
-                }
+                Err(code::EFAULT) => self.ahead = 2,
                 result => {
-                    self.row = 0;
+                    // Where there are more pages than were faulted in, others were present.
+                    let more = out.len() > self.ahead;
+                    self.ahead = if more { 0 } else { AHEAD.min(2 * self.ahead) };
                     return result;
                 }
             }
         }
-        self.alone = self.alone.saturating_sub(1);
         pages::pin_user_pages(mm, addr, 1, How::Long, out)
     }
 }

@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::mount::{mount, umount, MsFlags};
 use nix::sys::resource::{getrlimit, setrlimit, Resource};
+use nix::sys::stat::fstat;
 use nix::sys::statfs::{statfs, OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC};
 use pinbuf_uapi::{Backing, Create, Info, Query, Range};
 
@@ -54,6 +55,7 @@ tests! { "errors":
     checked_backing_of_huge_pages,
     checked_backing_of_large_folios,
     wrong_backing,
+    little_is_filled_of_another_file,
     bad_backing,
 }
 
@@ -870,6 +872,27 @@ fn wrong_backing() -> Result<()> {
     })?;
     memory.replace_by(7 * PAGE, PAGE, file.as_fd(), 7 * PAGE)?;
     device.create_checked(&[range], &[name])?;
+    Ok(())
+}
+
+/// A file without pages, which is mapped where another one is expected, gets few: no more than the driver
+/// faults in before it compares the first of them.
+fn little_is_filled_of_another_file() -> Result<()> {
+    const PAGES: usize = 256;
+    let device = Device::open()?;
+    for (first, most) in [(0, 1), (1, 1), (64, 16)] {
+        let file = memfd(PAGES * PAGE, 0)?;
+        let other = memfd(PAGES * PAGE, 0)?;
+        let memory = Memory::shared(&file, PAGES * PAGE)?;
+        let rest = (PAGES - first) * PAGE;
+        memory.replace_by(first * PAGE, rest, other.as_fd(), first * PAGE)?;
+        let what = format!("another file from page {first} on");
+        refuses(&device, &what, Errno::EAGAIN, |device| {
+            device.create_checked(&[memory.range()], &[backing(file.as_fd(), 0)])
+        })?;
+        let filled = fstat(&other)?.st_blocks as usize / (PAGE / 512);
+        check!(filled <= most, "{what}: {filled} pages of it were filled");
+    }
     Ok(())
 }
 
