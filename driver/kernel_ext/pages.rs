@@ -189,7 +189,6 @@ impl PagePin {
     /// the folio equals the index of its address in the huge page, then the folio's other pages
     /// were mapped at the neighbouring addresses when this one was pinned. Transparent huge pages
     /// are mapped and owned page by page.
-    #[inline(never)] // Once per batch: kept out of the loop over pages.
     pub(crate) fn into_folio_pin(self, addr: usize) -> Result<FolioPin, Self> {
         let folio = self.folio();
         if !folio.is_hugetlb() {
@@ -269,23 +268,23 @@ impl FolioPin {
 #[inline]
 unsafe fn folio_and_flags<'a>(page: NonNull<bindings::page>) -> (Folio<'a>, FolioFlags) {
     let raw = page.as_ptr();
-    // SAFETY: By the function's requirements. Bit 0 of the first word after the flags marks a tail
-    // page, whatever else the word is used for. (On older kernels, a tail page of hugetlb may have
-    // `PG_head` set, and so does not count as a folio of its own either.) While the page is pinned,
-    // neither that bit nor `PG_head` changes. Other bits of the words may change, so the
-    // reads are volatile.
-    let (flags, word) = unsafe {
-        (
-            (&raw const (*raw).flags.f).read_volatile(),
+    // SAFETY: By the function's requirements. While the page is pinned, `PG_head` does not change.
+    // Other flags may change, so the read is volatile.
+    let flags = FolioFlags(unsafe { (&raw const (*raw).flags.f).read_volatile() });
+    if !flags.is_large() {
+        // SAFETY: By the function's requirements. Bit 0 of the first word after the flags marks a
+        // tail page, whatever else the word is used for, and does not change while the page is
+        // pinned. (On older kernels, a tail page of hugetlb may have `PG_head` set, and so does not
+        // count as a folio of its own either.) Other bits may change, so the read is volatile.
+        let word = unsafe {
             (&raw const (*raw).__bindgen_anon_1)
                 .cast::<usize>()
-                .read_volatile(),
-        )
-    };
-    let flags = FolioFlags(flags);
-    if !flags.is_large() && word & 1 == 0 {
-        // INVARIANT: The page is a folio of its own, which stays pinned.
-        return (Folio(page.cast(), PhantomData), flags);
+                .read_volatile()
+        };
+        if word & 1 == 0 {
+            // INVARIANT: The page is a folio of its own, which stays pinned.
+            return (Folio(page.cast(), PhantomData), flags);
+        }
     }
     // SAFETY: By the function's requirements.
     let folio = unsafe { ffi::pinbuf_page_folio(raw) };

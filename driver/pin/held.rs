@@ -64,7 +64,6 @@ impl Held {
 
     /// Appends the first `pages` pages that the pin holds, or all if it holds fewer. On an error,
     /// the pin is dropped.
-    #[inline(never)] // As `into_folio_pin`.
     pub(super) fn push_folio(&mut self, pin: FolioPin, pages: usize, array: PageArray) -> Result {
         let pages = pages.min(pin.pages_left());
         // A folio that is in the buffer twice has two pins, and release drops one pin per folio of

@@ -27,6 +27,7 @@ use crate::{
         pages::{
             CurrentMm,
             FileMapping,
+            Folio,
             PageArray,
             PagePin, //
         },
@@ -152,32 +153,16 @@ impl Pinner<'_> {
         self.hugetlb = false;
         for mut pin in pins {
             let (folio, flags) = pin.folio_and_flags();
-            let large = flags.is_large();
-            if folio.references() > MOST_REFERENCES {
-                return Err(ENOMEM);
-            }
             let next = self.held.extents().pages();
-            if let Some((file, ahead)) = backing {
-                if !folio.is_of(file, next.wrapping_add(ahead), folio.place_of(&pin)) {
-                    return Err(EAGAIN);
+            if flags.is_large() {
+                check(folio, folio.place_of(&pin), next, backing)?;
+                let addr = (next == first).then_some(addr);
+                match self.take_large(pin, addr, left)? {
+                    Some(same) => pin = same,
+                    None => break,
                 }
-            }
-            if large {
-                if next == first {
-                    pin = match pin.into_folio_pin(addr) {
-                        Ok(pin) => {
-                            self.hugetlb = true;
-                            self.held.push_folio(pin, left, array)?;
-                            break;
-                        }
-                        Err(pin) => pin,
-                    };
-                } else if folio.is_hugetlb() {
-                    // A hugetlb folio needs one pin, not one per page: it begins the next batch.
-                    self.hugetlb = true;
-                    break;
-                }
-                self.rest.count(pin.folio(), self.charge)?;
+            } else {
+                check(folio, 0, next, backing)?;
             }
             // Neither anonymous nor shmem: the page cache of a file system, memory of a device, or
             // pages that a driver allocated and mapped.
@@ -189,6 +174,46 @@ impl Pinner<'_> {
         // Charged before the next call of GUP, in which the caller can wait for any length of time.
         self.rest.catch_up(self.charge)?;
         Ok(self.held.extents().pages() - first)
+    }
+
+    /// Moves a page of a large folio, which is at the address `addr` if it is the first of its
+    /// batch, with the whole folio to the buffer if that is possible, and up to `left` pages of it.
+    /// Returns the pin if the page has to be moved alone, and `None` if the batch ends here.
+    #[inline(never)] // As `take_batch`.
+    fn take_large(
+        &mut self,
+        mut pin: PagePin,
+        addr: Option<usize>,
+        left: usize,
+    ) -> Result<Option<PagePin>> {
+        if let Some(addr) = addr {
+            pin = match pin.into_folio_pin(addr) {
+                Ok(pin) => {
+                    self.hugetlb = true;
+                    self.held.push_folio(pin, left, self.array)?;
+                    return Ok(None);
+                }
+                Err(pin) => pin,
+            };
+        } else if pin.folio().is_hugetlb() {
+            // A hugetlb folio needs one pin, not one per page: it begins the next batch.
+            self.hugetlb = true;
+            return Ok(None);
+        }
+        self.rest.count(pin.folio(), self.charge)?;
+        Ok(Some(pin))
+    }
+}
+
+/// Checks the page `place` of a folio, before it becomes the page `next` of the buffer.
+#[inline(always)] // Where a folio is one page, its place is constant.
+fn check(folio: Folio<'_>, place: usize, next: usize, backing: Backing<'_>) -> Result {
+    if folio.references() > MOST_REFERENCES {
+        return Err(ENOMEM);
+    }
+    match backing {
+        Some((file, ahead)) if !folio.is_of(file, next.wrapping_add(ahead), place) => Err(EAGAIN),
+        _ => Ok(()),
     }
 }
 
