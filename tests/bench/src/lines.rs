@@ -480,11 +480,12 @@ fn small(sizes: Sizes) -> Vec<Experiment> {
         .against_udmabuf("create", Metric::Create, SMALL_CREATE)
         .inform("close", Metric::Close)
         .line("create + close", Metric::Cycle, Pinbuf, Pin, Goal::None),
+        // Many buffers: each cache that a buffer takes objects from grows by whole pages.
         footprint(
-            format!("{all}, adjacent to no other"),
+            format!("{}, adjacent to no other", of_kind(16 << 20, KIND)),
             scattered,
-            whole(sizes.small),
-            32,
+            whole(16 << 20),
+            512,
         ),
         Experiment::new(of_kind(sizes.large, KIND), large, whole(sizes.large), ONCE)
             .line("create", Metric::Create, Pinbuf, Udmabuf, SMALL_CREATE)
