@@ -11,18 +11,22 @@
 //! 3. mappings of our own for everything.
 //!
 //! The program's own come first since a page that is not there yet may have to come from elsewhere: a
-//! mapping that is registered with userfaultfd makes the call wait for it, as the program would.
+//! mapping that is registered with userfaultfd makes the call wait for it, as the program would. Where the program has
+//! registered memory, a file that may have holes is not accessed in any other way ([`create_unfilled`]).
 
 use core::ffi::c_int;
 
-use crate::call::{as_udmabuf, flags_of, Call, TRIES};
+use pinbuf_uapi as uapi;
+
+use crate::call::{as_udmabuf, each_part, flags_of, Call, TRIES};
 use crate::hints::HINTS;
 use crate::log::log;
 use crate::maps::MAPS;
-use crate::plan::Plan;
+use crate::plan::{File, Plan};
 use crate::request;
 use crate::spans::{FileId, Spans};
 use crate::sys::{self, Errno, Result};
+use crate::window::Window;
 use crate::{align, device, discards, late};
 
 /// Answers a request for a buffer; `ENOTTY` says that `device` is not pinbuf's.
@@ -87,12 +91,15 @@ fn read(plan: &mut Plan, number: u32, arg: usize) -> Result<u32> {
 }
 
 fn create(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> Result<c_int> {
+    if late::is_expected() && plan.files.iter().any(File::may_have_holes) {
+        return create_unfilled(device, flags, plan, call);
+    }
     let of_call = |id: FileId| plan.files.iter().any(|file| file.id == id);
 
     let mut known = Spans::new();
     HINTS.recall(of_call, &mut known);
     if !known.is_empty() && call.locate(plan, &known)? && call.missing == 0 {
-        late::wait(device, call);
+        late::wait(device, call, plan, &known)?;
         match call.make(device, flags) {
             Err(Errno(libc::EAGAIN | libc::EFAULT)) => {}
             result => return result,
@@ -106,7 +113,7 @@ fn create(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> Result<c_i
     }
     if !found.is_empty() && call.locate(plan, &found)? {
         if call.missing == 0 {
-            late::wait(device, call);
+            late::wait(device, call, plan, &found)?;
         }
         match call.make_with(device, flags, plan, &found, |_| Ok(())) {
             Err(Errno(libc::EAGAIN | libc::EFAULT)) => {}
@@ -115,4 +122,65 @@ fn create(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> Result<c_i
     }
 
     call.make_by_window(device, flags, plan, |_| Ok(()))
+}
+
+/// Creates a buffer in a program that has registered memory with userfaultfd, of files that may have holes: a page
+/// that is missing is faulted in through a mapping that may be the registered one, or not at all.
+///
+/// A file that the program has mapped nowhere is mapped here: nobody can supply its pages. If a part of it is mapped, the
+/// rest is not taken to be free: where files have huge pages, a fault there allocates the pages around it, too.
+#[cold]
+#[inline(never)]
+fn create_unfilled(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> Result<c_int> {
+    let of_call = |id: FileId| plan.files.iter().any(|file| file.id == id);
+    let own = |window: &Window| match window.spans().first() {
+        Some(span) if !MAPS.show(span) => Err(late::refuse(UNKNOWN)),
+        _ => Ok(()),
+    };
+    let mut why = "";
+    for _ in 0..TRIES {
+        let mut found = Spans::new();
+        let Some(once) = MAPS.ask_all(of_call, &mut found) else {
+            return Err(late::refuse(UNKNOWN));
+        };
+        if !call.locate(plan, &found)? {
+            if plan.pieces().len() > uapi::MAX_RANGES as usize {
+                return Err(Errno(libc::EINVAL));
+            }
+            return Err(late::refuse(
+                "its mappings divide the request into too many ranges",
+            ));
+        }
+        if !once || (call.missing > 0 && is_partly_mapped(plan, &found)) {
+            why = "a file with holes is mapped more than once, in part only, or not shared and writable";
+            continue;
+        }
+        if call.missing == 0 {
+            late::wait(device, call, plan, &found)?;
+        }
+        why = match call.make_with(device, flags, plan, &found, own) {
+            Err(Errno(libc::EAGAIN)) => "the mappings change all the time",
+            Err(Errno(libc::EFAULT)) => {
+                "the kernel may not fault it in (UFFD_USER_MODE_ONLY, UFFD_FEATURE_SIGBUS, poison, no memory)"
+            }
+            result => return result,
+        };
+    }
+    Err(late::refuse(why))
+}
+
+const UNKNOWN: &str =
+    "the shim cannot see the program's mappings. Set RLIMIT_NOFILE to 1024 or more, keep \
+    descriptors open, or open the device after fork()";
+
+/// Is a file of which a part is asked for that is not mapped mapped elsewhere?
+fn is_partly_mapped(plan: &Plan, mapped: &Spans) -> bool {
+    let elsewhere = each_part(plan, mapped, |piece, address| {
+        let spans = mapped.of(plan.files[piece.file].id);
+        if address.is_none() && !spans.is_empty() {
+            return Err(Errno(libc::EBUSY));
+        }
+        Ok(())
+    });
+    elsewhere.is_err()
 }

@@ -237,22 +237,22 @@ pub unsafe extern "C" fn ioctl(fd: c_int, number: libc::c_ulong, arg: usize) -> 
     if matches!(number as u32, request::CREATE | request::CREATE_LIST) {
         return request(fd, number, arg);
     }
-    if matches!(number as u32, late::REGISTER | late::UNREGISTER) {
-        return userfaultfd(fd, number, arg);
+    if number as u32 == late::REGISTER {
+        return register(fd, number, arg);
     }
     // SAFETY: the program's own call.
     unsafe { next::ioctl(fd, number, arg) }
 }
 
-/// Memory is registered with userfaultfd, or is not any more.
+/// Memory is registered with userfaultfd.
 #[cold]
 #[inline(never)]
-fn userfaultfd(fd: c_int, number: libc::c_ulong, arg: usize) -> c_int {
+fn register(fd: c_int, number: libc::c_ulong, arg: usize) -> c_int {
     // SAFETY: the program's own call.
     let result = unsafe { next::ioctl(fd, number, arg) };
     if result == 0 {
         // SAFETY: the argument of this call.
-        unsafe { late::noticed(number as u32, arg) };
+        unsafe { late::registered(arg) };
     }
     result
 }

@@ -1,13 +1,26 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Pages that have yet to come are waited for in the order of their addresses.
+//! Pages that have yet to come: they are waited for in the order of their addresses, and never filled.
 //!
 //! A virtual machine that arrives by postcopy migration runs before its memory has come: its monitor registers the
 //! memory with userfaultfd, and requests each page that is touched from the other side, which sends that page and
-//! continues with those behind it. The driver faults pages in one after the other, in the order of the buffer. A screen of
+//! continues with those behind it. From the program's first registration on, two things are done differently.
+//!
+//! # No page is filled
+//!
+//! A page that a file does not have is allocated, and filled with zeroes, by the first access through a mapping that is
+//! not registered; the page that comes later is then refused (`EEXIST`), and lost. Which mappings are registered cannot be
+//! asked (`/proc/self/smaps` has to be read). So a file that may have holes is accessed through the program's mapping if
+//! that is the only one, through a mapping of our own if there is none, and otherwise the call fails
+//! ([`crate::create`]).
+//!
+//! # The order
+//!
+//! The driver faults pages in one after the other, in the order of the buffer. A screen of
 //! 2,025 pieces, in any order, would have each piece requested and waited for, although the pages between its lowest and
-//! its highest address may be on their way already. So where the program has registered memory with userfaultfd, the shim
-//! has the driver make a buffer of the same pages in the order of their addresses first, and closes it.
+//! its highest address may be on their way already. So the driver is first asked for the same pages in the order of their
+//! addresses, and for one more that is not what is mapped: it waits for all of them, and then refuses the call. No buffer
+//! exists in between that a signal handler, a fork or the end of the thread could leave behind.
 //!
 //! # Why not at the same time
 //!
@@ -19,17 +32,18 @@
 //! `siglongjmp` while they run, and a program that has to have one thread (`setns`, `unshare`) does not expect them.
 
 use core::ffi::c_int;
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use pinbuf_uapi as uapi;
 
 use crate::call::Call;
 use crate::log::log;
-use crate::sys;
+use crate::plan::Plan;
+use crate::spans::Spans;
+use crate::sys::{self, Errno, Result};
 
-/// `UFFDIO_REGISTER` and `UFFDIO_UNREGISTER`.
+/// `UFFDIO_REGISTER`.
 pub const REGISTER: u32 = 0xc020_aa00;
-pub const UNREGISTER: u32 = 0x8010_aa01;
 
 /// Where `struct uffdio_register` has its mode.
 const MODE: usize = 16;
@@ -37,57 +51,64 @@ const MODE: usize = 16;
 /// `UFFDIO_REGISTER_MODE_MISSING` and `_MINOR`: pages that are not there are waited for.
 const WAITS: u64 = 1 | 4;
 
-/// The number of ranges that the program has registered. If it closes the userfaultfd instead of unregistering them,
-/// buffers are made twice although all pages are there: that costs time, and nothing else.
-static REGISTERED: AtomicUsize = AtomicUsize::new(0);
+/// Whether the program has ever registered memory. What is unregistered, perhaps in parts, or lost with its userfaultfd
+/// cannot be counted; a flag that stays costs time and nothing else, as long as it is known where files are mapped.
+static EXPECTED: AtomicBool = AtomicBool::new(false);
 
-/// Takes note of a call of the program's that succeeded.
+/// Takes note of a registration that succeeded.
 ///
 /// # Safety
 ///
 /// `arg` must be the argument of that call.
-pub unsafe fn noticed(number: u32, arg: usize) {
-    if number == UNREGISTER {
-        let one_less = |count: usize| count.checked_sub(1);
-        let _ = REGISTERED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less);
-        return;
-    }
+pub unsafe fn registered(arg: usize) {
     let mode = (arg + MODE) as *const u64;
     // SAFETY: the kernel has just read it; the program may have unmapped it since, at its own risk.
     let mode = unsafe { mode.read_unaligned() };
     if mode & WAITS != 0 {
-        REGISTERED.fetch_add(1, Ordering::Relaxed);
+        EXPECTED.store(true, Ordering::Relaxed);
     }
 }
 
 /// May some of the program's pages have yet to come?
 pub fn is_expected() -> bool {
-    REGISTERED.load(Ordering::Relaxed) > 0
+    EXPECTED.load(Ordering::Relaxed)
 }
 
-/// Waits for the pages of a call, in the order of their addresses, if some of them may have yet to come and the call
-/// itself would wait in another order.
+/// The error of a call that might fill a page which has yet to come: the one that udmabuf gives when it cannot have a
+/// page. (QEMU tries something else after `EINVAL` and `EBADFD` only.)
+pub fn refuse(why: &str) -> Errno {
+    log!("refused, as late pages (userfaultfd) might be filled with zeroes: {why}");
+    Errno(libc::ENOMEM)
+}
+
+/// Waits for the pages of a call, which was located in `mapped`, in the order of their addresses, if some of them may have
+/// yet to come and the call itself would wait in another order.
 ///
-/// What fails here fails again in the call, which reports it.
-pub fn wait(device: c_int, call: &Call) {
+/// What fails in the driver fails again in the call, which reports it.
+pub fn wait(device: c_int, call: &mut Call, plan: &Plan, mapped: &Spans) -> Result<()> {
     if is_expected() && !call.ascends() {
-        wait_ascending(device, call);
+        wait_ascending(device, call)?;
+        // In the order of the buffer again.
+        call.locate(plan, mapped)?;
     }
+    Ok(())
 }
 
 #[cold]
 #[inline(never)]
-fn wait_ascending(device: c_int, call: &Call) {
-    let mut sorted = Call::new();
-    if call.ascending(&mut sorted).is_err() {
-        return;
+fn wait_ascending(device: c_int, call: &mut Call) -> Result<()> {
+    let count = call.ranges.len();
+    call.sort();
+    if !call.spoil()? {
+        return Ok(());
     }
-    let flags = uapi::CREATE_CHECK_BACKING | uapi::CREATE_CLOEXEC;
-    if let Ok(dmabuf) = sorted.make(device, flags) {
-        sys::close(dmabuf);
-        log!(
-            "waited for {} ranges in the order of their addresses: memory is registered with userfaultfd",
-            sorted.ranges.len()
-        );
+    match call.make(device, uapi::CREATE_CHECK_BACKING | uapi::CREATE_CLOEXEC) {
+        Err(Errno(libc::EAGAIN)) => log!(
+            "waited for {count} ranges in the order of their addresses: memory is registered with userfaultfd"
+        ),
+        // Another thread has put that page there.
+        Ok(dmabuf) => sys::close(dmabuf),
+        Err(_) => {}
     }
+    Ok(())
 }

@@ -26,8 +26,7 @@
 //!
 //! Programs confine themselves with seccomp, and are killed for a call that is not on their list. A create makes `ioctl`, `fstat`,
 //! `fcntl(F_GET_SEALS)`, `rt_sigprocmask`, `mmap` and `munmap`, and `openat` and `close` for a file that was
-//! opened read-only and is not mapped. In a program that has registered memory with userfaultfd, there is `close`, too ([`late`]).
-//! Everything else happens when the program opens the device. A program that never opens it makes the calls that it makes
+//! opened read-only and is not mapped. Everything else happens when the program opens the device. A program that never opens it makes the calls that it makes
 //! without the shim.
 //!
 //! # Signals, threads, allocation
@@ -50,4 +49,4 @@ mod maps;
 #[cfg(not(test))]
 mod next;
 
-use pinbuf_udmabuf::{call, plan, procmap, request, spans, sys};
+use pinbuf_udmabuf::{call, plan, procmap, request, spans, sys, window};

@@ -5,7 +5,8 @@
 //! The file is opened when the program opens the device, since monitors lock themselves in later, and is
 //! kept. Before each use the number is proved to be that file still: a program may close all descriptors, and
 //! get the number again for something else. After a `fork` the file describes the parent's mappings: what it
-//! says is a hint that the driver refuses where it is wrong.
+//! says is a hint that the driver refuses where it is wrong. Where that is not enough ([`crate::late`]), a mapping of our
+//! own has to be among them.
 
 use core::ffi::c_int;
 use core::sync::atomic::{fence, AtomicU64, Ordering};
@@ -13,7 +14,7 @@ use core::sync::atomic::{fence, AtomicU64, Ordering};
 use crate::late;
 use crate::log::log;
 use crate::procmap;
-use crate::spans::{FileId, Spans};
+use crate::spans::{FileId, Span, Spans};
 use crate::sys::{self, Errno};
 
 /// Numbers from here on are given to what is opened behind the program's back, so that its own descriptors
@@ -122,12 +123,26 @@ impl Maps {
         }
     }
 
+    /// Adds where these files are mapped, in whatever way. Returns whether each part of them that is mapped is mapped
+    /// once, shared, for reading and writing; nothing where that cannot be found out.
+    ///
+    /// After a fork, this is what the parent has mapped ([`Maps::show`]).
+    pub fn ask_all(&self, wanted: impl Fn(FileId) -> bool, spans: &mut Spans) -> Option<bool> {
+        procmap::ask_all(self.proved()?, |span| wanted(span.id), spans).ok()
+    }
+
+    /// Is a mapping that this process has just made among those that are asked about? If it is not, they are those of
+    /// another process.
+    pub fn show(&self, made: &Span) -> bool {
+        self.proved().is_some_and(|fd| procmap::is_mapped(fd, made))
+    }
+
     /// Adds where these files are mapped shared, for reading and writing.
     pub fn ask(&self, wanted: impl Fn(FileId) -> bool, spans: &mut Spans) {
         let Some(fd) = self.proved() else {
             return;
         };
-        // A page that is late in a mapping that is not found would be filled with zeroes.
+        // A page that is late may be waited for in a mapping that is found.
         let most = if late::is_expected() {
             usize::MAX
         } else {
@@ -140,7 +155,6 @@ impl Maps {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spans::Span;
 
     /// The numbers of descriptors are shared by all tests.
     static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
@@ -208,6 +222,107 @@ mod tests {
         }));
     }
 
+    fn id(fd: c_int) -> FileId {
+        let stat = sys::fstat(fd).unwrap();
+        FileId {
+            dev: stat.st_dev,
+            ino: stat.st_ino,
+        }
+    }
+
+    /// What `ask_all` finds of a file.
+    fn all(maps: &Maps, id: FileId) -> (Option<bool>, Vec<(u64, u64)>) {
+        let mut spans = Spans::new();
+        let once = maps.ask_all(|found| found == id, &mut spans);
+        let found = spans.iter().map(|span| (span.offset, span.addr));
+        (once, found.collect())
+    }
+
+    #[test]
+    fn other_mappings_of_a_file_are_noticed() {
+        let _alone = ALONE.lock().unwrap();
+        let maps = Maps::new();
+        let (fd, other) = (memfd(), memfd());
+        let page = sys::page_size() as usize;
+        let both = libc::PROT_READ | libc::PROT_WRITE;
+        assert_eq!(all(&maps, id(fd)), (None, vec![]));
+        maps.open();
+        assert_eq!(all(&maps, id(fd)), (Some(true), vec![]));
+        let upper = map(fd, page, both, libc::MAP_SHARED, page as u64);
+        let lower = map(fd, page, both, libc::MAP_SHARED, 0);
+        let (once, parts) = all(&maps, id(fd));
+        assert_eq!((once, parts[0]), (Some(true), (0, lower)));
+        let unmap = |at, len| {
+            // SAFETY: a mapping of this test, which nothing uses.
+            unsafe { sys::munmap(at as usize, len) }.unwrap();
+        };
+        for (prot, flags) in [
+            (both, libc::MAP_SHARED),
+            (both, libc::MAP_PRIVATE),
+            (libc::PROT_READ, libc::MAP_SHARED),
+            (libc::PROT_NONE, libc::MAP_SHARED),
+        ] {
+            let second = map(fd, 2 * page, prot, flags, 0);
+            assert_eq!(all(&maps, id(fd)).0, Some(false));
+            unmap(second, 2 * page);
+            let elsewhere = map(fd, page, prot, flags, 2 * page as u64);
+            let only = prot == both && flags == libc::MAP_SHARED;
+            assert_eq!(all(&maps, id(fd)).0, Some(only));
+            unmap(elsewhere, page);
+            let another = map(other, 2 * page, prot, flags, 0);
+            assert_eq!(all(&maps, id(fd)).0, Some(true));
+            unmap(another, 2 * page);
+        }
+        unmap(upper, page);
+        unmap(lower, page);
+        sys::close(maps.proved().unwrap());
+    }
+
+    #[test]
+    fn the_maps_of_another_process_are_noticed() {
+        let _alone = ALONE.lock().unwrap();
+        let maps = Maps::new();
+        let fd = memfd();
+        let page = sys::page_size() as usize;
+        let map_one = || {
+            let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+            Span {
+                id: id(fd),
+                offset: page as u64,
+                len: page as u64,
+                addr: map(fd, page, prot, flags, page as u64),
+            }
+        };
+        assert!(!maps.show(&map_one()));
+        maps.open();
+        let shared = map_one();
+        assert!(maps.show(&shared));
+        let elsewhere = Span {
+            offset: 0,
+            ..shared
+        };
+        assert!(!maps.show(&elsewhere));
+        let another = Span {
+            id: id(memfd()),
+            ..shared
+        };
+        assert!(!maps.show(&another));
+        // SAFETY: the child makes system calls only.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let own = maps.show(&map_one());
+            maps.open();
+            let status = own || !maps.show(&map_one());
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(status.into()) }
+        }
+        let mut status = -1;
+        // SAFETY: the status is written.
+        unsafe { libc::waitpid(child, &mut status, 0) };
+        assert_eq!(status, 0);
+        sys::close(maps.proved().unwrap());
+    }
+
     #[test]
     fn memory_that_comes_late_is_found_behind_many_mappings() {
         let _alone = ALONE.lock().unwrap();
@@ -227,19 +342,17 @@ mod tests {
             let mapped = unsafe { libc::mmap(at, page, both, flags, file, 0) };
             assert_eq!(mapped, at);
         }
-        let stat = sys::fstat(fd).unwrap();
-        let id = FileId {
-            dev: stat.st_dev,
-            ino: stat.st_ino,
-        };
-        let register = [first, page as u64, 1, 0];
-        // SAFETY: as the kernel is given it.
-        unsafe { late::noticed(late::REGISTER, register.as_ptr() as usize) };
-        let found = ask(&maps, |found| found == id);
-        // SAFETY: no memory is read.
-        unsafe { late::noticed(late::UNREGISTER, 0) };
-        assert_eq!(found.len(), 1);
+        let id = id(fd);
         assert!(ask(&maps, |found| found == id).is_empty());
+        assert_eq!(all(&maps, id).1.len(), 1);
+        // Of writes, and of pages that are missing.
+        for (mode, expected) in [(2, false), (1, true), (2, true)] {
+            let argument = [first, page as u64, mode, 0];
+            // SAFETY: as the kernel is given it.
+            unsafe { late::registered(argument.as_ptr() as usize) };
+            assert_eq!(late::is_expected(), expected);
+        }
+        assert_eq!(ask(&maps, |found| found == id).len(), 1);
         // SAFETY: the mappings of this test, which nothing uses.
         unsafe { sys::munmap(first as usize, (count + 1) * page) }.unwrap();
         sys::close(maps.proved().unwrap());

@@ -103,33 +103,11 @@ impl<T: Plain, const N: usize> Buffer<T, N> {
         self.len = self.len.min(len);
     }
 
-    /// Sorts the list, by a heap in its place: the standard library's functions take kilobytes of stack.
+    /// Sorts the list in its place.
     pub fn sort_by_key<K: Ord>(&mut self, key: impl Fn(&T) -> K) {
         let list: &mut [T] = self;
-        if list.is_sorted_by_key(&key) {
-            return;
-        }
-        // The parent of `i` is `(i - 1) / 2`, and no less than it.
-        let sink = |heap: &mut [T], mut parent: usize| loop {
-            let mut child = 2 * parent + 1;
-            if child >= heap.len() {
-                return;
-            }
-            if child + 1 < heap.len() && key(&heap[child]) < key(&heap[child + 1]) {
-                child += 1;
-            }
-            if key(&heap[child]) <= key(&heap[parent]) {
-                return;
-            }
-            heap.swap(parent, child);
-            parent = child;
-        };
-        for parent in (0..list.len() / 2).rev() {
-            sink(list, parent);
-        }
-        for end in (1..list.len()).rev() {
-            list.swap(0, end);
-            sink(&mut list[..end], 0);
+        if !list.is_sorted_by_key(&key) {
+            heap_sort(list, list.len(), |list, i| key(&list[i]), <[T]>::swap);
         }
     }
 
@@ -179,6 +157,37 @@ impl<T: Plain, const N: usize> Buffer<T, N> {
             // SAFETY: by the invariants it is ours, and the callers use it no more.
             let _ = unsafe { sys::munmap(self.mapped, bytes) };
         }
+    }
+}
+
+/// Sorts `len` elements of a list by a heap in their place: the standard library's functions take kilobytes of stack.
+pub fn heap_sort<L: ?Sized, K: Ord>(
+    list: &mut L,
+    len: usize,
+    key: impl Fn(&L, usize) -> K,
+    swap: impl Fn(&mut L, usize, usize),
+) {
+    // The parent of `i` is `(i - 1) / 2`, and no less than it.
+    let sink = |list: &mut L, mut parent: usize, len: usize| loop {
+        let mut child = 2 * parent + 1;
+        if child >= len {
+            return;
+        }
+        if child + 1 < len && key(list, child) < key(list, child + 1) {
+            child += 1;
+        }
+        if key(list, child) <= key(list, parent) {
+            return;
+        }
+        swap(list, parent, child);
+        parent = child;
+    };
+    for parent in (0..len / 2).rev() {
+        sink(list, parent, len);
+    }
+    for end in (1..len).rev() {
+        swap(list, 0, end);
+        sink(list, 0, end);
     }
 }
 

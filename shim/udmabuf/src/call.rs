@@ -7,7 +7,7 @@ use core::mem::size_of;
 
 use pinbuf_uapi as uapi;
 
-use crate::buffer::Buffer;
+use crate::buffer::{heap_sort, Buffer};
 use crate::plan::{File, Piece, Plan};
 use crate::request::{self, INLINE_ITEMS};
 use crate::spans::{self, Spans};
@@ -115,22 +115,31 @@ impl Call {
         self.ranges.is_sorted_by_key(|range| range.addr)
     }
 
-    /// The same ranges, in the order of their addresses.
-    pub fn ascending(&self, sorted: &mut Self) -> Result<()> {
-        // The lists are sorted together.
-        let mut order = Buffer::<c_int, INLINE_ITEMS>::new();
-        order.reserve(self.ranges.len())?;
-        for index in 0..self.ranges.len() {
-            order.push(index as c_int)?;
+    /// Brings the ranges into the order of their addresses.
+    pub fn sort(&mut self) {
+        let swap = |call: &mut Self, i, j| {
+            call.ranges.swap(i, j);
+            call.backing.swap(i, j);
+        };
+        heap_sort(self, self.ranges.len(), |call, i| call.ranges[i].addr, swap);
+    }
+
+    /// Adds a range that does not map what its backing says: the first page again, as another page of its file. The
+    /// driver refuses the call then, once it has had all other pages. Returns false where there is no room.
+    pub fn spoil(&mut self) -> Result<bool> {
+        let (Some(&first), Some(&backing)) = (self.ranges.first(), self.backing.first()) else {
+            return Ok(false);
+        };
+        if self.ranges.len() == uapi::MAX_RANGES as usize {
+            return Ok(false);
         }
-        order.sort_by_key(|index| self.ranges[*index as usize].addr);
-        sorted.ranges.reserve(order.len())?;
-        sorted.backing.reserve(order.len())?;
-        for index in order.iter() {
-            sorted.ranges.push(self.ranges[*index as usize])?;
-            sorted.backing.push(self.backing[*index as usize])?;
-        }
-        Ok(())
+        let page = sys::page_size();
+        self.ranges.push(uapi::Range { len: page, ..first })?;
+        self.backing.push(uapi::Backing {
+            offset: backing.offset ^ page,
+            ..backing
+        })?;
+        Ok(true)
     }
 
     /// Makes the buffer of what the program has mapped, which was located, and of a window onto the rest, which `ready`
@@ -245,14 +254,19 @@ mod tests {
             call.backing.push(backing).unwrap();
         }
         assert!(!call.ascends());
-        let mut sorted = Call::new();
-        call.ascending(&mut sorted).unwrap();
+        let mut sorted = call;
+        sorted.sort();
         assert!(sorted.ascends());
         assert_eq!(sorted.ranges.len() as u64, count);
         for (i, (range, backing)) in (0..).zip(sorted.ranges.iter().zip(sorted.backing.iter())) {
             assert_eq!((range.addr, range.len), (i, i + 1));
             assert_eq!((backing.fd, backing.offset), (i as c_int, 2 * i));
         }
+        assert_eq!(sorted.spoil(), Ok(true));
+        let (first, last) = (sorted.backing[0], sorted.backing[count as usize]);
+        assert_eq!(sorted.ranges[count as usize].addr, sorted.ranges[0].addr);
+        assert!(last.fd == first.fd && last.offset != first.offset);
+        assert_eq!(Call::new().spoil(), Ok(false));
     }
 
     #[test]
@@ -302,6 +316,15 @@ mod tests {
         assert_eq!(locate(1 << 20, &mapped), (false, 0));
         assert_eq!(locate(most, &Spans::new()), (true, most));
         assert_eq!(locate(most + 1, &Spans::new()), (false, 0));
+        // One more range does not fit.
+        let mut full = Call::new();
+        full.ranges.reserve(most).unwrap();
+        full.backing.reserve(most).unwrap();
+        for _ in 0..most {
+            full.ranges.push(uapi::Range::default()).unwrap();
+            full.backing.push(uapi::Backing::default()).unwrap();
+        }
+        assert_eq!((full.spoil(), full.ranges.len()), (Ok(false), most));
         sys::close(fd);
     }
 }

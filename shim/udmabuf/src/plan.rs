@@ -34,6 +34,17 @@ pub struct File {
 // SAFETY: integers, of which every pattern is valid; zeroes are the default.
 unsafe impl Plain for File {}
 
+impl File {
+    /// May there be parts of the file that have no memory? A huge page at its end counts as a whole, so that
+    /// a file which is no multiple of one may have as much memory as bytes, and holes.
+    pub fn may_have_holes(&self) -> bool {
+        let page = sys::page_size();
+        let huge = page * (page / 8);
+        let whole = self.size.checked_next_multiple_of(huge);
+        whole.is_none_or(|whole| self.stored < whole)
+    }
+}
+
 /// The files of a call.
 ///
 /// The checks are made on the program's descriptors; another thread may put another file in the
@@ -267,6 +278,26 @@ mod tests {
         assert_eq!(check_extent(&item(0, 0), 8192), Err(EINVAL));
         assert_eq!(check_extent(&item(!4095, 8192), 8192), Err(EINVAL));
         assert_eq!(check_extent(&item(0, 8192), 6000), Err(EINVAL));
+    }
+
+    #[test]
+    fn holes() {
+        let page = sys::page_size();
+        let huge = page * (page / 8);
+        let may_have = |size, stored| {
+            let file = File {
+                size,
+                stored,
+                ..File::default()
+            };
+            file.may_have_holes()
+        };
+        assert!(!may_have(0, 0) && !may_have(2 * huge, 2 * huge));
+        assert!(may_have(huge, 0) && may_have(2 * huge, 2 * huge - page));
+        // A huge page at the end, and a hole at the beginning.
+        assert!(may_have(huge + page, huge + page));
+        assert!(!may_have(huge + page, 2 * huge));
+        assert!(may_have(u64::MAX, u64::MAX));
     }
 
     #[test]

@@ -73,16 +73,17 @@ impl Spans {
         self.0.push(span)
     }
 
-    /// Sorts, and cuts off what an earlier span has as well.
-    pub fn finish(&mut self) {
+    /// Sorts, and cuts off what an earlier span has as well. Returns whether there was such a part.
+    pub fn finish(&mut self) -> bool {
         // Of two that begin alike the longer one comes first, so that it makes the other one empty.
         self.0.sort_by_key(|span| (span.id, span.offset, !span.len));
-        let mut kept = 0;
+        let (mut kept, mut overlap) = (0, false);
         for i in 0..self.0.len() {
             let mut span = self.0[i];
             let previous = if kept > 0 { self.0.get(kept - 1) } else { None };
             if let Some(previous) = previous.filter(|previous| previous.id == span.id) {
                 let cut = previous.end().saturating_sub(span.offset);
+                overlap |= cut > 0;
                 if cut >= span.len {
                     continue;
                 }
@@ -95,6 +96,7 @@ impl Spans {
         }
         // INVARIANT: sorted above, and each begins where the one before has ended, or later.
         self.0.truncate(kept);
+        overlap
     }
 
     /// The spans of a file.
@@ -135,6 +137,10 @@ mod tests {
     const B: FileId = FileId { dev: 1, ino: 8 };
 
     fn spans(list: &[(FileId, u64, u64, u64)]) -> Spans {
+        finished(list).0
+    }
+
+    fn finished(list: &[(FileId, u64, u64, u64)]) -> (Spans, bool) {
         let mut spans = Spans::new();
         for &(id, offset, len, addr) in list {
             let span = Span {
@@ -145,8 +151,8 @@ mod tests {
             };
             spans.push(span).unwrap();
         }
-        spans.finish();
-        spans
+        let overlap = spans.finish();
+        (spans, overlap)
     }
 
     #[test]
@@ -189,13 +195,15 @@ mod tests {
                     (id, random(40), random(30), 1000 * (i + 1))
                 })
                 .collect();
-            let spans = spans(&list);
+            let (spans, overlap) = finished(&list);
+            let mut twice = false;
             for id in [A, B] {
                 for offset in 0..80 {
                     let covers = |&(other, start, len, addr): &(FileId, u64, u64, u64)| {
                         (other == id && (start..start + len).contains(&offset))
                             .then(|| addr + offset - start)
                     };
+                    twice |= list.iter().filter_map(covers).count() > 1;
                     let right: Vec<u64> = list.iter().filter_map(covers).collect();
                     let (address, reach) = spans.at(id, offset);
                     assert!(reach > 0);
@@ -209,6 +217,7 @@ mod tests {
                     }
                 }
             }
+            assert_eq!(overlap, twice, "{list:?}");
         }
     }
 

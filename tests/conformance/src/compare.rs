@@ -17,6 +17,16 @@ pub const INTENDED: &[(&str, Difference, &str)] = &[
         "udmabuf demands a START before the first END; pinbuf, as dma-heaps, does not",
     ),
     (
+        "late/unseen-*",
+        Difference::OnlySecondRefuses,
+        "udmabuf fills pages that userfaultfd has yet to deliver with zeroes; the shim cannot wait for them, and refuses",
+    ),
+    (
+        "markers/poison-*",
+        Difference::OnlySecondRefuses,
+        "udmabuf takes the file's page; the shim cannot know that nobody will supply it, and refuses",
+    ),
+    (
         "late/*",
         Difference::OnlySecondWaits,
         "udmabuf fills pages that userfaultfd has yet to deliver with zeroes; pinbuf waits for them",
@@ -25,6 +35,26 @@ pub const INTENDED: &[(&str, Difference, &str)] = &[
 
 /// The same for the supervisor, where it differs from the shim.
 pub const SUPERVISOR: &[(&str, Difference, &str)] = &[
+    (
+        "late/unseen-user-mode-*",
+        Difference::OnlySecondRefuses,
+        "the kernel's own accesses are refused such pages",
+    ),
+    (
+        "late/unseen-sigbus-*",
+        Difference::OnlySecondRefuses,
+        "the kernel's own accesses are refused such pages",
+    ),
+    (
+        "late/unseen-*",
+        Difference::OnlySecondWaits,
+        "the supervisor knows the program's mappings in these cases, and waits",
+    ),
+    (
+        "markers/poison-4k",
+        Difference::None,
+        "the supervisor sees such a marker, and takes the file's page",
+    ),
     (
         "late/4k-protected",
         Difference::None,
@@ -62,6 +92,8 @@ pub enum Difference {
     OnlyFirstRefuses,
     /// Not at all.
     None,
+    /// udmabuf makes a buffer, the second says ENOMEM and all that was seen then is as it should be.
+    OnlySecondRefuses,
     /// Both succeed; on udmabuf something that was seen is wrong, under the shim all is right.
     OnlySecondWaits,
 }
@@ -94,7 +126,9 @@ fn intended(name: &str, supervisor: bool) -> Option<Intended> {
 
 /// A case that is worse than on udmabuf is a failure.
 fn must_differ(intended: Option<Intended>) -> bool {
-    intended.is_some_and(|(_, difference, _)| *difference == Difference::OnlySecondWaits)
+    use Difference::{OnlySecondRefuses, OnlySecondWaits};
+    intended
+        .is_some_and(|(_, difference, _)| matches!(difference, OnlySecondWaits | OnlySecondRefuses))
 }
 
 fn is_intended(
@@ -103,14 +137,14 @@ fn is_intended(
     second: &Outcome,
 ) -> Option<&'static str> {
     let (_, difference, why) = intended?;
-    let fine = |outcome: &Outcome| {
-        outcome.ret != "-1"
-            && outcome.ret != "crash"
-            && outcome.facts.values().all(|value| value != "false")
-    };
+    let right = |outcome: &Outcome| outcome.facts.values().all(|value| value != "false");
+    let fine = |outcome: &Outcome| outcome.ret != "-1" && outcome.ret != "crash" && right(outcome);
     let expected = match difference {
         Difference::OnlyFirstRefuses => {
             first.ret == "-1" && first.errno == "EINVAL" && fine(second)
+        }
+        Difference::OnlySecondRefuses => {
+            first.ret == "fd" && second.errno == "ENOMEM" && right(second)
         }
         Difference::OnlySecondWaits => first.ret == second.ret && !fine(first) && fine(second),
         Difference::None => false,
@@ -248,6 +282,19 @@ mod tests {
         assert!(compare(&zeroes, &late));
         assert!(!compare(&late, &zeroes));
         assert!(!compare(&zeroes, &zeroes));
+        let [mut filled, mut refused] =
+            [("fd", ""), ("-1", "ENOMEM")].map(|(ret, errno)| outcome("late/unseen-x", ret, errno));
+        filled.fact("none was filled", false);
+        refused.fact("none was filled", true);
+        let wrong = Outcome {
+            facts: filled.facts.clone(),
+            ..refused.clone()
+        };
+        let runs = [filled, refused, wrong].map(|run| [equal.clone(), run]);
+        let [filled, refused, wrong] = &runs;
+        assert!(compare(filled, refused));
+        assert!(!compare(filled, filled) && !compare(refused, refused));
+        assert!(!compare(filled, wrong) && !compare(refused, filled));
         let other = [outcome("b", "-1", "EINVAL"), equal.clone()];
         assert!(!compare(&other, &[outcome("b", "fd", ""), equal]));
     }

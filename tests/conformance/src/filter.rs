@@ -38,6 +38,11 @@ impl Allowed {
         }
     }
 
+    /// Is it this call?
+    pub fn is(&self, number: i64) -> bool {
+        self.number == number
+    }
+
     /// If one of these holds for an argument.
     pub fn if_any(number: i64, argument: u32, tests: impl IntoIterator<Item = Test>) -> Self {
         Self {

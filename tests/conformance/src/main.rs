@@ -16,6 +16,7 @@ mod mappings;
 mod run;
 mod sandbox;
 mod udmabuf;
+mod unfilled;
 
 use std::fs;
 use std::io::Write;
