@@ -360,11 +360,16 @@ impl Answers {
                 return Err(sys::Errno(libc::EINTR));
             }
             let mapped = late::mappings(target, plan);
-            let guarded = match late::wait(target, plan, &mapped, || listener.is_waiting(call)) {
+            let registered = late::registered_mappings(target, plan);
+            let may_come = || !registered.is_empty() || late::may_come_later(target, &mapped);
+            let wait = |spans| late::wait(target, plan, spans, || listener.is_waiting(call));
+            // Those that are registered come first: then no page is missing in the others.
+            let waited = wait(&registered).and_then(|both| Ok(wait(&mapped)? || both));
+            let guarded = match waited {
                 Ok(guarded) => guarded && later,
                 // Another thread changed the mappings, or the memory cannot be had.
                 Err(Errno::EFAULT) if later => {
-                    later = late::may_come_later(target, &mapped);
+                    later = may_come();
                     continue;
                 }
                 Err(Errno::EFAULT) => false,
@@ -372,13 +377,14 @@ impl Answers {
             };
             let guard = if guarded { Guard::new().ok() } else { None };
             result = drivers.make_by_window(device, flags, plan, |window| match &guard {
-                Some(guard) => watch(guard, window, plan, &mapped),
+                Some(guard) => watch(guard, window, plan, &mapped)
+                    .and_then(|()| watch(guard, window, plan, &registered)),
                 None => Ok(()),
             });
             if guard.is_none() || result != Err(sys::Errno(libc::EFAULT)) {
                 break;
             }
-            later = late::may_come_later(target, &mapped);
+            later = may_come();
         }
         result
     }

@@ -19,9 +19,9 @@ use std::os::unix::fs::FileExt;
 use nix::errno::Errno;
 use nix::sys::statfs::{statfs, HUGETLBFS_MAGIC};
 use pinbuf_udmabuf::call::each_part;
-use pinbuf_udmabuf::plan::{Piece, Plan};
+use pinbuf_udmabuf::plan::{self, Piece, Plan};
 use pinbuf_udmabuf::procmap;
-use pinbuf_udmabuf::spans::Spans;
+use pinbuf_udmabuf::spans::{Span, Spans};
 use pinbuf_udmabuf::sys;
 
 use super::target::Target;
@@ -43,6 +43,32 @@ pub fn mappings(target: &Target, plan: &Plan) -> Spans {
         // All of them: a page that is late in one that is not known would be filled with zeroes.
         procmap::ask(maps.as_raw_fd(), usize::MAX, of_call, &mut spans);
     }
+    spans
+}
+
+/// The mappings of a request's files that are registered with userfaultfd, if these are not the only ones of a file that
+/// may lack pages: a page that is read by another address would be filled.
+pub fn registered_mappings(target: &Target, plan: &Plan) -> Spans {
+    let mut spans = Spans::new();
+    let Ok(maps) = target.proc("maps") else {
+        return spans;
+    };
+    let of_call = |span: &Span| plan.files.iter().any(|file| file.id == span.id);
+    let complete = !plan.files.iter().any(plan::File::may_have_holes);
+    if complete || procmap::ask_all(maps.as_raw_fd(), of_call, &mut Spans::new()) == Ok(true) {
+        return spans;
+    }
+    let mut text = Vec::new();
+    // What can be read of it is better than nothing.
+    let _ = target
+        .proc("smaps")
+        .and_then(|mut file| file.read_to_end(&mut text));
+    let ranges: Vec<_> = registered(&text).collect();
+    let is_registered = |span: &Span| {
+        let holds = |(start, end): &(u64, u64)| (*start..*end).contains(&span.addr);
+        of_call(span) && ranges.iter().any(holds)
+    };
+    let _ = procmap::ask_all(maps.as_raw_fd(), is_registered, &mut spans);
     spans
 }
 
