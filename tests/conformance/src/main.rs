@@ -15,6 +15,7 @@ mod late;
 mod mappings;
 mod run;
 mod sandbox;
+mod stack;
 mod udmabuf;
 mod unfilled;
 
