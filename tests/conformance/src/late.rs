@@ -154,12 +154,27 @@ impl Faults {
             .context("UFFDIO_UNREGISTER")
     }
 
-    /// The offset of the page that is waited for, if one is.
-    pub(crate) fn next(&self) -> Option<u64> {
+    fn message(&self) -> Option<[u64; 4]> {
         let mut message = [0u64; 4];
         // SAFETY: room for a message of 32 bytes.
         let count = unsafe { libc::read(self.fd, message.as_mut_ptr().cast(), 32) };
-        (count == 32).then(|| (message[2] - self.base) / self.unit * self.unit)
+        (count == 32).then_some(message)
+    }
+
+    /// The offset of the page that is waited for, if one is.
+    pub(crate) fn next(&self) -> Option<u64> {
+        let message = self.message()?;
+        Some((message[2] - self.base) / self.unit * self.unit)
+    }
+
+    /// The faults of a child, whose fork is reported next.
+    pub(crate) fn of_child(&self) -> Option<Self> {
+        const FORK: u64 = 0x13;
+        let message = self.message()?;
+        (message[0] & 0xff == FORK).then_some(Self {
+            fd: message[1] as u32 as c_int,
+            ..*self
+        })
     }
 
     /// Delivers a page, with its marks if it is new.

@@ -22,11 +22,13 @@ const READ_WRITE: c_int = libc::PROT_READ | libc::PROT_WRITE;
 
 /// Flags and features of userfaultfd.
 const USER_MODE_ONLY: c_int = 1;
+const FEATURE_EVENT_FORK: u64 = 1 << 1;
 const FEATURE_SIGBUS: u64 = 1 << 7;
 
 pub fn cases(t: &mut Table) {
     without_maps(t);
     forked(t);
+    forked_with_event(t);
     refused_faults(t);
     mapped_twice(t);
     many_ranges(t);
@@ -199,6 +201,85 @@ fn forked(t: &mut Table) {
             },
         );
     }
+}
+
+/// The owner of a program's late pages is that of a child's copies, too.
+fn forked_with_event(t: &mut Table) {
+    for (sort, spec, unit) in SORTS {
+        t.custom(
+            format!("late/fork-event-{sort}"),
+            Expect::Compared,
+            move || {
+                let device = device()?;
+                let file = File::new(0, empty(spec))?;
+                let map = Map::shared(file.fd, spec.bytes)?;
+                let made = Made {
+                    features: FEATURE_EVENT_FORK,
+                    ..Made::default()
+                };
+                let faults = Faults::made(made, &map, spec.bytes, unit, Mode::Missing)?;
+                let stop = AtomicBool::new(false);
+                let (outcome, delivered) = thread::scope(|scope| {
+                    let owner = scope.spawn(|| {
+                        let mut delivered = BTreeSet::new();
+                        let mut childs = None;
+                        while !stop.load(Ordering::Relaxed) {
+                            // The fork waits until this is read.
+                            childs = childs.or_else(|| faults.of_child());
+                            match childs.and_then(|childs: Faults| Some((childs, childs.next()?))) {
+                                Some((childs, offset)) if childs.answer(offset).is_ok() => {
+                                    delivered.insert(offset);
+                                }
+                                _ => thread::sleep(Duration::from_millis(1)),
+                            }
+                        }
+                        delivered
+                    });
+                    let outcome = of_child(|| {
+                        let result = create(device, file.fd, 0, spec.bytes, 0);
+                        let right = |dmabuf| has(dmabuf, 0..spec.bytes / PAGE).unwrap_or(false);
+                        result.map(right).ok()
+                    });
+                    stop.store(true, Ordering::Relaxed);
+                    (outcome, owner.join())
+                });
+                let mut delivered = delivered.map_err(|_| anyhow::anyhow!("panicked"))?;
+                let mut outcome = outcome?;
+                let filled = (0..spec.bytes / unit)
+                    .map(|page| page * unit)
+                    .filter(|page| delivered.insert(*page) && faults.answer(*page).is_err())
+                    .count();
+                outcome.fact("none was filled", filled == 0);
+                Ok(outcome)
+            },
+        );
+    }
+}
+
+/// What a child sees: whether its buffer has the right contents, if it has one.
+fn of_child(run: impl FnOnce() -> Option<bool>) -> Result<Outcome> {
+    // SAFETY: the other thread holds no lock that the child needs.
+    let child = check(i64::from(unsafe { libc::fork() }))? as c_int;
+    if child == 0 {
+        let status = match run() {
+            Some(right) => c_int::from(right),
+            None => 2,
+        };
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(status) };
+    }
+    let mut status = 0;
+    // SAFETY: the status is written to `status`.
+    check(i64::from(unsafe { libc::waitpid(child, &mut status, 0) }))?;
+    anyhow::ensure!(libc::WIFEXITED(status), "status {status:#x}");
+    let status = libc::WEXITSTATUS(status);
+    let ret = if status == 2 { "-1" } else { "fd" };
+    let mut outcome = Outcome {
+        ret: ret.to_owned(),
+        ..Outcome::default()
+    };
+    outcome.fact("contents", status == 1);
+    Ok(outcome)
 }
 
 /// A userfaultfd that lets no fault of the kernel's wait.
