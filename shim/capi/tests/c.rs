@@ -5,9 +5,9 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// A directory where `<linux/pinbuf.h>` is the repository's.
-fn include() -> PathBuf {
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("include");
+/// A directory of the test's own, where `<linux/pinbuf.h>` is the repository's: tests run at the same time.
+fn include(test: &str) -> PathBuf {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(test);
     let linux = directory.join("linux");
     std::fs::create_dir_all(&linux).unwrap();
     let header = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../uapi/pinbuf.h");
@@ -30,7 +30,7 @@ fn the_header_is_c_and_cpp() {
                 "-Werror",
             ])
             .arg("-I")
-            .arg(include())
+            .arg(include("header"))
             .arg(here.join("include/libpinbuf.h"))
             .status();
         match status {
@@ -46,7 +46,7 @@ fn the_example_compiles() {
     let object = Path::new(env!("CARGO_TARGET_TMPDIR")).join("export.o");
     let status = Command::new("cc")
         .args(["-c", "-Wall", "-Wextra", "-Werror", "-I"])
-        .arg(include())
+        .arg(include("example"))
         .arg("-I")
         .arg(here.join("include"))
         .arg(here.join("examples/export.c"))
