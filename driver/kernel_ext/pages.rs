@@ -270,8 +270,8 @@ unsafe fn folio_and_flags<'a>(page: NonNull<bindings::page>) -> (Folio<'a>, Foli
     let raw = page.as_ptr();
     // SAFETY: By the function's requirements. While the page is pinned, `PG_head` does not change.
     // Other flags may change, so the read is volatile.
-    let flags = FolioFlags(unsafe { (&raw const (*raw).flags.f).read_volatile() });
-    if !flags.is_large() {
+    let flags = unsafe { (&raw const (*raw).flags.f).read_volatile() };
+    if flags & (1 << bindings::pageflags_PG_head) == 0 {
         // SAFETY: By the function's requirements. Bit 0 of the first word after the flags marks a
         // tail page, whatever else the word is used for, and does not change while the page is
         // pinned. (On older kernels, a tail page of hugetlb may have `PG_head` set, and so does not
@@ -283,7 +283,14 @@ unsafe fn folio_and_flags<'a>(page: NonNull<bindings::page>) -> (Folio<'a>, Foli
         };
         if word & 1 == 0 {
             // INVARIANT: The page is a folio of its own, which stays pinned.
-            return (Folio(page.cast(), PhantomData), flags);
+            let folio = Folio(page.cast(), PhantomData);
+            return (
+                folio,
+                FolioFlags {
+                    flags,
+                    large: false,
+                },
+            );
         }
     }
     // SAFETY: By the function's requirements.
@@ -291,7 +298,8 @@ unsafe fn folio_and_flags<'a>(page: NonNull<bindings::page>) -> (Folio<'a>, Foli
     // SAFETY: Every page is in a folio, so the pointer is not null. INVARIANT: The folio stays
     // pinned.
     let folio = Folio(unsafe { NonNull::new_unchecked(folio) }, PhantomData);
-    (folio, folio.flags())
+    let flags = folio.flags();
+    (folio, FolioFlags { flags, large: true })
 }
 
 /// A folio that stays pinned for `'a`.
@@ -309,12 +317,10 @@ impl Folio<'_> {
     }
 
     /// Its flags.
-    fn flags(self) -> FolioFlags {
+    fn flags(self) -> usize {
         // SAFETY: A valid folio, by the type invariant; the flags are at the same offset in its
         // first page. Flags may change meanwhile, so the read is volatile.
-        FolioFlags(unsafe {
-            (&raw const (*self.0.as_ptr().cast::<bindings::page>()).flags.f).read_volatile()
-        })
+        unsafe { (&raw const (*self.0.as_ptr().cast::<bindings::page>()).flags.f).read_volatile() }
     }
 
     /// Its number of pages, a power of two.
@@ -397,16 +403,21 @@ impl<'f> FileMapping<'f> {
     }
 }
 
-/// The flags of a folio at the time when they were read. While the folio is pinned, `PG_head` does
-/// not change, and `PG_swapbacked` changes only for anonymous memory (`MADV_FREE`).
+/// The flags of a folio at the time when they were read. While the folio is pinned,
+/// `PG_swapbacked` changes only for anonymous memory (`MADV_FREE`).
 #[derive(Clone, Copy)]
-pub(crate) struct FolioFlags(usize);
+pub(crate) struct FolioFlags {
+    flags: usize,
+    /// Whether the folio has more than one page, which does not change. Not read from `flags`: the
+    /// compiler does not see there that it is decided already.
+    large: bool,
+}
 
 impl FolioFlags {
     /// Whether the folio has more than one page: `folio_test_large()`.
     #[inline]
     pub(crate) fn is_large(self) -> bool {
-        self.0 & (1 << bindings::pageflags_PG_head) != 0
+        self.large
     }
 
     /// Whether swap backs the folio: `folio_test_swapbacked()`. It backs shmem, also after
@@ -414,7 +425,7 @@ impl FolioFlags {
     /// `MAP_DROPPABLE`).
     #[inline]
     pub(crate) fn is_swapbacked(self) -> bool {
-        self.0 & (1 << bindings::pageflags_PG_swapbacked) != 0
+        self.flags & (1 << bindings::pageflags_PG_swapbacked) != 0
     }
 }
 
