@@ -3,16 +3,19 @@
 //! Answering calls: what is not for udmabuf is the kernel's, a request for a buffer is answered as udmabuf would.
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{bail, Context};
 use nix::errno::Errno;
+use nix::sys::stat::fstat;
+use nix::sys::sysinfo::sysinfo;
+use pinbuf::Device;
 use pinbuf_udmabuf::call::{as_udmabuf, each_part, flags_of, Call as DriversCall, TRIES};
 use pinbuf_udmabuf::plan::Plan;
 use pinbuf_udmabuf::request::{self, MAX_ITEMS};
@@ -37,7 +40,7 @@ const LONG: u32 = 10_000;
 /// Answers the calls of a tree of processes.
 pub struct Answers {
     /// pinbuf's device, open.
-    device: File,
+    device: Device,
     /// Its number, which is nobody else's while it is open.
     number: u64,
     /// Nothing that we make is charged, so it is not made for processes without that privilege.
@@ -54,7 +57,7 @@ struct Gone;
 
 impl Answers {
     /// Answers calls with this device.
-    pub fn new(device: pinbuf::Device, log: Log) -> anyhow::Result<Self> {
+    pub fn new(device: Device, log: Log) -> anyhow::Result<Self> {
         // What is read of processes by their numbers would be of other ones.
         let ours = std::fs::read_link("/proc/self").context("/proc/self")?;
         if ours != Path::new(&std::process::id().to_string()) {
@@ -63,8 +66,7 @@ impl Answers {
             );
         }
         let unlimited = Credentials::of("self")?.locks_memory;
-        let device = File::from(OwnedFd::from(device));
-        let number = device.metadata()?.rdev();
+        let number = fstat(&device)?.st_rdev;
         Ok(Self {
             device,
             number,
@@ -158,7 +160,7 @@ impl Answers {
             .read(mode != libc::O_WRONLY)
             .write(mode != libc::O_RDONLY)
             .custom_flags(flags & (libc::O_PATH | libc::O_NONBLOCK) | libc::O_NOCTTY)
-            .open(pinbuf::Device::PATH);
+            .open(Device::PATH);
         Ok(match opened {
             Ok(file) => (
                 Answer::Descriptor {
@@ -339,6 +341,14 @@ impl Answers {
         Ok((words, long))
     }
 
+    /// The size that no buffer of ours can exceed.
+    fn most(&self) -> u64 {
+        let ours = self.device.query().map_or(u64::MAX, |limits| {
+            limits.memlock.unwrap_or(u64::MAX).max(limits.allowance)
+        });
+        sysinfo().map_or(ours, |machine| machine.ram_total().min(ours))
+    }
+
     /// Asks the driver, with mappings of our own, once the program has what it waits for.
     fn make(
         &self,
@@ -350,7 +360,15 @@ impl Answers {
     ) -> sys::Result<i32> {
         // Our copy is not the program's.
         let flags = flags | pinbuf_uapi::CREATE_CLOEXEC;
-        let device = self.device.as_raw_fd();
+        let device = self.device.as_fd().as_raw_fd();
+        // What the driver will refuse is not waited for: that would give memory to all pages of the program's that have
+        // none.
+        if plan.pieces().len() > pinbuf_uapi::MAX_RANGES as usize {
+            return Err(sys::Errno(libc::EINVAL));
+        }
+        if plan.bytes > self.most() {
+            return Err(sys::Errno(libc::ENOMEM));
+        }
         let mut drivers = DriversCall::new();
         let mut result = Err(sys::Errno(libc::EFAULT));
         // Whether a page may be missing because it comes later is asked once one is.
