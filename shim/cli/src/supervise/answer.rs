@@ -275,15 +275,15 @@ impl Answers {
         argument: u64,
         report: &mut Report,
     ) -> nix::Result<(OwnedFd, bool)> {
-        let (words, _long) = self.copy(target, number, argument)?;
+        let (bytes, _long) = self.copy(target, number, argument)?;
         let mut plan = Plan::new();
-        let from = words.as_ptr() as usize;
+        let from = bytes.as_ptr() as usize;
         let flags = match number {
             request::CREATE => request::read_single(plan.items(), from),
             _ => request::read_list(plan.items(), from),
         }
         .map_err(errno)?;
-        drop(words);
+        drop(bytes);
         // From here on the files are ours, whatever other threads put at the numbers. A number without a file stays
         // one, so that the checks find it in their turn.
         let mut files: HashMap<u32, Option<OwnedFd>> = HashMap::new();
@@ -296,6 +296,7 @@ impl Answers {
                         Err(Errno::EBADF) => None,
                         Err(_) => return Err(Errno::ENOMEM),
                     };
+                    files.try_reserve(1).map_err(|_| Errno::ENOMEM)?;
                     files.entry(item.memfd).or_insert(file)
                 }
             };
@@ -316,7 +317,7 @@ impl Answers {
         target: &Target,
         number: u32,
         argument: u64,
-    ) -> nix::Result<(Vec<u64>, Option<MutexGuard<'_, ()>>)> {
+    ) -> nix::Result<(Vec<u8>, Option<MutexGuard<'_, ()>>)> {
         let head = if number == request::CREATE { 24 } else { 8 };
         let mut bytes = vec![0; head];
         target.read(argument, &mut bytes)?;
@@ -330,15 +331,13 @@ impl Answers {
             if count > LONG {
                 long = Some(self.long.lock().unwrap_or_else(PoisonError::into_inner));
             }
-            bytes.resize(head + count as usize * size_of::<request::Item>(), 0);
+            let len = count as usize * size_of::<request::Item>();
+            // Without memory this process would end, and nobody would be served any more.
+            bytes.try_reserve_exact(len).map_err(|_| Errno::ENOMEM)?;
+            bytes.resize(head + len, 0);
             target.read(argument.wrapping_add(head as u64), &mut bytes[head..])?;
         }
-        // Words, so that they are aligned as the structs are.
-        let words = bytes
-            .chunks_exact(8)
-            .map(|word| u64::from_ne_bytes(word.try_into().unwrap_or_default()))
-            .collect();
-        Ok((words, long))
+        Ok((bytes, long))
     }
 
     /// The size that no buffer of ours can exceed.

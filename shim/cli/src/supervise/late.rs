@@ -187,6 +187,7 @@ fn missing(
                 // One address of a huge page is enough.
                 let offset = piece.offset + (at - address);
                 if offset % block == 0 || at == address {
+                    late.try_reserve(1).map_err(|_| Errno::ENOMEM)?;
                     late.push(at);
                 }
             }
