@@ -114,7 +114,7 @@ impl Answers {
         opening: Opening,
     ) -> Result<(Answer, Option<Report>), Gone> {
         const KERNELS: (Answer, Option<Report>) = (Answer::TheKernels, None);
-        let [first, second, third, ..] = call.data.args;
+        let [first, second, third, fourth, ..] = call.data.args;
         let path = match opening {
             Opening::Open | Opening::Creat => first,
             Opening::Openat | Opening::Openat2 => second,
@@ -131,12 +131,17 @@ impl Answers {
             Opening::Creat => libc::O_WRONLY as u64,
             Opening::Openat => third,
             Opening::Openat2 => {
-                // `struct open_how` begins with the flags.
-                let mut word = [0; 8];
-                match target.read(third, &mut word) {
-                    Ok(()) => u64::from_ne_bytes(word),
-                    Err(_) => return Ok(KERNELS),
+                // `struct open_how`: flags, mode, and the ways in which a path may be resolved. Whether this one may be is
+                // the kernel's to say, and what else is wrong with the struct.
+                let mut how = [0; 24];
+                let read = target.read(third, &mut how);
+                let (flags, rest) = how.split_at(8);
+                let flags = u64::from_ne_bytes(flags.try_into().unwrap_or_default());
+                let plain = flags <= u64::from(u32::MAX) && rest == [0; 16];
+                if read.is_err() || fourth < how.len() as u64 || !plain {
+                    return Ok(KERNELS);
                 }
+                flags
             }
         };
         if !listener.is_waiting(call) {
