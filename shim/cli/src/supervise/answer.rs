@@ -381,7 +381,7 @@ impl Answers {
             if !listener.is_waiting(call) {
                 return Err(sys::Errno(libc::EINTR));
             }
-            let mapped = late::mappings(target, plan);
+            let mapped = late::mappings(target, plan).map_err(|error| sys::Errno(error as i32))?;
             let registered = late::registered_mappings(target, plan);
             let may_come = || !registered.is_empty() || late::may_come_later(target, &mapped);
             let wait = |spans| late::wait(target, plan, spans, || listener.is_waiting(call));

@@ -36,14 +36,14 @@ const PRESENT: u64 = 1 << 63;
 const MARKED: u64 = 1 << 62;
 
 /// Where the program has the files of a request mapped, shared and writable.
-pub fn mappings(target: &Target, plan: &Plan) -> Spans {
+///
+/// An error if that cannot be known: a page that is late in a mapping which is not known would be filled with zeroes.
+pub fn mappings(target: &Target, plan: &Plan) -> nix::Result<Spans> {
     let mut spans = Spans::new();
-    if let Ok(maps) = target.proc("maps") {
-        let of_call = |id| plan.files.iter().any(|file| file.id == id);
-        // All of them: a page that is late in one that is not known would be filled with zeroes.
-        procmap::ask(maps.as_raw_fd(), usize::MAX, of_call, &mut spans);
-    }
-    spans
+    let maps = target.proc("maps").map_err(errno)?;
+    let of_call = |id| plan.files.iter().any(|file| file.id == id);
+    procmap::ask(maps.as_raw_fd(), usize::MAX, of_call, &mut spans);
+    Ok(spans)
 }
 
 /// The mappings of a request's files that are registered with userfaultfd, if these are not the only ones of a file that
