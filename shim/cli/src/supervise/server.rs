@@ -7,6 +7,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -46,18 +47,26 @@ pub fn serve(
     let parent = getppid();
     adopt_orphans()?;
     let quiet = !matches!(log, Log::Stderr);
-    // A program that was started cannot be taken back.
     let answers = Answers::new(device, log)?;
+    // Opened now: a program that was started cannot be taken back, and uses up descriptors.
+    let nothing = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
+    let nothing = nothing.context("/dev/null")?;
+    let ended = SigSet::from(Signal::SIGCHLD);
+    let ended = SignalFd::with_flags(&ended, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let (program, listener) = match start(command, mask)? {
         Ok(started) => started,
         Err(message) => return Ok(message.send(to_front)?),
     };
-    Message::Started(program).send(to_front)?;
-    leave_the_surroundings()?;
-    let pool = Pool::start(listener, answers)?;
-
-    let ended = SigSet::from(Signal::SIGCHLD);
-    let ended = SignalFd::with_flags(&ended, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let begin = || -> Result<Arc<Pool>> {
+        leave_the_surroundings(&nothing)?;
+        let pool = Pool::start(listener, answers).context("starting a thread")?;
+        Message::Started(program).send(to_front)?;
+        Ok(pool)
+    };
+    // Without anybody who answers its calls, the program could open no file.
+    let pool = begin().inspect_err(|_| {
+        let _ = kill(program, Signal::SIGKILL);
+    })?;
     let mut front = Some(to_front);
     loop {
         let mut fds = [
@@ -85,7 +94,6 @@ pub fn serve(
             if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
                 front = None;
                 if quiet {
-                    let nothing = open("/dev/null", OFlag::O_RDWR, Mode::empty())?;
                     dup2_stderr(&nothing)?;
                 }
             }
@@ -189,11 +197,10 @@ fn receive(from: &OwnedFd) -> Option<OwnedFd> {
 
 /// The supervisor may outlive the program, so it keeps neither its directory nor its input and output; and it takes as
 /// many descriptors as it may have, since it takes the program's.
-fn leave_the_surroundings() -> Result<()> {
+fn leave_the_surroundings(nothing: &OwnedFd) -> Result<()> {
     prctl::set_name(NAME)?;
-    let nothing = open("/dev/null", OFlag::O_RDWR, Mode::empty()).context("/dev/null")?;
-    dup2_stdin(&nothing)?;
-    dup2_stdout(&nothing)?;
+    dup2_stdin(nothing)?;
+    dup2_stdout(nothing)?;
     chdir("/")?;
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
