@@ -26,7 +26,7 @@ use pinbuf_udmabuf::window::Window;
 use super::filter::{self, Opening};
 use super::late::{self, Guard};
 use super::listener::{Answer, Call, Listener};
-use super::log::Log;
+use super::log::{Lines, Log};
 use super::target::Target;
 use crate::access::{number_of, Credentials};
 use crate::process::character_device;
@@ -45,7 +45,7 @@ pub struct Answers {
     number: u64,
     /// Nothing that we make is charged, so it is not made for processes without that privilege.
     unlimited: bool,
-    log: Log,
+    log: Lines,
     /// It was reported that a process cannot be served.
     complained: AtomicBool,
     /// The right to answer a request with a list of more than [`LONG`] items.
@@ -57,7 +57,7 @@ struct Gone;
 
 impl Answers {
     /// Answers calls with this device.
-    pub fn new(device: Device, log: Log) -> anyhow::Result<Self> {
+    pub fn new(device: Device, log: &Log) -> anyhow::Result<Self> {
         // What is read of processes by their numbers would be of other ones.
         let ours = std::fs::read_link("/proc/self").context("/proc/self")?;
         if ours != Path::new(&std::process::id().to_string()) {
@@ -71,7 +71,7 @@ impl Answers {
             device,
             number,
             unlimited,
-            log,
+            log: log.open().context("the log")?,
             complained: AtomicBool::new(false),
             long: Mutex::new(()),
         })

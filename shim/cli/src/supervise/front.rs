@@ -16,7 +16,7 @@ use nix::sys::signal::{raise, signal, SigHandler, SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
-use super::{adopt_orphans, Outcome};
+use super::{adopt_orphans, close_inherited, Outcome};
 use crate::text::complain;
 
 /// What the supervisor tells.
@@ -103,6 +103,8 @@ impl Program {
 pub fn wait(messages: File, supervisor: Pid) -> Result<Outcome> {
     // Should the supervisor be killed, its children become ours.
     adopt_orphans()?;
+    // Without /proc the supervisor says so.
+    let _ = close_inherited();
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
     let signals = SignalFd::with_flags(&SigSet::all(), flags)?;
     let mut messages = Some(messages);

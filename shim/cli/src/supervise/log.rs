@@ -2,8 +2,9 @@
 
 //! `--log`, for what the supervisor does: lines as those of the shim.
 
-use std::fs::OpenOptions;
-use std::io::Write;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 /// Where lines go.
@@ -15,18 +16,25 @@ pub enum Log {
 }
 
 impl Log {
+    /// Opens it while the descriptors are there that the program inherits: it may be one of them (`/dev/fd/3`).
+    pub fn open(&self) -> io::Result<Lines> {
+        Ok(Lines(match self {
+            Self::Off => None,
+            Self::Stderr => Some(io::stderr().as_fd().try_clone_to_owned()?.into()),
+            Self::File(path) => Some(OpenOptions::new().append(true).create(true).open(path)?),
+        }))
+    }
+}
+
+/// A log that is open.
+pub struct Lines(Option<File>);
+
+impl Lines {
     /// Writes a line, in one call, so that lines of several processes do not mix.
     pub fn line(&self, text: &str) {
-        let line = format!("pinbuf: {text}\n");
-        // A line that cannot be written is not worth an error to the program.
-        let _ = match self {
-            Self::Off => Ok(()),
-            Self::Stderr => std::io::stderr().write_all(line.as_bytes()),
-            Self::File(path) => OpenOptions::new()
-                .append(true)
-                .create(true)
-                .open(path)
-                .and_then(|mut file| file.write_all(line.as_bytes())),
-        };
+        if let Some(mut file) = self.0.as_ref() {
+            // A line that cannot be written is not worth an error to the program.
+            let _ = file.write_all(format!("pinbuf: {text}\n").as_bytes());
+        }
     }
 }

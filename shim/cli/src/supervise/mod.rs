@@ -36,7 +36,8 @@ mod server;
 mod target;
 
 use std::ffi::CStr;
-use std::fs::File;
+use std::fs::{self, File};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
@@ -48,7 +49,7 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::{signal, SigHandler, SigSet, Signal};
 use nix::unistd::{fork, pipe2, ForkResult};
 use pinbuf::Device;
-use pinbuf_udmabuf::request;
+use pinbuf_udmabuf::{request, sys};
 
 use crate::access::number_of;
 use crate::text::complain;
@@ -119,6 +120,21 @@ pub fn run(mut command: Command, device: Device, log: Log) -> Result<Outcome> {
             unsafe { libc::_exit(0) }
         }
     }
+}
+
+/// Closes what the program inherits, besides the three standard descriptors: whoever has the other end of a pipe would wait
+/// for this process.
+fn close_inherited() -> io::Result<()> {
+    let open: Vec<i32> = fs::read_dir("/proc/self/fd")?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect();
+    for fd in open {
+        // Our own ones are closed on exec.
+        if fd > libc::STDERR_FILENO && sys::fcntl(fd, libc::F_GETFD, 0) == Ok(0) {
+            sys::close(fd);
+        }
+    }
+    Ok(())
 }
 
 /// Makes this process the parent of all that it has started, directly or not, and whose own parent has ended.

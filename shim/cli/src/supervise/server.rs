@@ -33,7 +33,7 @@ use super::front::{self, Message};
 use super::listener::Listener;
 use super::log::Log;
 use super::pool::Pool;
-use super::{adopt_orphans, can_open_udmabuf, NAME};
+use super::{adopt_orphans, can_open_udmabuf, close_inherited, NAME};
 
 /// Starts the program, and answers its calls until no process is under the filter any more. What `pinbuf run` has to
 /// know is written to `to_front`.
@@ -47,7 +47,7 @@ pub fn serve(
     let parent = getppid();
     adopt_orphans()?;
     let quiet = !matches!(log, Log::Stderr);
-    let answers = Answers::new(device, log)?;
+    let answers = Answers::new(device, &log)?;
     // Opened now: a program that was started cannot be taken back, and uses up descriptors.
     let nothing = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
     let nothing = nothing.context("/dev/null")?;
@@ -195,12 +195,13 @@ fn receive(from: &OwnedFd) -> Option<OwnedFd> {
     Some(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// The supervisor may outlive the program, so it keeps neither its directory nor its input and output; and it takes as
-/// many descriptors as it may have, since it takes the program's.
+/// The supervisor may outlive the program, so it keeps neither its directory nor its input and output, nor what else the
+/// program has inherited; and it takes as many descriptors as it may have, since it takes the program's.
 fn leave_the_surroundings(nothing: &OwnedFd) -> Result<()> {
     prctl::set_name(NAME)?;
     dup2_stdin(nothing)?;
     dup2_stdout(nothing)?;
+    close_inherited()?;
     chdir("/")?;
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
