@@ -17,7 +17,8 @@
 //! The supervisor is an ancestor of everything that it serves, since Yama (`ptrace_scope` 1) lets only ancestors look
 //! into a process; processes whose parent has ended become its children (`PR_SET_CHILD_SUBREAPER`). It is a process of
 //! its own because what the program leaves running is served further, when `pinbuf run` has ended with the program's
-//! status. If the supervisor is killed, the program goes on, and its requests fail with `ENOSYS`.
+//! status. If the supervisor is killed, the program goes on, and its requests fail with `ENOSYS`. If `pinbuf run` is
+//! killed, the supervisor kills the program, as if that had been executed in its place.
 //!
 //! # Calls
 //!

@@ -69,16 +69,20 @@ pub fn serve(
     })?;
     let mut front = Some(to_front);
     loop {
-        let mut fds = [
+        let mut fds = vec![
             PollFd::new(ended.as_fd(), PollFlags::POLLIN),
             // Asked for nothing, it says when nobody is under the filter any more.
             PollFd::new(pool.listener().as_fd(), PollFlags::empty()),
         ];
+        // And this one, when nobody reads it any more.
+        fds.extend(front.map(|to| PollFd::new(to.as_fd(), PollFlags::empty())));
         match poll(&mut fds, PollTimeout::NONE) {
             Err(Errno::EINTR) => continue,
             result => result?,
         };
-        let deserted = fds[1].revents().is_some_and(|events| !events.is_empty());
+        let spoken = |fd: &PollFd| fd.revents().is_some_and(|events| !events.is_empty());
+        let deserted = spoken(&fds[1]);
+        let alone = fds.get(2).is_some_and(spoken);
         while ended.read_signal()?.is_some() {}
         for (child, status) in changes() {
             if child != program {
@@ -97,6 +101,10 @@ pub fn serve(
                     dup2_stderr(&nothing)?;
                 }
             }
+        }
+        if alone && front.take().is_some() {
+            // Before the program's end, nothing ends the parent but SIGKILL.
+            let _ = kill(program, Signal::SIGKILL);
         }
         if front.is_none() && deserted {
             return Ok(());
