@@ -12,9 +12,9 @@ use anyhow::Result;
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::resource::{setrlimit, Resource};
-use nix::sys::signal::{raise, signal, SigHandler, SigSet, Signal};
+use nix::sys::signal::{kill, raise, signal, SigHandler, SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::unistd::Pid;
+use nix::unistd::{getpid, getsid, Pid};
 
 use super::{adopt_orphans, close_inherited, Outcome};
 use crate::text::complain;
@@ -146,6 +146,8 @@ pub fn wait(messages: File, supervisor: Pid) -> Result<Outcome> {
         }
         // Until there is a program, signals for it are kept.
         if let Some(program) = &program {
+            // Until it has ended, nobody else has its number.
+            let supervisor = messages.as_ref().map(|_| supervisor);
             while let Some(signal) = signals.read_signal()? {
                 pass_on(&signal, program, supervisor);
             }
@@ -155,13 +157,8 @@ pub fn wait(messages: File, supervisor: Pid) -> Result<Outcome> {
         }
         for status in statuses {
             if libc::WIFSTOPPED(status) {
+                // SIGCONT, by which somebody continues us, is passed on. (Process 1 of a namespace does not stop.)
                 raise(Signal::SIGSTOP)?;
-                // We were continued, and perhaps nobody else. If there is a message, the program went on before; it may
-                // have been stopped again since.
-                let went_on = messages.as_ref().is_some_and(is_unread);
-                if let Some(program) = program.as_ref().filter(|_| !went_on) {
-                    program.send(libc::SIGCONT);
-                }
             } else if libc::WIFEXITED(status) {
                 let code = libc::WEXITSTATUS(status);
                 return Ok(Outcome::Ended(ExitCode::from(code as u8)));
@@ -172,16 +169,27 @@ pub fn wait(messages: File, supervisor: Pid) -> Result<Outcome> {
     }
 }
 
-/// Passes a signal on that somebody has sent to us. The kernel's own, such as those of a terminal, go to the whole
+/// Passes a signal on that somebody has sent to us. Most of the kernel's own, such as those of a terminal, go to the whole
 /// group of processes, to which the program belongs as well. The supervisor continues us after the program went on:
 /// passed on, that would undo a stop that came since.
-fn pass_on(signal: &libc::signalfd_siginfo, program: &Program, supervisor: Pid) {
+fn pass_on(signal: &libc::signalfd_siginfo, program: &Program, supervisor: Option<Pid>) {
     let number = signal.ssi_signo as i32;
-    let sent = signal.ssi_code <= 0;
+    // An alarm outlives `exec`, and the end of a terminal is reported to the leader of its session.
+    let ours_alone = match number {
+        libc::SIGALRM => true,
+        libc::SIGHUP | libc::SIGCONT => getsid(None) == Ok(getpid()),
+        _ => false,
+    };
+    let sent = signal.ssi_code <= 0 || ours_alone;
     let by = |process: Pid| signal.ssi_pid == process.as_raw() as u32;
-    let of_our_own = number == libc::SIGCONT && by(supervisor);
-    if sent && !by(program.number) && !of_our_own && number != libc::SIGCHLD {
-        program.send(number);
+    let of_our_own = number == libc::SIGCONT && supervisor.is_some_and(by);
+    if !sent || by(program.number) || of_our_own || number == libc::SIGCHLD {
+        return;
+    }
+    program.send(number);
+    if let Some(supervisor) = supervisor.filter(|_| number == libc::SIGCONT) {
+        // A SIGSTOP to the whole group has stopped it as well.
+        let _ = kill(supervisor, Signal::SIGCONT);
     }
 }
 
