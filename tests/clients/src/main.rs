@@ -55,6 +55,7 @@ fn tests() -> impl Iterator<Item = &'static Test> + Clone {
         user::TESTS,
         run::TESTS,
         supervised::TESTS,
+        supervised::surroundings::TESTS,
         doctor::TESTS,
         info::TESTS,
         watch::TESTS,

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
@@ -18,6 +18,8 @@ use pinbuf_test_harness::tests;
 
 use crate::process::{no_udmabuf, End, Start};
 use crate::udev;
+
+pub mod surroundings;
 
 tests!("supervised":
     client_on_rustix_is_served,
@@ -204,7 +206,10 @@ struct Running {
 
 impl Running {
     fn start(start: &Start) -> Result<Self> {
-        let mut command = start.command();
+        Self::of(&mut start.command())
+    }
+
+    fn of(command: &mut Command) -> Result<Self> {
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
