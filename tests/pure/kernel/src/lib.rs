@@ -2,9 +2,9 @@
 
 //! As much of the `kernel` crate as the driver's pure parts use, for tests on the host.
 //!
-//! The names and behaviour are those of the files of the same names in `rust/kernel`, with two
-//! additions: [`alloc::fail_after`] makes an allocation fail, to see what the callers do then, and
-//! [`uaccess::User`] is the memory of a caller.
+//! The names and behaviour are those of the files of the same names in `rust/kernel`, with some
+//! additions: [`alloc::fail_after`] makes an allocation fail, to see what the callers do then,
+//! [`uaccess::User`] is the memory of a caller, and [`bindings::set_time`] sets the clock.
 
 /// Allocation.
 pub mod alloc {
@@ -57,6 +57,9 @@ pub mod alloc {
         pub const __GFP_NOWARN: super::Flags = super::Flags;
     }
 
+    /// Vectors do not differ here by where their memory comes from.
+    pub type KVec<T> = KVVec<T>;
+
     /// A vector that reports when there is no memory.
     #[derive(Debug)]
     pub struct KVVec<T> {
@@ -106,6 +109,11 @@ pub mod alloc {
             assert!(len <= self.capacity);
             // SAFETY: By the function's requirements.
             unsafe { self.inner.set_len(len) };
+        }
+
+        /// Drops all values, and keeps the room.
+        pub fn clear(&mut self) {
+            self.inner.clear();
         }
 
         /// Appends a value, if there is room for it.
@@ -158,7 +166,32 @@ pub mod alloc {
     }
 }
 
+/// Functions of the kernel.
+pub mod bindings {
+    use std::cell::Cell;
+
+    thread_local! {
+        static TIME: Cell<i64> = const { Cell::new(0) };
+    }
+
+    /// Sets what [`ktime_get`] returns in this thread.
+    pub fn set_time(nanoseconds: i64) {
+        TIME.set(nanoseconds);
+    }
+
+    /// The time since boot, in nanoseconds.
+    ///
+    /// # Safety
+    ///
+    /// Always allowed.
+    pub unsafe fn ktime_get() -> i64 {
+        TIME.get()
+    }
+}
+
+pub mod mm;
 pub mod rbtree;
+pub mod sync;
 pub mod uaccess;
 
 /// Error numbers.
@@ -182,12 +215,18 @@ pub mod error {
     pub mod code {
         use super::Error;
 
+        /// A fatal signal.
+        pub const EINTR: Error = Error(-4);
         /// Too long, or not known.
         pub const E2BIG: Error = Error(-7);
+        /// Try again.
+        pub const EAGAIN: Error = Error(-11);
         /// No memory, or the limit is reached.
         pub const ENOMEM: Error = Error(-12);
         /// A bad address.
         pub const EFAULT: Error = Error(-14);
+        /// In use.
+        pub const EBUSY: Error = Error(-16);
         /// A bad argument.
         pub const EINVAL: Error = Error(-22);
         /// A number that does not fit.
@@ -243,5 +282,6 @@ pub mod transmute {
 /// What every driver file imports.
 pub mod prelude {
     pub use crate::alloc::flags::{GFP_KERNEL, GFP_KERNEL_ACCOUNT};
+    pub use crate::alloc::KVec;
     pub use crate::error::{code::*, Error, Result};
 }

@@ -50,6 +50,20 @@ impl<K: Ord, V> RBTree<K, V> {
         Some(RBTreeNode(key, old))
     }
 
+    /// Allocates a node, and puts it in.
+    pub fn try_create_and_insert(
+        &mut self,
+        key: K,
+        value: V,
+        flags: Flags,
+    ) -> Result<Option<RBTreeNode<K, V>>, AllocError>
+    where
+        K: Clone,
+    {
+        let node = RBTreeNodeReservation::new(flags)?.into_node(key, value);
+        Ok(self.insert(node))
+    }
+
     /// A value.
     pub fn get(&self, key: &K) -> Option<&V> {
         self.0.get(key)
