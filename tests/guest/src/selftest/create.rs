@@ -10,9 +10,10 @@ use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, FdFlag, OFlag};
 use nix::sys::stat::fstat;
 use pinbuf_test_importer::{pin_cost, Direction, Importer, Limits};
-use pinbuf_uapi::{Create, Range};
+use pinbuf_uapi::{Create, Discard, Range, STATE_DISCARDED};
 
 use pinbuf_test_harness::support::device::{create, ioctl};
+use pinbuf_test_harness::support::kernel::HugePool;
 use pinbuf_test_harness::support::memory::{
     self, file_in, huge_memfd, memfd, pattern, stamp, HUGE, PAGE,
 };
@@ -41,6 +42,7 @@ tests! { "create":
     a_page_a_million_times within 300,
     ranges_65536 within 400,
     one_gib within 300,
+    more_than_4_gib,
     descriptor,
     opened_read_only,
     longer_struct,
@@ -461,6 +463,51 @@ fn one_gib() -> Result<()> {
     let cpu = Mapped::of(&buffer, &mapped);
     let sg = DeviceView::of(&importer, mapping);
     agree_sampled(&[&source, &cpu, &sg, &KernelView(&importer)], len, 203)
+}
+
+/// Sizes and offsets do not fit into 32 bits. A huge page, named again and again, makes up the buffer.
+fn more_than_4_gib() -> Result<()> {
+    const LEN: usize = (4 << 30) + HUGE;
+    let total = kernel::field("/proc/meminfo", "MemTotal")? << 10;
+    if usize::try_from(total)? < LEN {
+        // A buffer is no larger than memory.
+        return Ok(());
+    }
+    let device = Device::open()?;
+    let pool = HugePool::with_free(1)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
+    let memory = Memory::map(HUGE, memory::RW, flags, None, 0).context("mapping a huge page")?;
+    memory.set(5 * PAGE, 7);
+    let buffer = device.create(&vec![memory.range(); LEN / HUGE])?;
+    check_eq!(buffer.len()?, LEN, "the buffer's size");
+    let info = device.describe(&buffer)?;
+    let bytes = [info.bytes, info.held_bytes, PAGE as u64 * info.pages];
+    check_eq!(
+        bytes,
+        [LEN as u64; 3],
+        "bytes, bytes held, and bytes of all pages"
+    );
+    check_eq!(info.charged_pages, (LEN / PAGE) as u64, "pages charged");
+    let mapped = buffer.map_part(4 << 30, HUGE)?;
+    check_eq!(mapped.get(5 * PAGE), 7, "what is there behind 4 GiB");
+    if !kernel::bounces_always()? {
+        let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+        let mapping = importer.map(Direction::Bidirectional)?.0;
+        let report = importer.report(mapping)?;
+        check_eq!(report.total, LEN as u64, "the device's bytes");
+    }
+    drop(memory);
+    let all = Discard {
+        offset: 0,
+        len: LEN as u64,
+        state: STATE_DISCARDED,
+        reserved: 0,
+    };
+    check_eq!(device.discards(&buffer, 1)?, [all], "what is discarded");
+    let discarded = device.describe(&buffer)?.discarded_bytes;
+    check_eq!(discarded, LEN as u64, "bytes discarded");
+    drop(pool);
+    Ok(())
 }
 
 /// The properties of the descriptor.

@@ -27,6 +27,7 @@ use crate::importer::memory_to_bounce;
 
 tests! { "fences":
     an_access_waits_for_a_device,
+    a_read_does_not_wait_for_a_device_that_reads,
     an_access_that_waits_can_be_interrupted,
     an_access_that_waits_can_be_killed,
 }
@@ -74,12 +75,18 @@ nix::ioctl_write_ptr!(
     import_sync_file, b'b', 3, SyncFile
 );
 
-/// DMA_BUF_SYNC_WRITE, and VGEM_FENCE_WRITE.
+/// DMA_BUF_SYNC_READ, DMA_BUF_SYNC_WRITE, and VGEM_FENCE_WRITE.
+const SYNC_READ: u32 = 1;
 const SYNC_WRITE: u32 = 2;
 const FENCE_WRITE: u32 = 1;
 
 /// A fence in a buffer, as of a device that writes to it.
 fn writes_to<'a>(vgem: &'a Vgem, buffer: BorrowedFd<'_>) -> Result<Fence<'a>> {
+    uses(vgem, buffer, SYNC_WRITE)
+}
+
+/// A fence in a buffer, as of a device that reads it or writes to it.
+fn uses<'a>(vgem: &'a Vgem, buffer: BorrowedFd<'_>, how: u32) -> Result<Fence<'a>> {
     let mut attach = FenceAttach {
         handle: vgem.handle,
         flags: FENCE_WRITE,
@@ -97,6 +104,7 @@ fn writes_to<'a>(vgem: &'a Vgem, buffer: BorrowedFd<'_>) -> Result<Fence<'a>> {
     unsafe { export_sync_file(vgem.buffer.as_raw_fd(), &mut file) }.context("exporting")?;
     // SAFETY: the call has just returned it.
     let held = unsafe { OwnedFd::from_raw_fd(file.fd) };
+    file.flags = how;
     // SAFETY: the kernel reads the struct.
     unsafe { import_sync_file(buffer.as_raw_fd(), &file) }.context("importing")?;
     drop(held);
@@ -157,6 +165,33 @@ fn an_access_waits_for_a_device() -> Result<()> {
         }
     }
     drop(memory);
+    Ok(())
+}
+
+/// While a device reads, a read access begins at once, and a write access waits.
+fn a_read_does_not_wait_for_a_device_that_reads() -> Result<()> {
+    if !vgem::load()? {
+        bail!(Skip("this kernel has no vgem".to_owned()));
+    }
+    let vgem = Vgem::new()?;
+    let (_memory, buffer) = &page()?;
+    for access in [Sync::Read, Sync::Write, Sync::ReadWrite] {
+        let fence = uses(&vgem, buffer.as_fd(), SYNC_READ)?;
+        let (say, hear) = mpsc::channel();
+        std::thread::scope(|scope| -> Result<()> {
+            scope.spawn(move || say.send(sync_raw(buffer, access as u64)));
+            if access == Sync::Read {
+                // vgem gives a fence up after ten seconds.
+                hear.recv_timeout(Duration::from_secs(5))
+                    .context("a read access waits for a device that reads")??;
+                return fence.signal();
+            }
+            let early = hear.recv_timeout(Duration::from_millis(200));
+            check!(early.is_err(), "{access:?} did not wait");
+            fence.signal()?;
+            hear.recv().context("the thread")?.context("sync")
+        })?;
+    }
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use pinbuf_test_harness::support::kernel::{
 };
 use pinbuf_test_harness::support::memory::{huge_memfd, memfd, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::process::{become_user, in_child, set_memlock, PATIENCE, USER};
-use pinbuf_test_harness::support::{check, check_eq, Buffer, Device, Memory};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
 
 use pinbuf_test_harness::support::uffd::{Faults, Mode};
@@ -118,8 +118,15 @@ fn a_page_of_each_huge_page() -> Result<()> {
         }
         let error = device.create(&[page(4)]).err();
         check_eq!(error, Some(Errno::ENOMEM), "a page of a fifth huge page");
+        let vm_pin = kernel::vm_pin()? / PAGE as i64;
+        check_eq!(
+            vm_pin,
+            4,
+            "pages in VmPin, which counts those that were named"
+        );
         drop(buffers);
         check_eq!(used(&device)?, 0, "the allowance used by none");
+        check_eq!(kernel::vm_pin()?, 0, "VmPin at the end");
         // And all in one.
         let pages: Vec<Range> = (0..6).map(page).collect();
         let error = device.create(&pages[..5]).err();

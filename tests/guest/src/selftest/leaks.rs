@@ -12,19 +12,25 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
 use anyhow::{bail, Context, Result};
+use nix::errno::Errno;
 use nix::unistd::{setresuid, Uid};
 use pinbuf_test_importer::{Direction, Importer, Limits};
 use pinbuf_uapi::{Backing, CHARGE_USER};
 
+use pinbuf_test_harness::support::kernel::Setting;
 use pinbuf_test_harness::support::memory::{memfd, PAGE};
 use pinbuf_test_harness::support::process::{drop_ipc_lock, in_child, set_memlock};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
 use pinbuf_test_harness::tests;
 
+use crate::namespaces::{in_namespace, COUNT, LIMIT};
+
 tests! { "leaks":
     users within 120,
+    users_that_are_refused within 120,
     processes within 120,
     devices within 120,
+    devices_that_cannot_map within 120,
     kernel_mappings,
     files,
 }
@@ -85,6 +91,33 @@ fn users() -> Result<()> {
     })
 }
 
+/// A user that has room under its own limit, while the users of its namespace have no room together.
+fn users_that_are_refused() -> Result<()> {
+    let _setting = Setting::parameter("allowance_mb", 0)?;
+    let (child, link) = in_namespace(LIMIT, |device, link| {
+        let root = Uid::from_raw(0);
+        let memory = Memory::anonymous(LIMIT * PAGE)?;
+        let _all = device.create(&[memory.range()]).context("the limit")?;
+        loop {
+            match u32::try_from(link.hear()?)? {
+                0 => return Ok(()),
+                uid => setresuid(Uid::from_raw(uid), root, root).context("setresuid")?,
+            }
+            let error = device.create(&[memory.part(0, PAGE)]).err();
+            check_eq!(error, Some(Errno::ENOMEM), "a page too many");
+            link.signal()?;
+        }
+    })?;
+    let result = piles_nothing_up(COUNT as usize / (REPETITIONS + 1), |round| {
+        link.say(round as u64 + 1)?;
+        link.wait()
+    });
+    // If the child has failed, it says why.
+    let _ = link.say(0);
+    child.join()?;
+    result
+}
+
 /// A buffer of a process that ends.
 fn processes() -> Result<()> {
     let device = Device::open()?;
@@ -107,6 +140,33 @@ fn devices() -> Result<()> {
         let mapping = importer.map(Direction::Bidirectional)?.0;
         importer.unmap(mapping)?;
         importer.detach().context("detaching")
+    })
+}
+
+/// A device for which there are no bounce buffers left.
+fn devices_that_cannot_map() -> Result<()> {
+    if !kernel::bounces_always()? {
+        return Ok(());
+    }
+    /// Bounce buffers for more than there are, and the pages of a buffer.
+    const MOST: usize = 1 << 30;
+    const PAGES: usize = 64;
+    let memory = Memory::small_pages(PAGES * PAGE)?;
+    let ranges: Vec<_> = (0..PAGES)
+        .rev()
+        .map(|n| memory.part(n * PAGE, PAGE))
+        .collect();
+    let buffer = Device::open()?.create(&ranges)?;
+    let importers = (0..MOST / (PAGES * PAGE))
+        .map(|_| Importer::attach(buffer.as_fd(), Limits::NONE))
+        .map(|importer| importer.and_then(|it| it.map(Direction::ToDevice).map(|_| it)))
+        .map_while(std::io::Result::ok)
+        .collect::<Vec<_>>();
+    check!(importers.len() > 1, "{} mappings", importers.len());
+    let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    piles_nothing_up(300, |_| {
+        check!(importer.map(Direction::ToDevice).is_err(), "mapped");
+        Ok(())
     })
 }
 

@@ -4,6 +4,7 @@
 
 use std::io::{IoSlice, Write};
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -44,6 +45,7 @@ tests! { "mmap":
     huge_entries_not_beyond,
     no_huge_entries_if_unwanted,
     threads_fault_at_once,
+    two_faults_install_one_table within 120,
     many_mappings,
     faults_of_small_pages,
 }
@@ -815,6 +817,56 @@ fn threads_fault_at_once() -> Result<()> {
         });
         results.into_iter().collect::<Result<()>>()?;
     }
+    Ok(())
+}
+
+/// Two threads touch a block that has no page table, at the same moment. A table that replaced the other one would be
+/// lost: the process's tables would increase.
+fn two_faults_install_one_table() -> Result<()> {
+    const BLOCKS: usize = 64;
+    const ROUNDS: usize = 150;
+    const TIMES: usize = BLOCKS * ROUNDS;
+    let memory = Memory::small_pages(HUGE)?;
+    let ranges = [memory.range(); BLOCKS];
+    let buffer = Device::open()?.create(&ranges)?;
+    let tables = || kernel::field("/proc/self/status", "VmPTE");
+    let meet = |arrived: &AtomicUsize, number: usize| {
+        arrived.fetch_add(1, Ordering::AcqRel);
+        for turn in 1_u64.. {
+            if arrived.load(Ordering::Acquire) >= 2 * (number + 1) {
+                break;
+            }
+            if turn % 1000 == 0 {
+                std::thread::yield_now();
+            }
+            std::hint::spin_loop();
+        }
+    };
+    let mut before = 0;
+    for round in 0..=ROUNDS {
+        let mapped = buffer.map()?;
+        let arrived = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    for block in 0..BLOCKS {
+                        meet(&arrived, block);
+                        mapped.get(block * HUGE);
+                    }
+                });
+            }
+        });
+        drop(mapped);
+        if round == 0 {
+            // With the tables for the threads' own memory.
+            before = tables()?;
+        }
+    }
+    let lost = tables()? - before;
+    check!(
+        lost <= 32,
+        "{lost} KiB of page tables are left of {TIMES} faults"
+    );
     Ok(())
 }
 

@@ -33,10 +33,10 @@ tests! { "namespaces":
 
 /// The first subordinate user of a namespace's maker, and how many there are.
 const LENT: u32 = 100_000;
-const COUNT: u32 = 1000;
+pub(crate) const COUNT: u32 = 1000;
 
 /// Pages that are within everybody's limit.
-const LIMIT: usize = 16;
+pub(crate) const LIMIT: usize = 16;
 
 /// Lets another process continue once the users of its namespace are set.
 fn lend_users(child: &Child, link: &End, map: &str) -> Result<()> {
@@ -49,7 +49,7 @@ fn lend_users(child: &Child, link: &End, map: &str) -> Result<()> {
 
 /// A process of a user's, which has a limit and gets a namespace with more users. In it the closure
 /// runs, as the namespace's root, and can open the device no more.
-fn in_namespace(
+pub(crate) fn in_namespace(
     limit: usize,
     action: impl FnOnce(&Device, &End) -> Result<()>,
 ) -> Result<(Child, End)> {
