@@ -439,6 +439,8 @@ pub struct Mutants {
     excused: Vec<String>,
     /// Those that nothing noticed.
     pub missed: Vec<String>,
+    /// For each file, those that a test noticed, and all that compile.
+    files: BTreeMap<String, (usize, usize)>,
 }
 
 /// Lets `cargo mutants` change the driver's pure parts in each way that it knows, and runs their tests.
@@ -464,7 +466,7 @@ pub fn mutants() -> Result<Mutants> {
         command
             .current_dir(&place)
             .args(["mutants", "--package", "pinbuf-pure"])
-            .args(["--file", "**/driver/*.rs", "--colors", "never"])
+            .args(["--file", "**/driver/**/*.rs", "--colors", "never"])
             // The tests of one mutant run on several processors.
             .args(["--timeout", "120", "--jobs"])
             .arg((crate::jobs() / 2).max(1).to_string())
@@ -511,9 +513,17 @@ fn read_mutants(outcomes: &serde_json::Value, reasons: &str) -> Result<Mutants> 
         let file = file.rsplit("../").next().unwrap_or(file);
         let change = name.split_once(": ").map_or(name, |(_, change)| change);
         let name = format!("{file}: {change}");
+        if summary == "Unviable" {
+            mutants.unviable += 1;
+            continue;
+        }
+        let counts = mutants.files.entry(file.to_owned()).or_default();
+        counts.1 += 1;
         match summary {
-            "CaughtMutant" | "Timeout" => mutants.caught += 1,
-            "Unviable" => mutants.unviable += 1,
+            "CaughtMutant" | "Timeout" => {
+                mutants.caught += 1;
+                counts.0 += 1;
+            }
             _ if reasons.lines().any(|line| line == name) => mutants.excused.push(name),
             _ => mutants.missed.push(name),
         }
@@ -535,6 +545,10 @@ impl Mutants {
             self.caught,
             self.excused.len()
         );
+        text += "\n| file | mutants | caught |\n|---|---|---|\n";
+        for (file, (caught, all)) in &self.files {
+            text += &format!("| `{file}` | {all} | {caught} |\n");
+        }
         if !self.missed.is_empty() {
             text += "\nNot caught:\n\n";
             for name in &self.missed {
@@ -655,6 +669,7 @@ mod tests {
         assert_eq!((mutants.caught, mutants.unviable), (2, 1));
         assert_eq!(mutants.excused, ["driver/a.rs: replace d"]);
         assert_eq!(mutants.missed, ["driver/a.rs: replace e"]);
+        assert!(mutants.text().contains("| `driver/a.rs` | 4 | 2 |"));
         let failing = [baseline("Failure"), mutant("replace a", "CaughtMutant")];
         let outcomes = serde_json::json!({ "outcomes": failing });
         assert!(read_mutants(&outcomes, "").is_err());

@@ -93,3 +93,18 @@ fn errors_are_returned() {
     fail_after(None);
     assert_eq!(result, Err(ENOMEM));
 }
+
+/// A folio that is in the buffer as a whole needs no room beyond its pages, not even for a moment.
+#[test]
+fn whole_folios_need_no_more_room() {
+    let _alone = alone();
+    let mm = Mm::default();
+    set_allowances(512, 512);
+    let mut charge = charge(&mm, 512);
+    let mut rest = Rest::new();
+    for _ in 0..512 {
+        rest.count(Folio(1, &512), &mut charge).unwrap();
+    }
+    assert_eq!(rest.finish(&mut charge), Ok(0));
+    assert_eq!(charge.pages(), 512);
+}
