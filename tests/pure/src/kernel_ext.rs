@@ -50,6 +50,17 @@ pub(crate) mod pages {
         Ok(())
     }
 
+    thread_local! {
+        /// The numbers of pages that were faulted in without being pinned.
+        pub(crate) static FAULTS: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
+    }
+
+    pub(crate) fn fault_in(_: &CurrentMm<'_>, _addr: usize, pages: usize) {
+        if pages > 0 {
+            FAULTS.with_borrow_mut(|faults| faults.push(pages));
+        }
+    }
+
     #[derive(Clone, Copy)]
     pub(crate) struct Folio<'a>(pub(crate) usize, pub(crate) &'a usize);
 

@@ -6,7 +6,7 @@ use super::retry::Patience;
 use super::turn::Turn;
 use crate::{
     kernel_ext::{
-        pages::{CurrentMm, How, PagePin, GUP},
+        pages::{CurrentMm, How, PagePin, FAULTS, GUP},
         sched::{LIFE, PAUSES, RANDOM},
     },
     params::PARAMS,
@@ -33,6 +33,7 @@ fn alone() -> MutexGuard<'static, ()> {
     RANDOM.set(0);
     LIFE.set(usize::MAX);
     PAUSES.take();
+    FAULTS.take();
     set_time(1);
     alone
 }
@@ -82,43 +83,57 @@ fn what_is_present_is_pinned_at_once() {
     assert_eq!(*calls.borrow(), [(1, How::Long)]);
 }
 
+/// The first absent page is pinned alone. Then more and more pages are faulted in before each batch, until pages are
+/// present that were not faulted in.
 #[test]
-fn absent_pages_are_pinned_one_by_one() {
+fn absent_pages_are_faulted_in_ahead() {
     let _alone = alone();
-    let calls = gup(|(max, how)| match how {
-        How::LongIfPresent => Err(EFAULT),
+    let absent = |(max, how): Call| match how {
+        How::LongIfPresent => match FAULTS.with_borrow(|faults| faults.last().copied()) {
+            None => Err(EFAULT),
+            Some(pages) => Ok(pages),
+        },
         _ => Ok(max),
-    });
+    };
+    let calls = gup(absent);
     let mut patience = patience(10);
-    for _ in 0..1 + 2 + 4 + 8 + 16 + 16 {
-        assert_eq!(pin(&mut patience, MAX), Ok(1));
-    }
-    // A batch is tried before each row.
-    let mut expected = Vec::new();
-    for row in [1, 2, 4, 8, 16, 16] {
-        expected.push((MAX, How::LongIfPresent));
-        expected.extend(vec![(1, How::Long); row]);
-    }
-    assert_eq!(*calls.borrow(), expected);
-    // Rows are short again once a batch was there.
-    gup(|(max, _)| Ok(max));
-    assert_eq!(pin(&mut patience, MAX), Ok(MAX));
-    let calls = gup(|(max, how)| match how {
-        How::LongIfPresent => Err(EFAULT),
-        _ => Ok(max),
-    });
-    for _ in 0..2 {
-        assert_eq!(pin(&mut patience, MAX), Ok(1));
+    for pages in [1, 2, 4, 8, 16, 16] {
+        assert_eq!(pin(&mut patience, MAX), Ok(pages));
     }
     assert_eq!(
-        *calls.borrow(),
-        [
-            (MAX, How::LongIfPresent),
-            (1, How::Long),
-            (MAX, How::LongIfPresent),
-            (1, How::Long)
-        ]
+        calls.borrow()[..2],
+        [(MAX, How::LongIfPresent), (1, How::Long)]
     );
+    assert_eq!(calls.borrow()[2..], [(MAX, How::LongIfPresent); 5]);
+    // None before a single page, and none once more pages were there than had been faulted in.
+    assert_eq!(pin(&mut patience, 1), Ok(1));
+    assert_eq!(FAULTS.take(), [2, 4, 8, 16, 16]);
+    gup(|(_, _)| Ok(17));
+    for _ in 0..2 {
+        assert_eq!(pin(&mut patience, MAX), Ok(17));
+    }
+    assert_eq!(FAULTS.take(), [16]);
+
+    // No more than are needed; nor are any faulted in after a batch that was complete.
+    gup(absent);
+    for pages in [1, 2, 4, 8] {
+        assert_eq!(pin(&mut patience, MAX), Ok(pages));
+    }
+    for _ in 0..2 {
+        assert_eq!(pin(&mut patience, 10), Ok(10));
+    }
+    assert_eq!(FAULTS.take(), [2, 4, 8, 10]);
+
+    // What cannot be faulted in is left to GUP, whose errors say why.
+    let calls = gup(|(max, how)| match how {
+        How::LongIfPresent => Err(EFAULT),
+        _ => Ok(max),
+    });
+    for _ in 0..3 {
+        assert_eq!(pin(&mut patience, MAX), Ok(1));
+    }
+    assert_eq!(calls.borrow().len(), 6);
+    assert_eq!(FAULTS.take(), [2, 2]);
 }
 
 #[test]
