@@ -76,7 +76,7 @@ nix::ioctl_write_ptr!(
 );
 
 /// DMA_BUF_SYNC_READ, DMA_BUF_SYNC_WRITE, and VGEM_FENCE_WRITE.
-const SYNC_READ: u32 = 1;
+pub(crate) const SYNC_READ: u32 = 1;
 const SYNC_WRITE: u32 = 2;
 const FENCE_WRITE: u32 = 1;
 
@@ -86,7 +86,7 @@ fn writes_to<'a>(vgem: &'a Vgem, buffer: BorrowedFd<'_>) -> Result<Fence<'a>> {
 }
 
 /// A fence in a buffer, as of a device that reads it or writes to it.
-fn uses<'a>(vgem: &'a Vgem, buffer: BorrowedFd<'_>, how: u32) -> Result<Fence<'a>> {
+pub(crate) fn uses<'a>(vgem: &'a Vgem, buffer: BorrowedFd<'_>, how: u32) -> Result<Fence<'a>> {
     let mut attach = FenceAttach {
         handle: vgem.handle,
         flags: FENCE_WRITE,
@@ -112,10 +112,10 @@ fn uses<'a>(vgem: &'a Vgem, buffer: BorrowedFd<'_>, how: u32) -> Result<Fence<'a
 }
 
 /// A fence that has not been signalled.
-struct Fence<'a>(&'a Vgem, u32);
+pub(crate) struct Fence<'a>(&'a Vgem, u32);
 
 impl Fence<'_> {
-    fn signal(self) -> Result<()> {
+    pub(crate) fn signal(self) -> Result<()> {
         let signal = FenceSignal {
             fence: self.1,
             flags: 0,

@@ -20,9 +20,11 @@ use pinbuf_uapi::{Backing, CHARGE_USER};
 use pinbuf_test_harness::support::kernel::Setting;
 use pinbuf_test_harness::support::memory::{memfd, PAGE};
 use pinbuf_test_harness::support::process::{drop_ipc_lock, in_child, set_memlock};
-use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
+use pinbuf_test_harness::support::vgem::{self, Vgem};
+use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory, Skip};
 use pinbuf_test_harness::tests;
 
+use crate::fences::{uses, SYNC_READ};
 use crate::namespaces::{in_namespace, COUNT, LIMIT};
 
 tests! { "leaks":
@@ -31,6 +33,7 @@ tests! { "leaks":
     processes within 120,
     devices within 120,
     devices_that_cannot_map within 120,
+    fences within 120,
     kernel_mappings,
     files,
 }
@@ -167,6 +170,20 @@ fn devices_that_cannot_map() -> Result<()> {
     piles_nothing_up(300, |_| {
         check!(importer.map(Direction::ToDevice).is_err(), "mapped");
         Ok(())
+    })
+}
+
+/// A buffer with a device's fence.
+fn fences() -> Result<()> {
+    if !vgem::load()? {
+        bail!(Skip("this kernel has no vgem".to_owned()));
+    }
+    let vgem = Vgem::new()?;
+    let device = Device::open()?;
+    let memory = Memory::anonymous(PAGE)?;
+    piles_nothing_up(300, |_| {
+        let buffer = device.create(&[memory.range()])?;
+        uses(&vgem, buffer.as_fd(), SYNC_READ)?.signal()
     })
 }
 

@@ -33,7 +33,7 @@ tests! { "namespaces":
 
 /// The first subordinate user of a namespace's maker, and how many there are.
 const LENT: u32 = 100_000;
-pub(crate) const COUNT: u32 = 1000;
+pub(crate) const COUNT: u32 = 4000;
 
 /// Pages that are within everybody's limit.
 pub(crate) const LIMIT: usize = 16;
