@@ -637,7 +637,7 @@ fn again_and_again() -> Result<()> {
     }
     check_eq!(kernel::pins()?, pins, "pinned pages after all");
     // The same with pages in huge memory, whose pins count differently.
-    if let Ok(pool) = kernel::HugePool::with_free(2) {
+    if let Ok(pool) = HugePool::with_free(2) {
         let file = huge_memfd(2 * HUGE)?;
         let memory = Memory::shared(&file, 2 * HUGE)?;
         for _ in 0..200 {
