@@ -121,6 +121,7 @@ impl Pinner<'_> {
         backing: Backing<'_>,
         batch: &mut KVec<PagePin>,
     ) -> Result {
+        self.patience.begin_part();
         while pages > 0 {
             if self.work >= BATCH {
                 sched::breathe()?;

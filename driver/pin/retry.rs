@@ -51,6 +51,7 @@ pub(super) struct Patience {
     most: usize,
     turn: Option<Turn>,
     /// The number of pages to fault in before the next batch is pinned; 0 where pages are present.
+    /// If it is not 0, the page before the next one is in the same part, and was pinned.
     ahead: usize,
 }
 
@@ -68,6 +69,11 @@ impl Patience {
             turn: None,
             ahead: 0,
         }
+    }
+
+    /// Has to be called before the first page of each part.
+    pub(super) fn begin_part(&mut self) {
+        self.ahead = 0;
     }
 
     /// Pins at least one and up to `max` pages from the address `addr` on for the long term, and
@@ -120,9 +126,10 @@ impl Patience {
     /// has pinned before. So GUP faults in one page per call, and further pages are faulted in
     /// without being pinned: everything that the ioctl holds while it waits has been charged.
     ///
-    /// If something else is mapped than the caller expects, little of it is faulted in: the first
-    /// page is pinned, and compared with the expected file, before the next ones are faulted in, at
-    /// first two, then twice as many for each batch, up to [`AHEAD`].
+    /// If something else is mapped than the caller expects, or memory that GUP refuses, at most one
+    /// page of it is faulted in: the first page of a part and of a mapping is pinned, and compared
+    /// with the expected file, before the next ones are faulted in, at first two, then twice as
+    /// many for each batch, up to [`AHEAD`].
     fn pin_once(
         &mut self,
         mm: &CurrentMm<'_>,
@@ -133,7 +140,7 @@ impl Patience {
         if max > 1 {
             pages::fault_in(mm, addr, self.ahead.min(max));
             match pages::pin_user_pages(mm, addr, max, How::LongIfPresent, out) {
-                Err(code::EFAULT) => self.ahead = 2,
+                Err(code::EFAULT) => self.ahead = 0,
                 result => {
                     // Where more pages were pinned than faulted in, others were present.
                     let present = out.len() == max || out.len() > self.ahead;
@@ -146,7 +153,11 @@ impl Patience {
                 }
             }
         }
-        pages::pin_user_pages(mm, addr, 1, How::Long, out)
+        pages::pin_user_pages(mm, addr, 1, How::Long, out)?;
+        if max > 1 {
+            self.ahead = 2;
+        }
+        Ok(())
     }
 }
 

@@ -39,6 +39,7 @@ tests! { "create":
     stack_and_data,
     sparse_anonymous,
     sparse_memfd,
+    present_memory_is_not_faulted_in,
     a_page_a_million_times within 300,
     ranges_65536 within 400,
     one_gib within 300,
@@ -353,6 +354,25 @@ fn sparse_memfd() -> Result<()> {
     let mut seen = vec![1; 32 * PAGE];
     mapped.read(0, &mut seen);
     same("new pages", 0, &seen, &vec![0; 32 * PAGE])
+}
+
+/// Ranges whose pages are present are not faulted in, also if a range before them has none.
+fn present_memory_is_not_faulted_in() -> Result<()> {
+    const EACH: usize = 16;
+    const RANGES: usize = 100;
+    let device = Device::open()?;
+    let sparse = Memory::small_pages(64 * PAGE)?;
+    let memory = Memory::small_pages(2 * EACH * RANGES * PAGE)?;
+    memory.touch_to_write();
+    let mut ranges = vec![sparse.range()];
+    ranges.extend((0..RANGES).map(|range| memory.part(2 * range * EACH * PAGE, EACH * PAGE)));
+    let faults = kernel::faults()?;
+    let buffer = device.create(&ranges)?;
+    let faults = kernel::faults()? - faults;
+    // Those of the test itself, besides.
+    check!(faults < 64 + 50, "{faults} faults for 64 pages");
+    drop(buffer);
+    Ok(())
 }
 
 /// As many ranges as a call takes, each a page, backwards, so that none continues the one before.
