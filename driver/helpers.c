@@ -25,6 +25,7 @@
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/user.h>
+#include <linux/uaccess.h>
 #include <linux/uidgid.h>
 #include <linux/vmalloc.h>
 
@@ -111,6 +112,11 @@ unsigned long pinbuf_totalram_pages(void)
 }
 
 /* Pages and folios */
+
+unsigned long pinbuf_untagged_addr(unsigned long addr)
+{
+	return untagged_addr(addr);
+}
 
 struct page *pinbuf_pfn_to_page(unsigned long pfn)
 {

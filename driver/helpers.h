@@ -39,6 +39,7 @@ kuid_t pinbuf_make_kuid(struct user_namespace *ns, uid_t uid);
 unsigned long pinbuf_totalram_pages(void);
 
 /* Pages and folios */
+unsigned long pinbuf_untagged_addr(unsigned long addr);
 struct page *pinbuf_pfn_to_page(unsigned long pfn);
 void *pinbuf_page_address(const struct page *page);
 bool pinbuf_is_page_hwpoison(const struct page *page);

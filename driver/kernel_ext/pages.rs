@@ -138,19 +138,32 @@ pub(crate) fn pin_user_pages(
 }
 
 /// Faults in up to `pages` pages of the current process for writing, from the address `addr` on,
-/// without pinning them. Stops at the first page that cannot be faulted in.
+/// without pinning them. Stops at the first page that cannot be faulted in, and at the end of the
+/// mapping that contains the page before `addr`.
+///
+/// GUP refuses some mappings (of files on disk, of devices) before it faults a page in. This
+/// function does not: so the caller has pinned the page before `addr`.
 ///
 /// May sleep, as [`pin_user_pages`].
-pub(crate) fn fault_in(_: &CurrentMm<'_>, addr: usize, pages: usize) {
-    if pages > 0 {
-        // SAFETY: Sets a flag of the current task: as in GUP, memory is allocated where it may stay.
-        let flags = unsafe { ffi::pinbuf_memalloc_pin_save() };
-        // SAFETY: The current task has an address space. Any address is allowed.
-        unsafe { bindings::fault_in_safe_writeable(addr as *const c_char, pages << PAGE_SHIFT) };
-        // SAFETY: Restores the flag.
-        unsafe { ffi::pinbuf_memalloc_pin_restore(flags) };
-        cond_resched();
+pub(crate) fn fault_in(mm: &CurrentMm<'_>, addr: usize, pages: usize) {
+    if pages == 0 {
+        return;
     }
+    // SAFETY: Computes an address.
+    let start = unsafe { ffi::pinbuf_untagged_addr(addr) };
+    let end = {
+        let mappings = mm.mm().mmap_read_lock();
+        let before = mappings.vma_lookup(start.wrapping_sub(1));
+        before.map_or(start, |vma| vma.end())
+    };
+    let size = end.saturating_sub(start).min(pages << PAGE_SHIFT);
+    // SAFETY: Sets a flag of the current task: as in GUP, memory is allocated where it may stay.
+    let flags = unsafe { ffi::pinbuf_memalloc_pin_save() };
+    // SAFETY: The current task has an address space. Any address is allowed.
+    unsafe { bindings::fault_in_safe_writeable(start as *const c_char, size) };
+    // SAFETY: Restores the flag.
+    unsafe { ffi::pinbuf_memalloc_pin_restore(flags) };
+    cond_resched();
 }
 
 /// One pin of one page of user memory.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
+use nix::sys::stat::{fstat, FileStat};
 use pinbuf_uapi::Range;
 
 use crate::common::{refused, refused_anywhere, views_agree, works, works_whole};
@@ -19,7 +20,7 @@ use pinbuf_test_harness::support::kinds::{huge_private, transparent};
 use pinbuf_test_harness::support::memory::{
     file_in, huge_memfd, memfd, pattern, BLOCK, GIGA, HUGE, PAGE, RW,
 };
-use pinbuf_test_harness::support::process::in_child;
+use pinbuf_test_harness::support::process::{in_child, Child};
 use pinbuf_test_harness::support::uffd::{Faults, Mode};
 use pinbuf_test_harness::support::view::same;
 use pinbuf_test_harness::support::{check, check_eq, kernel, udmabuf, Device, Memory};
@@ -36,6 +37,8 @@ tests! { "kinds":
     shared_anonymous,
     system_v,
     shared_disk_file,
+    disk_file_behind_sparse_memory,
+    frozen_disk_file_behind_sparse_memory,
     private_disk_file,
     transparent_huge,
     transparent_64k,
@@ -185,6 +188,70 @@ fn shared_disk_file() -> Result<()> {
     memory.read(0, &mut seen);
     same("the file", 0, &seen, &pattern(2, 0, SMALL))
     // That the file system can be unmounted shows that nothing holds its pages.
+}
+
+/// What is not pinned is not written to either: no block of the file is allocated, and its time does not change.
+fn disk_file_behind_sparse_memory() -> Result<()> {
+    let disk = Ext4::new()?;
+    let file = file_in(disk.path(), SMALL)?;
+    let memory = Memory::small_pages(2 * SMALL)?;
+    memory.replace_by(SMALL, SMALL, file.as_fd(), 0)?;
+    let before = fstat(&file)?;
+    refused("a file on ext4 behind it", Errno::EFAULT, &[memory.range()])?;
+    let after = fstat(&file)?;
+    let seen = |stat: &FileStat| (stat.st_blocks, stat.st_mtime, stat.st_mtime_nsec);
+    check_eq!(seen(&after), seen(&before), "blocks and time of the file");
+    Ok(())
+}
+
+nix::ioctl_readwrite!(
+    /// FIFREEZE.
+    freeze, b'X', 119, libc::c_int
+);
+nix::ioctl_readwrite!(
+    /// FITHAW.
+    thaw, b'X', 120, libc::c_int
+);
+
+/// A file system that stops all writes to it.
+struct Frozen(File);
+
+impl Frozen {
+    fn new(disk: &Ext4) -> Result<Self> {
+        let root = File::open(disk.path())?;
+        // SAFETY: the argument is not used.
+        unsafe { freeze(root.as_raw_fd(), std::ptr::null_mut()) }.context("freezing")?;
+        Ok(Self(root))
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        // SAFETY: the argument is not used.
+        if let Err(error) = unsafe { thaw(self.0.as_raw_fd(), std::ptr::null_mut()) } {
+            eprintln!("thawing: {error}");
+        }
+    }
+}
+
+/// A write fault there cannot be killed. Create makes none.
+fn frozen_disk_file_behind_sparse_memory() -> Result<()> {
+    let disk = Ext4::new()?;
+    let file = file_in(disk.path(), SMALL)?;
+    let frozen = Frozen::new(&disk)?;
+    let mut child = Child::run(|| {
+        let memory = Memory::small_pages(2 * SMALL)?;
+        memory.replace_by(SMALL, SMALL, file.as_fd(), 0)?;
+        refused("a file on ext4 behind it", Errno::EFAULT, &[memory.range()])
+    })?;
+    let start = Instant::now();
+    while child.runs()? && start.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let waits = child.runs()?;
+    drop(frozen);
+    check!(!waits, "create waits for a frozen file system");
+    child.join()
 }
 
 fn private_disk_file() -> Result<()> {
