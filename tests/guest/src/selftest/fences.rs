@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags};
 use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal};
 use nix::sys::wait::WaitStatus;
 use pinbuf_test_importer::{Direction, Importer, Limits};
@@ -30,6 +31,7 @@ tests! { "fences":
     a_read_does_not_wait_for_a_device_that_reads,
     an_access_that_waits_can_be_interrupted,
     an_access_that_waits_can_be_killed,
+    a_fence_outlives_the_buffer,
 }
 
 /// `struct drm_vgem_fence_attach`.
@@ -277,4 +279,53 @@ fn read(buffer: &Buffer, access: Sync, begun: &AtomicBool) -> Result<Vec<u8>> {
         mapped.read(0, &mut seen);
     })?;
     Ok(seen)
+}
+
+/// The buffer goes while a device is still at work: at once, or, if a program has polled it, when the device is
+/// done. The file of the fence, and a reader of the list of all dma-bufs, use it meanwhile.
+fn a_fence_outlives_the_buffer() -> Result<()> {
+    if !vgem::load()? {
+        bail!(Skip("this kernel has no vgem".to_owned()));
+    }
+    let vgem = Vgem::new()?;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| -> Result<()> {
+            while !stop.load(Ordering::Relaxed) {
+                kernel::read("/sys/kernel/debug/dma_buf/bufinfo")?;
+            }
+            Ok(())
+        });
+        let result = (0..200).try_for_each(|round| {
+            let (_memory, buffer) = page()?;
+            let fence = writes_to(&vgem, buffer.as_fd())?;
+            if round % 2 == 1 {
+                let flags = PollFlags::POLLIN | PollFlags::POLLOUT;
+                let ready = poll(&mut [PollFd::new(buffer.as_fd(), flags)], 0u16)?;
+                check_eq!(ready, 0, "events while the device works");
+            }
+            let mut file = SyncFile {
+                flags: SYNC_WRITE,
+                fd: -1,
+            };
+            // SAFETY: the kernel reads and writes the struct.
+            unsafe { export_sync_file(buffer.as_fd().as_raw_fd(), &mut file) }
+                .context("exporting")?;
+            // SAFETY: the call has just returned it.
+            let file = unsafe { OwnedFd::from_raw_fd(file.fd) };
+            drop(buffer);
+            let mut fence = Some(fence);
+            for signalled in [false, true] {
+                if signalled {
+                    fence.take().map_or(Ok(()), Fence::signal)?;
+                }
+                let ready = poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLIN)], 0u16)?;
+                check_eq!(ready, i32::from(signalled), "events of the fence's file");
+            }
+            Ok(())
+        });
+        stop.store(true, Ordering::Relaxed);
+        reader.join().expect("the reader panicked")?;
+        result
+    })
 }
