@@ -142,13 +142,9 @@ impl Patience {
             match pages::pin_user_pages(mm, addr, max, How::LongIfPresent, out) {
                 Err(code::EFAULT) => self.ahead = 0,
                 result => {
-                    // Where more pages were pinned than faulted in, others were present.
-                    let present = out.len() == max || out.len() > self.ahead;
-                    self.ahead = if present {
-                        0
-                    } else {
-                        AHEAD.min(2 * self.ahead)
-                    };
+                    // Where there are more pages than were faulted in, others were present.
+                    let more = out.len() > self.ahead;
+                    self.ahead = if more { 0 } else { AHEAD.min(2 * self.ahead) };
                     return result;
                 }
             }

@@ -114,14 +114,14 @@ fn absent_pages_are_faulted_in_ahead() {
     }
     assert_eq!(FAULTS.take(), [16]);
 
-    // No more than are needed; nor are any faulted in after a batch that was complete.
+    // No more than are needed; and none before the first batch of another part.
     gup(absent);
-    for pages in [1, 2, 4, 8] {
-        assert_eq!(pin(&mut patience, MAX), Ok(pages));
+    for pages in [1, 2, 4, 8, 10] {
+        assert_eq!(pin(&mut patience, pages.max(10)), Ok(pages));
     }
-    for _ in 0..2 {
-        assert_eq!(pin(&mut patience, 10), Ok(10));
-    }
+    patience.begin_part();
+    gup(|(max, _)| Ok(max));
+    assert_eq!(pin(&mut patience, 10), Ok(10));
     assert_eq!(FAULTS.take(), [2, 4, 8, 10]);
 
     // What cannot be faulted in is left to GUP, whose errors say why.
