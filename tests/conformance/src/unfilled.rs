@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::ffi::c_int;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
 
@@ -219,8 +220,11 @@ fn forked_with_event(t: &mut Table) {
                 };
                 let faults = Faults::made(made, &map, spec.bytes, unit, Mode::Missing)?;
                 let stop = AtomicBool::new(false);
+                // A thread that starts may allocate, which a fork that waits for it does not allow.
+                let started = Barrier::new(2);
                 let (outcome, delivered) = thread::scope(|scope| {
                     let owner = scope.spawn(|| {
+                        started.wait();
                         let mut delivered = BTreeSet::new();
                         let mut childs = None;
                         while !stop.load(Ordering::Relaxed) {
@@ -235,6 +239,7 @@ fn forked_with_event(t: &mut Table) {
                         }
                         delivered
                     });
+                    started.wait();
                     let outcome = of_child(|| {
                         let result = create(device, file.fd, 0, spec.bytes, 0);
                         let right = |dmabuf| has(dmabuf, 0..spec.bytes / PAGE).unwrap_or(false);
