@@ -250,10 +250,13 @@ pub unsafe extern "C" fn ioctl(fd: c_int, number: libc::c_ulong, arg: usize) -> 
 fn register(fd: c_int, number: libc::c_ulong, arg: usize) -> c_int {
     // SAFETY: the program's own call.
     let result = unsafe { next::ioctl(fd, number, arg) };
-    if result == 0 {
+    let own = errno();
+    // Where the kernel can read the argument and not write to it, it has registered the memory when it says so.
+    if result == 0 || (own == libc::EFAULT && late::is_readable(arg)) {
         // SAFETY: the argument of this call.
         unsafe { late::registered(arg) };
     }
+    set_errno(own);
     result
 }
 

@@ -55,11 +55,16 @@ const WAITS: u64 = 1 | 4;
 /// cannot be counted; a flag that stays costs time and nothing else, as long as it is known where files are mapped.
 static EXPECTED: AtomicBool = AtomicBool::new(false);
 
-/// Takes note of a registration that succeeded.
+/// Can a registration's argument be read?
+pub fn is_readable(arg: usize) -> bool {
+    sys::can_read(arg.wrapping_add(MODE))
+}
+
+/// Takes note of a registration.
 ///
 /// # Safety
 ///
-/// `arg` must be the argument of that call.
+/// `arg` must be the argument of that call, which the kernel has read.
 pub unsafe fn registered(arg: usize) {
     let mode = (arg + MODE) as *const u64;
     // SAFETY: the kernel has just read it; the program may have unmapped it since, at its own risk.

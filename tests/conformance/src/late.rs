@@ -64,6 +64,8 @@ pub(crate) struct Made {
     pub(crate) features: u64,
     /// By the device, and not by the system call.
     pub(crate) by_device: bool,
+    /// The argument of the registration cannot be written to.
+    pub(crate) read_only: bool,
 }
 
 impl Made {
@@ -128,9 +130,14 @@ impl Faults {
             mode,
             file: 0,
         };
-        faults
-            .call(UFFDIO_REGISTER, [faults.base, len, mode as u64, 0, 0])
-            .context("UFFDIO_REGISTER")?;
+        let register = [faults.base, len, mode as u64, 0, 0];
+        if made.read_only {
+            faults.register_read_only(register)?;
+        } else {
+            faults
+                .call(UFFDIO_REGISTER, register)
+                .context("UFFDIO_REGISTER")?;
+        }
         if mode == Mode::Protected {
             faults
                 .call(UFFDIO_WRITEPROTECT, [faults.base, len, 1, 0, 0])
@@ -145,6 +152,22 @@ impl Faults {
         check(i64::from(unsafe {
             libc::ioctl(self.fd, number, &raw mut words)
         }))?;
+        Ok(())
+    }
+
+    /// Registers memory by an argument that cannot be written to: the kernel does so, and reports the error.
+    fn register_read_only(&self, words: [u64; 5]) -> Result<()> {
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        let argument = Map::new(-1, PAGE, libc::PROT_READ | libc::PROT_WRITE, flags)?;
+        let at = argument.address() as *mut Words;
+        // SAFETY: room for the words, and aligned.
+        unsafe { at.write(Words(words)) };
+        // SAFETY: a page that is only read from here on.
+        let ret = unsafe { libc::mprotect(at.cast(), PAGE as usize, libc::PROT_READ) };
+        check(i64::from(ret))?;
+        let result = ioctl(self.fd, UFFDIO_REGISTER, at as usize);
+        let refused = result.is_err_and(|error| error.raw_os_error() == Some(libc::EFAULT));
+        anyhow::ensure!(refused, "UFFDIO_REGISTER wrote to read-only memory");
         Ok(())
     }
 

@@ -28,6 +28,7 @@ const FEATURE_SIGBUS: u64 = 1 << 7;
 
 pub fn cases(t: &mut Table) {
     without_maps(t);
+    registered_read_only(t);
     forked(t);
     forked_with_event(t);
     refused_faults(t);
@@ -133,6 +134,28 @@ fn without_maps(t: &mut Table) {
                 let file = File::new(0, empty(spec))?;
                 let map = Map::shared(file.fd, spec.bytes)?;
                 let faults = Faults::of(&map, spec.bytes, unit, Mode::Missing)?;
+                whole(device, &file, spec.bytes, &faults, unit)
+            },
+        );
+    }
+}
+
+/// The registration succeeds, and the result of the call cannot be written.
+fn registered_read_only(t: &mut Table) {
+    for (sort, spec, unit) in SORTS {
+        t.custom(
+            format!("late/unseen-read-only-argument-{sort}"),
+            Expect::Compared,
+            move || {
+                limit_descriptors(64)?;
+                let device = device()?;
+                let file = File::new(0, empty(spec))?;
+                let map = Map::shared(file.fd, spec.bytes)?;
+                let made = Made {
+                    read_only: true,
+                    ..Made::default()
+                };
+                let faults = Faults::made(made, &map, spec.bytes, unit, Mode::Missing)?;
                 whole(device, &file, spec.bytes, &faults, unit)
             },
         );
