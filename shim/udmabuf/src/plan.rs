@@ -36,12 +36,13 @@ unsafe impl Plain for File {}
 
 impl File {
     /// May there be parts of the file that have no memory? A huge page at its end counts as a whole, so that
-    /// a file which is no multiple of one may have as much memory as bytes, and holes.
+    /// a file which is no multiple of one may have as much memory as bytes, and holes. More memory than that is behind
+    /// its end.
     pub fn may_have_holes(&self) -> bool {
         let page = sys::page_size();
         let huge = page * (page / 8);
         let whole = self.size.checked_next_multiple_of(huge);
-        whole.is_none_or(|whole| self.stored < whole)
+        whole != Some(self.stored)
     }
 }
 
@@ -297,6 +298,7 @@ mod tests {
         // A huge page at the end, and a hole at the beginning.
         assert!(may_have(huge + page, huge + page));
         assert!(!may_have(huge + page, 2 * huge));
+        assert!(may_have(2 * huge, 2 * huge + page));
         assert!(may_have(u64::MAX, u64::MAX));
     }
 

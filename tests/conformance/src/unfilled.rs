@@ -34,6 +34,7 @@ pub fn cases(t: &mut Table) {
     refused_faults(t);
     mapped_twice(t);
     many_ranges(t);
+    behind_the_end(t);
     beside(t);
 }
 
@@ -157,6 +158,35 @@ fn registered_read_only(t: &mut Table) {
                 };
                 let faults = Faults::made(made, &map, spec.bytes, unit, Mode::Missing)?;
                 whole(device, &file, spec.bytes, &faults, unit)
+            },
+        );
+    }
+}
+
+/// The file has as many blocks as its size says, but some of them are behind its end.
+fn behind_the_end(t: &mut Table) {
+    for (sort, spec, unit) in SORTS {
+        t.custom(
+            format!("late/unseen-behind-the-end-{sort}"),
+            Expect::Compared,
+            move || {
+                limit_descriptors(64)?;
+                let device = device()?;
+                let bytes = 2 * HUGE;
+                let file = File::new(0, Spec { bytes, ..spec })?;
+                punch(file.fd, unit, unit)?;
+                let (mode, more) = (libc::FALLOC_FL_KEEP_SIZE, HUGE as i64 * 2);
+                // SAFETY: no memory is involved.
+                let ret = unsafe { libc::fallocate(file.fd, mode, bytes as i64, more) };
+                check(i64::from(ret)).context("fallocate")?;
+                let map = Map::shared(file.fd, bytes)?;
+                let faults = Faults::of(&map, bytes, unit, Mode::Missing)?;
+                let (result, mut outcome) =
+                    owned(&faults, unit, 1..2, || create(device, file.fd, 0, bytes, 0))?;
+                if let Ok(dmabuf) = result {
+                    outcome.fact("contents", has(dmabuf, 0..bytes / PAGE)?);
+                }
+                Ok(outcome)
             },
         );
     }
