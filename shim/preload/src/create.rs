@@ -26,7 +26,6 @@ use crate::plan::{File, Plan};
 use crate::request;
 use crate::spans::{FileId, Spans};
 use crate::sys::{self, Errno, Result};
-use crate::window::Window;
 use crate::{align, device, discards, late};
 
 /// Answers a request for a buffer; `ENOTTY` says that `device` is not pinbuf's.
@@ -91,15 +90,18 @@ fn read(plan: &mut Plan, number: u32, arg: usize) -> Result<u32> {
 }
 
 fn create(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> Result<c_int> {
-    if late::is_expected() && plan.files.iter().any(File::may_have_holes) {
+    let late = late::is_expected();
+    if late && plan.files.iter().any(File::may_have_holes) {
         return create_unfilled(device, flags, plan, call);
     }
     let of_call = |id: FileId| plan.files.iter().any(|file| file.id == id);
 
     let mut known = Spans::new();
-    HINTS.recall(of_call, &mut known);
+    // Where the file was, another one may be mapped now, of which the driver would wait for a page, or fill it.
+    if !late {
+        HINTS.recall(of_call, &mut known);
+    }
     if !known.is_empty() && call.locate(plan, &known)? && call.missing == 0 {
-        late::wait(device, call, plan, &known)?;
         match call.make(device, flags) {
             Err(Errno(libc::EAGAIN | libc::EFAULT)) => {}
             result => return result,
@@ -107,7 +109,9 @@ fn create(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> Result<c_i
     }
 
     let mut found = Spans::new();
-    MAPS.ask(of_call, &mut found);
+    if !late || MAPS.are_own() {
+        MAPS.ask(of_call, &mut found);
+    }
     if !known.is_empty() || !found.is_empty() {
         HINTS.replace(of_call, &found);
     }
@@ -133,12 +137,12 @@ fn create(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> Result<c_i
 #[inline(never)]
 fn create_unfilled(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> Result<c_int> {
     let of_call = |id: FileId| plan.files.iter().any(|file| file.id == id);
-    let own = |window: &Window| match window.spans().first() {
-        Some(span) if !MAPS.show(span) => Err(late::refuse(UNKNOWN)),
-        _ => Ok(()),
-    };
     let mut why = "";
     for _ in 0..TRIES {
+        if !MAPS.are_own() {
+            why = UNKNOWN;
+            continue;
+        }
         let mut found = Spans::new();
         let Some(once) = MAPS.ask_all(of_call, &mut found) else {
             return Err(late::refuse(UNKNOWN));
@@ -158,7 +162,7 @@ fn create_unfilled(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> R
         if call.missing == 0 {
             late::wait(device, call, plan, &found)?;
         }
-        why = match call.make_with(device, flags, plan, &found, own) {
+        why = match call.make_with(device, flags, plan, &found, |_| Ok(())) {
             Err(Errno(libc::EAGAIN)) => "the mappings change all the time",
             Err(Errno(libc::EFAULT)) => {
                 "the kernel may not fault it in (UFFD_USER_MODE_ONLY, UFFD_FEATURE_SIGBUS, poison, no memory)"

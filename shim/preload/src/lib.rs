@@ -49,4 +49,4 @@ mod maps;
 #[cfg(not(test))]
 mod next;
 
-use pinbuf_udmabuf::{call, plan, procmap, request, spans, sys, window};
+use pinbuf_udmabuf::{call, plan, procmap, request, spans, sys};

@@ -46,11 +46,11 @@ const OR_NEXT: u64 = 0x10;
 const OF_FILES: u64 = 0x20;
 
 impl Query {
-    /// Asks about a mapping of a file that is at an address, or with [`OR_NEXT`] behind it.
+    /// Asks about a mapping that is at an address, or with [`OR_NEXT`] behind it.
     fn ask(&mut self, fd: c_int, flags: u64, addr: u64) -> Result<Span> {
         *self = Self {
             size: size_of::<Self>() as u64,
-            flags: flags | OF_FILES,
+            flags,
             addr,
             ..Self::default()
         };
@@ -73,7 +73,7 @@ impl Query {
 pub fn ask(fd: c_int, most: usize, wanted: impl Fn(FileId) -> bool, spans: &mut Spans) {
     let mut query = Query::default();
     for _ in 0..most {
-        let Ok(span) = query.ask(fd, SHARED_AND_WRITABLE | OR_NEXT, query.end) else {
+        let Ok(span) = query.ask(fd, SHARED_AND_WRITABLE | OF_FILES | OR_NEXT, query.end) else {
             break;
         };
         if wanted(span.id) && spans.push(span).is_err() {
@@ -89,7 +89,7 @@ pub fn ask_all(fd: c_int, wanted: impl Fn(&Span) -> bool, spans: &mut Spans) -> 
     let mut query = Query::default();
     let mut shared = true;
     loop {
-        match query.ask(fd, OR_NEXT, query.end) {
+        match query.ask(fd, OF_FILES | OR_NEXT, query.end) {
             Ok(span) if wanted(&span) => {
                 shared &= query.vma_flags & SHARED_AND_WRITABLE == SHARED_AND_WRITABLE;
                 spans.push(span)?;
@@ -102,10 +102,7 @@ pub fn ask_all(fd: c_int, wanted: impl Fn(&Span) -> bool, spans: &mut Spans) -> 
     Ok(!spans.finish() && shared)
 }
 
-/// Is a file mapped there?
-pub fn is_mapped(fd: c_int, span: &Span) -> bool {
-    let found = Query::default().ask(fd, 0, span.addr);
-    found.is_ok_and(|found| {
-        found.id == span.id && found.offset.wrapping_add(span.addr - found.addr) == span.offset
-    })
+/// Is something mapped at an address?
+pub fn is_mapped(fd: c_int, addr: u64) -> bool {
+    Query::default().ask(fd, 0, addr).is_ok()
 }

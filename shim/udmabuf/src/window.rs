@@ -140,11 +140,6 @@ impl<'a> Window<'a> {
         self.runs.truncate(kept);
     }
 
-    /// What is mapped.
-    pub fn spans(&self) -> &[Span] {
-        &self.spans
-    }
-
     /// The whole pages of the file that have a piece which was mapped: where they are, and their length.
     pub fn pages(&self, piece: Piece) -> Option<(u64, u64)> {
         let file = &self.files[piece.file];

@@ -14,7 +14,7 @@ use crate::run::{errno_name, Expect, Outcome};
 use crate::udmabuf::{
     self as u, check, close, create, create_list, end, fcntl, ioctl, open, Item, Map, PAGE,
 };
-use crate::{late, mappings, sandbox, stack, unfilled};
+use crate::{late, mappings, sandbox, stack, stale, unfilled};
 
 pub(crate) const MIB: u64 = 1 << 20;
 /// A size of hugetlb pages that all kernels have: with small pages of 16 KiB the usual one is 32 MiB, of which udmabuf
@@ -469,6 +469,7 @@ pub fn all() -> Vec<Case> {
     mappings::cases(&mut table);
     late::cases(&mut table);
     unfilled::cases(&mut table);
+    stale::cases(&mut table);
     sandbox::cases(&mut table);
     stack::cases(&mut table);
     table.0

@@ -549,7 +549,6 @@ fn pins() -> Result<i64> {
 fn killed(t: &mut Table) {
     for (sort, spec, unit) in SORTS {
         t.custom(format!("late/{sort}-killed"), Expect::Compared, move || {
-            let device = device()?;
             let file = File::new(
                 0,
                 Spec {
@@ -565,6 +564,8 @@ fn killed(t: &mut Table) {
                 // Registered here: a child's copy of the mapping has no userfaultfd.
                 let ended = Faults::of(&map, spec.bytes, unit, Mode::Missing).and_then(|faults| {
                     faults.answer(0)?;
+                    // By what the parent has opened, the shim would not see this mapping.
+                    let device = device()?;
                     Ok(create(device, file.fd, 0, spec.bytes, 0)?)
                 });
                 // SAFETY: ends the child.

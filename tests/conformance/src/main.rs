@@ -16,6 +16,7 @@ mod mappings;
 mod run;
 mod sandbox;
 mod stack;
+mod stale;
 mod udmabuf;
 mod unfilled;
 

@@ -175,6 +175,18 @@ impl Map {
         )
     }
 
+    /// As [`Map::shared`], at an address where nothing is mapped.
+    pub fn shared_at(fd: c_int, len: u64, address: usize) -> Result<Self> {
+        let (len, prot) = (len as usize, libc::PROT_READ | libc::PROT_WRITE);
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE;
+        // SAFETY: nothing that exists is replaced.
+        let address = unsafe { libc::mmap(address as *mut c_void, len, prot, flags, fd, 0) };
+        if address == libc::MAP_FAILED {
+            return Err(Error::last_os_error());
+        }
+        Ok(Self { address, len })
+    }
+
     pub fn address(&self) -> usize {
         self.address as usize
     }

@@ -38,7 +38,7 @@ pub fn cases(t: &mut Table) {
     beside(t);
 }
 
-fn empty(spec: Spec) -> Spec {
+pub(crate) fn empty(spec: Spec) -> Spec {
     Spec {
         filled: false,
         ..spec
@@ -47,7 +47,7 @@ fn empty(spec: Spec) -> Spec {
 
 /// Creates a buffer while an owner delivers the pages that are asked for. Afterwards the owner delivers the others of
 /// `pages`, each of `unit` bytes, none of which may be in its place.
-fn owned(
+pub(crate) fn owned(
     faults: &Faults,
     unit: u64,
     pages: Range<u64>,
@@ -193,7 +193,7 @@ fn behind_the_end(t: &mut Table) {
 }
 
 /// The rest of the case is the child's.
-fn go_on_in_child() -> Result<()> {
+pub(crate) fn go_on_in_child() -> Result<()> {
     // SAFETY: this process has one thread, so the child may go on as any program.
     let child = check(i64::from(unsafe { libc::fork() }))? as c_int;
     if child == 0 {
@@ -241,6 +241,36 @@ fn forked(t: &mut Table) {
                 whole(device, &file, spec.bytes, &faults, unit)
             },
         );
+        // The parent has the file mapped as the child has, which has registered another mapping.
+        t.custom(
+            format!("late/unseen-forked-twice-{sort}"),
+            Expect::Compared,
+            move || {
+                let device = device()?;
+                let file = File::new(0, empty(spec))?;
+                let _both = Map::shared(file.fd, spec.bytes)?;
+                go_on_in_child()?;
+                let map = Map::shared(file.fd, spec.bytes)?;
+                let faults = Faults::of(&map, spec.bytes, unit, Mode::Missing)?;
+                whole(device, &file, spec.bytes, &faults, unit)
+            },
+        );
+        // What is mapped is faulted in at once.
+        t.custom(
+            format!("late/unseen-forked-locked-{sort}"),
+            Expect::Compared,
+            move || {
+                let device = device()?;
+                go_on_in_child()?;
+                let file = File::new(0, empty(spec))?;
+                let map = Map::shared(file.fd, spec.bytes)?;
+                let faults = Faults::of(&map, spec.bytes, unit, Mode::Missing)?;
+                // SAFETY: no memory is involved.
+                check(i64::from(unsafe { libc::mlockall(libc::MCL_FUTURE) }))
+                    .context("mlockall")?;
+                whole(device, &file, spec.bytes, &faults, unit)
+            },
+        );
         t.custom(
             format!("late/forked-and-opened-{sort}"),
             Expect::Compared,
@@ -264,7 +294,6 @@ fn forked_with_event(t: &mut Table) {
             format!("late/fork-event-{sort}"),
             Expect::Compared,
             move || {
-                let device = device()?;
                 let file = File::new(0, empty(spec))?;
                 let map = Map::shared(file.fd, spec.bytes)?;
                 let made = Made {
@@ -294,6 +323,8 @@ fn forked_with_event(t: &mut Table) {
                     });
                     started.wait();
                     let outcome = of_child(|| {
+                        // The shim does not see a child's mappings by what its parent has opened.
+                        let device = device().ok()?;
                         let result = create(device, file.fd, 0, spec.bytes, 0);
                         let right = |dmabuf| has(dmabuf, 0..spec.bytes / PAGE).unwrap_or(false);
                         result.map(right).ok()
