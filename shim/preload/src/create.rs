@@ -136,7 +136,10 @@ fn create(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> Result<c_i
 #[cold]
 #[inline(never)]
 fn create_unfilled(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> Result<c_int> {
-    let of_call = |id: FileId| plan.files.iter().any(|file| file.id == id);
+    let of = |id: FileId, holes: bool| {
+        let mut files = plan.files.iter().filter(|file| file.id == id);
+        files.clone().next().is_some() && files.any(File::may_have_holes) == holes
+    };
     let mut why = "";
     for _ in 0..TRIES {
         if !MAPS.are_own() {
@@ -144,9 +147,10 @@ fn create_unfilled(device: c_int, flags: u32, plan: &Plan, call: &mut Call) -> R
             continue;
         }
         let mut found = Spans::new();
-        let Some(once) = MAPS.ask_all(of_call, &mut found) else {
+        let Some(once) = MAPS.ask_all(|id| of(id, true), &mut found) else {
             return Err(late::refuse(UNKNOWN));
         };
+        MAPS.ask(|id| of(id, false), &mut found);
         if !call.locate(plan, &found)? {
             if plan.pieces().len() > uapi::MAX_RANGES as usize {
                 return Err(Errno(libc::EINVAL));
@@ -177,11 +181,11 @@ const UNKNOWN: &str =
     "the shim cannot see the program's mappings. Set RLIMIT_NOFILE to 1024 or more, keep \
     descriptors open, or open the device after fork()";
 
-/// Is a file of which a part is asked for that is not mapped mapped elsewhere?
+/// Is a file with holes, of which a part is asked for that is not mapped, mapped elsewhere?
 fn is_partly_mapped(plan: &Plan, mapped: &Spans) -> bool {
     let elsewhere = each_part(plan, mapped, |piece, address| {
-        let spans = mapped.of(plan.files[piece.file].id);
-        if address.is_none() && !spans.is_empty() {
+        let file = &plan.files[piece.file];
+        if address.is_none() && file.may_have_holes() && !mapped.of(file.id).is_empty() {
             return Err(Errno(libc::EBUSY));
         }
         Ok(())

@@ -11,7 +11,7 @@ use crate::cases::{device, File, Spec, Table, HUGE, OK};
 use crate::late::{Faults, Mode, SORTS};
 use crate::mappings::has;
 use crate::run::Outcome;
-use crate::udmabuf::{close, create, Map, PAGE};
+use crate::udmabuf::{close, create, create_list, Map, PAGE};
 use crate::unfilled::{empty, go_on_in_child, owned};
 
 pub fn cases(t: &mut Table) {
@@ -51,6 +51,19 @@ pub fn cases(t: &mut Table) {
             let other = File::new(1, empty(whole))?;
             let _other = in_place_of(map, &other, whole.bytes)?;
             beside(device, &file, &other, whole, unit)
+        });
+        // Of the files of one list, the one that has no holes is mapped twice.
+        t.custom(format!("beside-late/list-{sort}"), OK, move || {
+            let device = device()?;
+            let late = File::new(1, empty(whole))?;
+            let map = Map::shared(late.fd, whole.bytes)?;
+            let faults = Faults::of(&map, whole.bytes, unit, Mode::Missing)?;
+            faults.answer(0)?;
+            let file = File::new(0, whole)?;
+            let _first = Map::shared(file.fd, whole.bytes)?;
+            let _second = Map::shared(file.fd, whole.bytes)?;
+            let items = [file.item(0, whole.bytes), late.item(0, unit)];
+            seen(create_list(device, &items, 0), whole.bytes)
         });
     }
 }
