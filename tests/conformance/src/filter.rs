@@ -106,23 +106,37 @@ fn allow_only(calls: &[Allowed], otherwise: u32) -> c_int {
 /// Runs something in a child that may make these calls and end, and is killed for any other. Returns how it
 /// ended: 0 if all was right.
 pub fn confined(calls: &[Allowed], run: impl FnOnce() -> bool) -> Result<String> {
-    confined_by(calls, libc::SECCOMP_RET_KILL_PROCESS, run)
+    confined_after(calls, || true, run)
+}
+
+/// The same for a child that makes other calls before, with all rights.
+pub fn confined_after(
+    calls: &[Allowed],
+    before: impl FnOnce() -> bool,
+    run: impl FnOnce() -> bool,
+) -> Result<String> {
+    confined_by(calls, libc::SECCOMP_RET_KILL_PROCESS, before, run)
 }
 
 /// The same, with an error for any other call.
 pub fn refused(calls: &[Allowed], error: c_int, run: impl FnOnce() -> bool) -> Result<String> {
-    confined_by(calls, libc::SECCOMP_RET_ERRNO | error as u32, run)
+    confined_by(calls, libc::SECCOMP_RET_ERRNO | error as u32, || true, run)
 }
 
-fn confined_by(calls: &[Allowed], otherwise: u32, run: impl FnOnce() -> bool) -> Result<String> {
+fn confined_by(
+    calls: &[Allowed],
+    otherwise: u32,
+    before: impl FnOnce() -> bool,
+    run: impl FnOnce() -> bool,
+) -> Result<String> {
     // SAFETY: this process has one thread, so the child may go on as any program.
     let child = unsafe { libc::fork() };
     if child == 0 {
         // What is freed under the filter would be given back by brk(), if much memory is free at the heap's end.
         // SAFETY: sets a parameter.
         unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, c_int::MAX) };
-        let status = match allow_only(calls, otherwise) {
-            0 => c_int::from(!run()),
+        let status = match before().then(|| allow_only(calls, otherwise)) {
+            Some(0) => c_int::from(!run()),
             _ => 77,
         };
         // SAFETY: ends the child.

@@ -2,6 +2,7 @@
 
 //! Programs that confine themselves: system calls that kill, no `/proc`, no `/dev/pinbuf`.
 
+use std::cell::Cell;
 use std::ffi::{c_ulong, CStr};
 use std::fs;
 use std::ptr;
@@ -11,7 +12,7 @@ use anyhow::{Context, Result};
 use crate::cases::{device, unavailable, File, Spec, Table, HUGE, HUGETLB, OK, PLAIN};
 #[cfg(target_arch = "x86_64")]
 use crate::crosvm;
-use crate::filter::{confined, refused, Allowed, Test};
+use crate::filter::{confined, confined_after, refused, Allowed, Test};
 use crate::late::{Faults, Mode};
 use crate::run::Outcome;
 use crate::udmabuf::{self as u, check, create, create_list, ioctl, open, Item, Map, PAGE};
@@ -212,7 +213,6 @@ fn seccomp(t: &mut Table) {
     });
     // A program that has registered its memory with userfaultfd, and uses it in any order.
     t.custom("seccomp/userfaultfd", OK, move || {
-        let device = device()?;
         let file = File::new(0, PLAIN)?;
         let map = Map::shared(file.fd, PLAIN.bytes)?;
         let _faults = Faults::of(&map, PLAIN.bytes, PAGE, Mode::Missing)?;
@@ -223,9 +223,13 @@ fn seccomp(t: &mut Table) {
             .into_iter()
             .filter(|allowed| !allowed.is(libc::SYS_close))
             .collect();
-        let ended = confined(&calls, || {
-            (0..2).all(|_| ioctl(device, u::CREATE_LIST, list.as_ptr() as usize).is_ok())
-        })?;
+        // By what the parent has opened, the shim would not see the child's mappings.
+        let opened = Cell::new(-1);
+        let ended = confined_after(
+            &calls,
+            || device().map(|device| opened.set(device)).is_ok(),
+            || (0..2).all(|_| ioctl(opened.get(), u::CREATE_LIST, list.as_ptr() as usize).is_ok()),
+        )?;
         Ok(outcome(ended))
     });
     // A program that has nothing to do with udmabuf, and makes only these calls.
