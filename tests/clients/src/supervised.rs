@@ -258,12 +258,13 @@ fn handled(front: Pid) -> Result<()> {
     })
 }
 
-/// Kills the supervisor of a program that runs, once it answers calls: its first thread for that starts after it has
-/// reported the program's start, which the program's first line may precede.
+/// Kills the supervisor of a program that runs, once it answers calls and has reported the program's start, which the
+/// program's first line may precede: it has a thread that answers, and sleeps.
 fn kill_supervisor(running: &Running) -> Result<()> {
     let supervisor = supervisor_of(running.pid()?)?;
     becomes("the supervisor answers calls", || {
-        Ok(fs::read_dir(format!("/proc/{supervisor}/task"))?.count() > 1)
+        let threads = fs::read_dir(format!("/proc/{supervisor}/task"))?.count();
+        Ok(threads > 1 && state(supervisor)? == 'S')
     })?;
     Ok(kill(supervisor, Signal::SIGKILL)?)
 }

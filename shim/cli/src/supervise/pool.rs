@@ -30,16 +30,19 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Starts the first thread.
-    pub fn start(listener: Listener, answers: Answers) -> std::io::Result<Arc<Self>> {
-        let pool = Arc::new(Self {
+    /// A pool without threads.
+    pub fn new(listener: Listener, answers: Answers) -> Arc<Self> {
+        Arc::new(Self {
             listener,
             answers,
             threads: AtomicUsize::new(0),
             idle: AtomicUsize::new(0),
-        });
-        pool.add()?;
-        Ok(pool)
+        })
+    }
+
+    /// Starts the first thread.
+    pub fn start(self: &Arc<Self>) -> std::io::Result<()> {
+        self.add()
     }
 
     /// Where calls are received.

@@ -7,7 +7,6 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -57,14 +56,15 @@ pub fn serve(
         Ok(started) => started,
         Err(message) => return Ok(message.send(to_front)?),
     };
-    let begin = || -> Result<Arc<Pool>> {
+    let pool = Pool::new(listener, answers);
+    let begin = || -> Result<()> {
         leave_the_surroundings(&nothing)?;
-        let pool = Pool::start(listener, answers).context("starting a thread")?;
-        Message::Started(program).send(to_front)?;
-        Ok(pool)
+        pool.start().context("starting a thread")?;
+        Ok(Message::Started(program).send(to_front)?)
     };
-    // Without anybody who answers its calls, the program could open no file.
-    let pool = begin().inspect_err(|_| {
+    // Without anybody who answers its calls, the program could open no file. It is killed before the pool goes, whose end
+    // would let calls that wait go on without an answer.
+    begin().inspect_err(|_| {
         let _ = kill(program, Signal::SIGKILL);
     })?;
     let mut front = Some(to_front);

@@ -262,7 +262,7 @@ fn hangup_of_a_session_leader_is_passed_on() -> Result<()> {
 
 /// As if the command had been executed in the place of `pinbuf run`.
 fn killed_with_the_command() -> Result<()> {
-    let script = "echo $$; (sleep 2; cat /dev/null; echo child) & read line; wait";
+    let script = "(sleep 2; cat /dev/null; echo child) & echo $$; read line; wait";
     let words = ["--by", "supervisor", "--", "busybox", "sh", "-c", script];
     let mut running = Running::start(&run(&words))?;
     let program = Pid::from_raw(running.line()?.trim().parse()?);
