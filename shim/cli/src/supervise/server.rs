@@ -59,14 +59,15 @@ pub fn serve(
     let pool = Pool::new(listener, answers);
     let begin = || -> Result<()> {
         leave_the_surroundings(&nothing)?;
-        pool.start().context("starting a thread")?;
-        Ok(Message::Started(program).send(to_front)?)
+        pool.start().context("starting a thread")
     };
     // Without anybody who answers its calls, the program could open no file. It is killed before the pool goes, whose end
     // would let calls that wait go on without an answer.
     begin().inspect_err(|_| {
         let _ = kill(program, Signal::SIGKILL);
     })?;
+    // That nobody reads it any more is noticed below, and what the program has started is served all the same.
+    let _ = Message::Started(program).send(to_front);
     let mut front = Some(to_front);
     loop {
         let mut fds = vec![

@@ -262,21 +262,24 @@ fn hangup_of_a_session_leader_is_passed_on() -> Result<()> {
 
 /// As if the command had been executed in the place of `pinbuf run`.
 fn killed_with_the_command() -> Result<()> {
-    let script = "(sleep 2; cat /dev/null; echo child) & echo $$; read line; wait";
+    let script = "(sleep 1; cat /dev/null; echo child) & echo $$; read line; wait";
     let words = ["--by", "supervisor", "--", "busybox", "sh", "-c", script];
-    let mut running = Running::start(&run(&words))?;
-    let program = Pid::from_raw(running.line()?.trim().parse()?);
-    kill(running.pid()?, Signal::SIGKILL)?;
-    let result = becomes("the program ends", || {
-        Ok(state(program).is_ok_and(|state| state == 'Z')
-            || !fs::exists(format!("/proc/{program}"))?)
-    });
-    if result.is_err() {
-        kill(program, Signal::SIGKILL)?;
+    // The first line may come before the supervisor has reported the program's start, or after that.
+    for _ in 0..5 {
+        let mut running = Running::start(&run(&words))?;
+        let program = Pid::from_raw(running.line()?.trim().parse()?);
+        kill(running.pid()?, Signal::SIGKILL)?;
+        let result = becomes("the program ends", || {
+            Ok(state(program).is_ok_and(|state| state == 'Z')
+                || !fs::exists(format!("/proc/{program}"))?)
+        });
+        if result.is_err() {
+            kill(program, Signal::SIGKILL)?;
+        }
+        // What it has started is served all the same.
+        let end = running.end()?;
+        result?;
+        ensure!(end.out == "child\n", "{end:?}");
     }
-    // What it has started is served all the same.
-    let end = running.end()?;
-    result?;
-    ensure!(end.out == "child\n", "{end:?}");
     Ok(())
 }
