@@ -36,13 +36,18 @@ pub(crate) struct Part {
 }
 
 impl Part {
-    /// An empty part that begins where this one ends.
-    fn next(self) -> Self {
+    fn of(range: uapi::Range, backing: Option<uapi::Backing>) -> Self {
         Self {
-            addr: self.addr + (self.pages << PAGE_SHIFT),
-            pages: 0,
-            backing: self.backing.map(|(fd, page)| (fd, page + self.pages)),
+            addr: range.addr as usize,
+            pages: (range.len >> PAGE_SHIFT) as usize,
+            backing: backing.map(|backing| (backing.fd, (backing.offset >> PAGE_SHIFT) as usize)),
         }
+    }
+
+    /// Whether `next` begins where this part ends, in the address space and in the file.
+    fn continues_with(&self, next: &Self) -> bool {
+        next.addr == self.addr + (self.pages << PAGE_SHIFT)
+            && next.backing == self.backing.map(|(fd, page)| (fd, page + self.pages))
     }
 }
 
@@ -87,30 +92,15 @@ pub(crate) fn joined<'a>(
     ranges: &'a [Element<uapi::Range>],
     backings: Option<&'a [Element<uapi::Backing>]>,
 ) -> impl Iterator<Item = Part> + 'a {
-    let part = move |number: usize| {
-        let range = ranges.get(number)?.0;
-        let backing = backings.and_then(|backings| backings.get(number));
-        Some(Part {
-            addr: range.addr as usize,
-            pages: (range.len >> PAGE_SHIFT) as usize,
-            backing: backing
-                .map(|Element(backing)| (backing.fd, (backing.offset >> PAGE_SHIFT) as usize)),
-        })
-    };
-    let mut number = 0;
+    let mut backings = backings.unwrap_or_default().iter();
+    let mut parts = ranges
+        .iter()
+        .map(move |range| Part::of(range.0, backings.next().map(|backing| backing.0)))
+        .peekable();
     core::iter::from_fn(move || {
-        let mut joined = part(number)?;
-        number += 1;
-        while let Some(next) = part(number) {
-            if (Part {
-                pages: next.pages,
-                ..joined.next()
-            }) != next
-            {
-                break;
-            }
+        let mut joined = parts.next()?;
+        while let Some(next) = parts.next_if(|next| joined.continues_with(next)) {
             joined.pages += next.pages;
-            number += 1;
         }
         Some(joined)
     })

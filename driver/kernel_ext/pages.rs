@@ -184,14 +184,15 @@ impl PagePin {
     /// The folio that the page is in.
     #[inline]
     pub(crate) fn folio(&self) -> Folio<'_> {
-        self.folio_and_flags().0
+        // SAFETY: A valid page, of which `self` owns a pin, by the type invariant.
+        unsafe { folio_of(self.0) }
     }
 
-    /// The folio that the page is in, and its flags.
+    /// The folio that the page is, and its flags; `None` for a page of a large folio.
     #[inline]
-    pub(crate) fn folio_and_flags(&self) -> (Folio<'_>, FolioFlags) {
+    pub(crate) fn small_folio(&self) -> Option<(Folio<'_>, FolioFlags)> {
         // SAFETY: A valid page, of which `self` owns a pin, by the type invariant.
-        unsafe { folio_and_flags(self.0) }
+        unsafe { small_folio(self.0) }
     }
 
     /// Converts the pin of a page that was pinned at the address `addr` to a pin of its whole
@@ -258,9 +259,17 @@ impl FolioPin {
         self.first.pfn(array)
     }
 
-    /// Whether the pinned page is the first of its folio.
-    pub(crate) fn starts_folio(&self) -> bool {
-        self.index == 0
+    /// The folio.
+    pub(crate) fn folio(&self) -> Folio<'_> {
+        let head = self.first.0.as_ptr().wrapping_sub(self.index);
+        // SAFETY: By the type invariant, this is the first page of a folio, so it is not null.
+        // INVARIANT: The folio is pinned.
+        Folio(unsafe { NonNull::new_unchecked(head.cast()) }, PhantomData)
+    }
+
+    /// The index of the pinned page in the folio.
+    pub(crate) fn place(&self) -> usize {
+        self.index
     }
 
     /// Gives the pin up without unpinning: the caller has to pass the frame to [`unpin_hugetlb`]
@@ -270,49 +279,52 @@ impl FolioPin {
     }
 }
 
-/// The folio that a page is in, and its flags.
+/// A page that is a folio of its own, as most pages are, and its flags; `None` for a page of a large
+/// folio.
 ///
-/// A page that is a folio of its own, as most pages are, is recognised without a function call: one
-/// call per page would cost as much as everything else that the driver does with the page.
+/// Recognised without a function call: one call per page would cost as much as everything else that
+/// the driver does with the page.
 ///
 /// # Safety
 ///
 /// The page is valid, and its folio stays pinned for `'a`.
 #[inline]
-unsafe fn folio_and_flags<'a>(page: NonNull<bindings::page>) -> (Folio<'a>, FolioFlags) {
+unsafe fn small_folio<'a>(page: NonNull<bindings::page>) -> Option<(Folio<'a>, FolioFlags)> {
     let raw = page.as_ptr();
     // SAFETY: By the function's requirements. While the page is pinned, `PG_head` does not change.
     // Other flags may change, so the read is volatile.
     let flags = unsafe { (&raw const (*raw).flags.f).read_volatile() };
-    if flags & (1 << bindings::pageflags_PG_head) == 0 {
-        // SAFETY: By the function's requirements. Bit 0 of the first word after the flags marks a
-        // tail page, whatever else the word is used for, and does not change while the page is
-        // pinned. (On older kernels, a tail page of hugetlb may have `PG_head` set, and so does not
-        // count as a folio of its own either.) Other bits may change, so the read is volatile.
-        let word = unsafe {
-            (&raw const (*raw).__bindgen_anon_1)
-                .cast::<usize>()
-                .read_volatile()
-        };
-        if word & 1 == 0 {
-            // INVARIANT: The page is a folio of its own, which stays pinned.
-            let folio = Folio(page.cast(), PhantomData);
-            return (
-                folio,
-                FolioFlags {
-                    flags,
-                    large: false,
-                },
-            );
-        }
+    if flags & (1 << bindings::pageflags_PG_head) != 0 {
+        return None;
     }
+    // SAFETY: By the function's requirements. Bit 0 of the first word after the flags marks a tail
+    // page, whatever else the word is used for, and does not change while the page is pinned. (On
+    // older kernels, a tail page of hugetlb may have `PG_head` set, and so does not count as a folio
+    // of its own either.) Other bits may change, so the read is volatile.
+    let word = unsafe {
+        (&raw const (*raw).__bindgen_anon_1)
+            .cast::<usize>()
+            .read_volatile()
+    };
+    if word & 1 != 0 {
+        return None;
+    }
+    // INVARIANT: The page is a folio of its own, which stays pinned.
+    Some((Folio(page.cast(), PhantomData), FolioFlags(flags)))
+}
+
+/// The folio that a page is in.
+///
+/// # Safety
+///
+/// The page is valid, and its folio stays pinned for `'a`.
+#[inline]
+unsafe fn folio_of<'a>(page: NonNull<bindings::page>) -> Folio<'a> {
     // SAFETY: By the function's requirements.
-    let folio = unsafe { ffi::pinbuf_page_folio(raw) };
+    let folio = unsafe { ffi::pinbuf_page_folio(page.as_ptr()) };
     // SAFETY: Every page is in a folio, so the pointer is not null. INVARIANT: The folio stays
     // pinned.
-    let folio = Folio(unsafe { NonNull::new_unchecked(folio) }, PhantomData);
-    let flags = folio.flags();
-    (folio, FolioFlags { flags, large: true })
+    Folio(unsafe { NonNull::new_unchecked(folio) }, PhantomData)
 }
 
 /// A folio that stays pinned for `'a`.
@@ -330,10 +342,11 @@ impl Folio<'_> {
     }
 
     /// Its flags.
-    fn flags(self) -> usize {
+    pub(crate) fn flags(self) -> FolioFlags {
+        let page = self.0.as_ptr().cast::<bindings::page>();
         // SAFETY: A valid folio, by the type invariant; the flags are at the same offset in its
         // first page. Flags may change meanwhile, so the read is volatile.
-        unsafe { (&raw const (*self.0.as_ptr().cast::<bindings::page>()).flags.f).read_volatile() }
+        FolioFlags(unsafe { (&raw const (*page).flags.f).read_volatile() })
     }
 
     /// Its number of pages, a power of two.
@@ -419,26 +432,15 @@ impl<'f> FileMapping<'f> {
 /// The flags of a folio at the time when they were read. While the folio is pinned,
 /// `PG_swapbacked` changes only for anonymous memory (`MADV_FREE`).
 #[derive(Clone, Copy)]
-pub(crate) struct FolioFlags {
-    flags: usize,
-    /// Whether the folio has more than one page, which does not change. Not read from `flags`: the
-    /// compiler does not see there that it is decided already.
-    large: bool,
-}
+pub(crate) struct FolioFlags(usize);
 
 impl FolioFlags {
-    /// Whether the folio has more than one page: `folio_test_large()`.
-    #[inline]
-    pub(crate) fn is_large(self) -> bool {
-        self.large
-    }
-
     /// Whether swap backs the folio: `folio_test_swapbacked()`. It backs shmem, also after
     /// truncation, and all anonymous memory except for memory that its owner gave up (`MADV_FREE`,
     /// `MAP_DROPPABLE`).
     #[inline]
     pub(crate) fn is_swapbacked(self) -> bool {
-        self.flags & (1 << bindings::pageflags_PG_swapbacked) != 0
+        self.0 & (1 << bindings::pageflags_PG_swapbacked) != 0
     }
 }
 
@@ -488,16 +490,15 @@ pub(crate) unsafe fn sight(array: PageArray, pfn: Pfn, pages: usize) -> (Sight, 
         return (Sight::Unsure, pages);
     };
     // SAFETY: By the function's requirements; used within this function only.
-    let (folio, flags) = unsafe { folio_and_flags(page) };
-    let left = if flags.is_large() {
-        // SAFETY: By the function's requirements.
-        pages.min(unsafe { left_in_folio(page.as_ptr()) })
-    } else {
-        1
+    let small = unsafe { small_folio(page) };
+    let (folio, left) = match small {
+        Some((folio, _)) => (folio, 1),
+        // SAFETY: As above.
+        None => unsafe { (folio_of(page), pages.min(left_in_folio(page.as_ptr()))) },
     };
     let is_seen = if !folio.is_anon() {
         !folio.mapping().is_null()
-    } else if flags.is_large() && !folio.is_hugetlb() {
+    } else if small.is_none() && !folio.is_hugetlb() {
         // SAFETY: By the function's requirements; a large folio.
         return unsafe { sight_of_part(folio, page, left) };
     } else {

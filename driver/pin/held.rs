@@ -68,7 +68,7 @@ impl Held {
         let pages = pages.min(pin.pages_left());
         // A folio that is in the buffer twice has two pins, and release drops one pin per folio of
         // an extent. So a run that begins inside a folio must not join an extent that ends there.
-        let joins = pin.starts_folio();
+        let joins = pin.place() == 0;
         self.extents
             .push(pin.pfn(array), pages, Kind::Hugetlb, joins)?;
         // INVARIANT: The pin is given up for the folio whose pages were appended to the extents.

@@ -28,6 +28,7 @@ use crate::{
             CurrentMm,
             FileMapping,
             Folio,
+            FolioFlags,
             PageArray,
             PagePin, //
         },
@@ -152,24 +153,17 @@ impl Pinner<'_> {
         let array = self.array;
         let first = self.held.extents().pages();
         self.hugetlb = false;
-        for mut pin in pins {
-            let (folio, flags) = pin.folio_and_flags();
+        for pin in pins {
             let next = self.held.extents().pages();
-            if flags.is_large() {
-                check(folio, folio.place_of(&pin), next, backing)?;
+            let Some((folio, flags)) = pin.small_folio() else {
                 let addr = (next == first).then_some(addr);
-                match self.take_large(pin, addr, left)? {
-                    Some(same) => pin = same,
-                    None => break,
+                if self.take_large(pin, addr, left, backing)? {
+                    continue;
                 }
-            } else {
-                check(folio, 0, next, backing)?;
-            }
-            // Neither anonymous nor shmem: the page cache of a file system, memory of a device, or
-            // pages that a driver allocated and mapped.
-            if !flags.is_swapbacked() && !pin.folio().is_anon() {
-                return Err(EFAULT);
-            }
+                break;
+            };
+            check(folio, 0, next, backing)?;
+            check_kind(folio, flags)?;
             self.held.push_page(pin, array)?;
         }
         // Charged before the next call of GUP, in which the caller can wait for any length of time.
@@ -177,32 +171,50 @@ impl Pinner<'_> {
         Ok(self.held.extents().pages() - first)
     }
 
-    /// Moves a page of a large folio, which is at the address `addr` if it is the first of its
-    /// batch, with the whole folio to the buffer if that is possible, and up to `left` pages of it.
-    /// Returns the pin if the page has to be moved alone, and `None` if the batch ends here.
+    /// Moves a page of a large folio to the buffer. If it is the first of its batch, `addr` is its
+    /// address, and it is moved with the whole folio if that is possible, up to `left` pages of it.
+    /// Returns whether the batch continues.
     #[inline(never)] // As `take_batch`.
     fn take_large(
         &mut self,
         mut pin: PagePin,
         addr: Option<usize>,
         left: usize,
-    ) -> Result<Option<PagePin>> {
+        backing: Backing<'_>,
+    ) -> Result<bool> {
+        let next = self.held.extents().pages();
         if let Some(addr) = addr {
             pin = match pin.into_folio_pin(addr) {
                 Ok(pin) => {
+                    check(pin.folio(), pin.place(), next, backing)?;
                     self.hugetlb = true;
                     self.held.push_folio(pin, left, self.array)?;
-                    return Ok(None);
+                    return Ok(false);
                 }
                 Err(pin) => pin,
             };
         } else if pin.folio().is_hugetlb() {
             // A hugetlb folio needs one pin, not one per page: it begins the next batch.
             self.hugetlb = true;
-            return Ok(None);
+            return Ok(false);
         }
-        self.rest.count(pin.folio(), self.charge)?;
-        Ok(Some(pin))
+        let folio = pin.folio();
+        check(folio, folio.place_of(&pin), next, backing)?;
+        check_kind(folio, folio.flags())?;
+        self.rest.count(folio, self.charge)?;
+        self.held.push_page(pin, self.array)?;
+        Ok(true)
+    }
+}
+
+/// Refuses memory that is neither anonymous nor shmem: the page cache of a file system, memory of a
+/// device, or pages that a driver allocated and mapped.
+#[inline(always)] // As `check`.
+fn check_kind(folio: Folio<'_>, flags: FolioFlags) -> Result {
+    if flags.is_swapbacked() || folio.is_anon() {
+        Ok(())
+    } else {
+        Err(EFAULT)
     }
 }
 
