@@ -386,17 +386,17 @@ impl Folio<'_> {
         distance(self.0.as_ptr().cast(), pin.0.as_ptr())
     }
 
-    /// Whether the folio's page `place` is the page `index` of a file. The result may be outdated
-    /// when it is returned: truncation is not excluded.
+    /// The index of the folio's page `place` in a file, if the folio belongs to it. The result may be
+    /// outdated when it is returned: truncation is not excluded.
     #[inline]
-    pub(crate) fn is_of(self, file: FileMapping<'_>, index: usize, place: usize) -> bool {
+    pub(crate) fn index_in(self, file: FileMapping<'_>, place: usize) -> Option<usize> {
         // SAFETY: A valid folio, by the type invariant. The field changes when the folio is
         // truncated, so the read is volatile.
         let first = unsafe {
             let fields = &raw const (*self.0.as_ptr()).__bindgen_anon_1.__bindgen_anon_1;
             (&raw const (*fields).__bindgen_anon_2.index).read_volatile()
         };
-        self.mapping() == file.0 && first.wrapping_add(place) == index
+        (self.mapping() == file.0).then_some(first.wrapping_add(place))
     }
 
     /// The file that the folio belongs to, or the value that marks anonymous memory. Null after

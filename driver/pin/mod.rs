@@ -132,78 +132,80 @@ impl Pinner<'_> {
             batch.reserve(max, GFP_KERNEL)?;
             self.patience.pin(self.mm, addr, max, batch)?;
             self.work += A_CALL + batch.len();
-            let done = self.take_batch(&mut batch.drain_all(), addr, pages, backing)?;
+            let first = self.held.extents().pages();
+            if self.hugetlb {
+                self.take_hugetlb(batch, addr, pages, backing)?;
+            } else {
+                self.take_batch(&mut batch.drain_all(), backing)?;
+            }
+            let done = self.held.extents().pages() - first;
             addr += done << PAGE_SHIFT;
             pages -= done;
         }
         Ok(())
     }
 
-    /// Moves the pages of a batch, which begins at `addr`, to the buffer, up to the first page that
-    /// has to be pinned in another way; the caller unpins the others. Returns the number of pages
-    /// moved, of the `left` pages of the part; at least one.
+    /// Moves the page of a batch of one, at the address `addr`, to the buffer. If it belongs to
+    /// hugetlb, up to `left` pages of its folio are moved with its pin.
+    fn take_hugetlb(
+        &mut self,
+        batch: &mut KVec<PagePin>,
+        addr: usize,
+        left: usize,
+        backing: Backing<'_>,
+    ) -> Result {
+        let pin = match batch.pop().ok_or(EFAULT)?.into_folio_pin(addr) {
+            Ok(pin) => pin,
+            // No mapping of hugetlb begins inside a huge page.
+            Err(pin) if pin.folio().is_hugetlb() => return Err(EFAULT),
+            Err(pin) => {
+                self.hugetlb = false;
+                batch.push(pin, GFP_KERNEL)?;
+                return self.take_batch(&mut batch.drain_all(), backing);
+            }
+        };
+        let next = self.held.extents().pages();
+        check(pin.folio(), pin.place(), next, backing)?;
+        self.held.push_folio(pin, left, self.array)
+    }
+
+    /// Moves the pages of a batch to the buffer, up to the first one of hugetlb; the caller unpins
+    /// the others. A folio of hugetlb needs one pin, not one per page, so it is a batch of its own:
+    /// if a batch begins with one, no page is moved, and the next batch is that page alone, of which
+    /// [`Self::take_hugetlb`] moves at least one.
     #[inline(never)] // In a function of its own, the loop over pages has more registers.
     fn take_batch(
         &mut self,
         pins: &mut impl Iterator<Item = PagePin>,
-        addr: usize,
-        left: usize,
         backing: Backing<'_>,
-    ) -> Result<usize> {
+    ) -> Result {
         let array = self.array;
-        let first = self.held.extents().pages();
-        self.hugetlb = false;
         for pin in pins {
-            let next = self.held.extents().pages();
             let Some((folio, flags)) = pin.small_folio() else {
-                let addr = (next == first).then_some(addr);
-                if self.take_large(pin, addr, left, backing)? {
-                    continue;
+                if pin.folio().is_hugetlb() {
+                    self.hugetlb = true;
+                    break;
                 }
-                break;
+                self.take_large(pin, backing)?;
+                continue;
             };
-            check(folio, 0, next, backing)?;
+            check(folio, 0, self.held.extents().pages(), backing)?;
             check_kind(folio, flags)?;
             self.held.push_page(pin, array)?;
         }
         // Charged before the next call of GUP, in which the caller can wait for any length of time.
-        self.rest.catch_up(self.charge)?;
-        Ok(self.held.extents().pages() - first)
+        self.rest.catch_up(self.charge)
     }
 
-    /// Moves a page of a large folio to the buffer. If it is the first of its batch, `addr` is its
-    /// address, and it is moved with the whole folio if that is possible, up to `left` pages of it.
-    /// Returns whether the batch continues.
+    /// Moves a page of a large folio to the buffer.
     #[inline(never)] // As `take_batch`.
-    fn take_large(
-        &mut self,
-        mut pin: PagePin,
-        addr: Option<usize>,
-        left: usize,
-        backing: Backing<'_>,
-    ) -> Result<bool> {
-        let next = self.held.extents().pages();
-        if let Some(addr) = addr {
-            pin = match pin.into_folio_pin(addr) {
-                Ok(pin) => {
-                    check(pin.folio(), pin.place(), next, backing)?;
-                    self.hugetlb = true;
-                    self.held.push_folio(pin, left, self.array)?;
-                    return Ok(false);
-                }
-                Err(pin) => pin,
-            };
-        } else if pin.folio().is_hugetlb() {
-            // A hugetlb folio needs one pin, not one per page: it begins the next batch.
-            self.hugetlb = true;
-            return Ok(false);
-        }
+    fn take_large(&mut self, pin: PagePin, backing: Backing<'_>) -> Result {
         let folio = pin.folio();
+        let next = self.held.extents().pages();
         check(folio, folio.place_of(&pin), next, backing)?;
         check_kind(folio, folio.flags())?;
         self.rest.count(folio, self.charge)?;
-        self.held.push_page(pin, self.array)?;
-        Ok(true)
+        self.held.push_page(pin, self.array)
     }
 }
 
@@ -224,9 +226,12 @@ fn check(folio: Folio<'_>, place: usize, next: usize, backing: Backing<'_>) -> R
     if folio.references() > MOST_REFERENCES {
         return Err(ENOMEM);
     }
-    match backing {
-        Some((file, ahead)) if !folio.is_of(file, next.wrapping_add(ahead), place) => Err(EAGAIN),
-        _ => Ok(()),
+    let Some((file, ahead)) = backing else {
+        return Ok(());
+    };
+    match folio.index_in(file, place) {
+        Some(index) if index.wrapping_sub(next) == ahead => Ok(()),
+        _ => Err(EAGAIN),
     }
 }
 

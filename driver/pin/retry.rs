@@ -51,7 +51,8 @@ pub(super) struct Patience {
     most: usize,
     turn: Option<Turn>,
     /// The number of pages to fault in before the next batch is pinned; 0 where pages are present.
-    /// If it is not 0, the page before the next one is in the same part, and was pinned.
+    /// If it is not 0, the page before the next one is in the same part and was pinned, or the next
+    /// batch is a single page, before which nothing is faulted in.
     ahead: usize,
 }
 
@@ -85,31 +86,49 @@ impl Patience {
         max: usize,
         out: &mut KVec<PagePin>,
     ) -> Result {
+        if self.attempt(mm, addr, max, out)? {
+            return Ok(());
+        }
+        self.retry(mm, addr, max, out)
+    }
+
+    /// Returns whether pages were pinned; an error is final.
+    fn attempt(
+        &mut self,
+        mm: &CurrentMm<'_>,
+        addr: usize,
+        max: usize,
+        out: &mut KVec<PagePin>,
+    ) -> Result<bool> {
+        let max = max.min(self.most);
+        let Err(error) = self.pin_once(mm, addr, max, out) else {
+            self.most = self.most.saturating_mul(2);
+            return Ok(true);
+        };
+        self.most = (max / 8).max(1);
+        final_error(error).map_or(Ok(false), Err)
+    }
+
+    #[cold]
+    fn retry(
+        &mut self,
+        mm: &CurrentMm<'_>,
+        addr: usize,
+        max: usize,
+        out: &mut KVec<PagePin>,
+    ) -> Result {
         let mut retries = self.each;
         let mut pause = 1;
-        let mut in_turn = true;
-        loop {
-            let max = max.min(self.most);
-            let last = retries == 0 || self.left == 0;
-            if in_turn || last {
-                match self.pin_once(mm, addr, max, out) {
-                    Ok(()) => {
-                        self.most = self.most.saturating_mul(2);
-                        return Ok(());
-                    }
-                    Err(error) => final_error(error).map_or(Ok(()), Err)?,
-                }
-                self.most = (max / 8).max(1);
-            }
-            if last {
-                break;
-            }
+        while retries > 0 && self.left > 0 {
             retries -= 1;
             self.left -= 1;
             sched::sleep_killable(jitter(pause))?;
             pause *= 2;
             self.turn = self.turn.take().or_else(Turn::take);
-            in_turn = self.turn.is_some();
+            let last = retries == 0 || self.left == 0;
+            if (self.turn.is_some() || last) && self.attempt(mm, addr, max, out)? {
+                return Ok(());
+            }
         }
         // One page, because this faults pages in too: see `pin_once`.
         let brief = pages::pin_user_pages(mm, addr, 1, How::Short, out);
