@@ -28,6 +28,7 @@ mod mapped;
 mod mappings;
 mod memlock;
 mod memory_types;
+mod mixed;
 mod mmap;
 #[cfg(target_arch = "aarch64")]
 mod mte;
@@ -65,6 +66,7 @@ fn tests() -> impl Iterator<Item = &'static Test> + Clone {
         errors::TESTS,
         lists::TESTS,
         mapped::TESTS,
+        mixed::TESTS,
         mmap::TESTS,
         mappings::pages::TESTS,
         mappings::one_page::TESTS,
