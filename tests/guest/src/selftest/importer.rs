@@ -628,10 +628,16 @@ fn a_second_writer_of_memory_partly_beyond() -> Result<()> {
 
 /// A page below 4 GiB.
 fn memory_below() -> Result<Option<Memory>> {
-    // Pages that were allocated meanwhile stay allocated, so that the next page is another one.
+    // Pages that were allocated meanwhile stay allocated, so that the next page is another one. There may be
+    // gigabytes of them: huge pages, where there are any, take a fraction of the time.
+    const STEP: usize = if HUGE > 16 << 20 { HUGE } else { 16 << 20 };
     let mut others = Vec::new();
     while kernel::available()? > 512 << 20 {
-        let memory = Memory::small_pages(16 << 20)?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let memory = Memory::map_aligned(STEP, HUGE, RW, flags, None, 0)?;
+        if kernel::has_transparent_huge_pages() {
+            memory.advise(0, STEP, libc::MADV_HUGEPAGE)?;
+        }
         memory.touch_to_write();
         let pfns = frames::all_frames(&memory)?;
         if let Some(page) = pfns.iter().position(|pfn| *pfn < 1 << 20) {
@@ -700,7 +706,7 @@ fn a_refused_writer_changes_nothing() -> Result<()> {
 /// A device that has the memory itself writes to it, and continues while another one, which would have a copy,
 /// tries to map it: no copy of the earlier contents overwrites that.
 fn a_refused_writer_loses_nothing_of_anothers() -> Result<()> {
-    const PAGES: usize = 2048;
+    const PAGES: usize = 512;
     if kernel::bounces_always()? {
         // Both would have copies.
         return Ok(());
@@ -725,8 +731,8 @@ fn a_refused_writer_loses_nothing_of_anothers() -> Result<()> {
         Ok(writer.write(written, place, &number.to_ne_bytes())?)
     };
     with_cpu(at_once, write, |thread| {
-        for round in 0..3 * ACCESSES {
-            let delay = time * (round % ACCESSES) / ACCESSES;
+        for round in 0..ACCESSES {
+            let delay = time * round / ACCESSES;
             let refused = thread.meanwhile(delay, || other.map(WRITES[round as usize % 2]));
             check!(
                 refused.as_ref().is_err_and(is_busy),
@@ -817,10 +823,20 @@ fn with_cpu(
     })
 }
 
-/// Large enough for a map or an unmap that bounces to take a while.
-const SLOW: usize = 8 << 20;
+/// Large enough for a map or an unmap that bounces to take a while. Where nothing is bounced, no size is.
+fn slow() -> Result<usize> {
+    Ok(if kernel::bounces_always()? {
+        8 << 20
+    } else {
+        64 * PAGE
+    })
+}
+
 /// Places that are copied first, in the middle, and last.
-const PLACES: [usize; 3] = [0, SLOW / 2, SLOW - 8];
+fn places(len: usize) -> [usize; 3] {
+    [0, len / 2, len - 8]
+}
+
 /// Accesses to each place, spread over the time that the map or the unmap takes.
 const ACCESSES: u32 = 40;
 
@@ -854,7 +870,7 @@ fn word(importer: &Importer, mapping: Mapping, place: usize) -> Result<u64> {
 /// What the CPU writes while a device maps, the device sees when both are done.
 fn cpu_writes_while_a_device_maps() -> Result<()> {
     let device = Device::open()?;
-    let memory = Memory::small_pages(SLOW)?;
+    let memory = Memory::small_pages(slow()?)?;
     let buffer = device.create(&[memory.range()])?;
     let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
     for direction in [Direction::Bidirectional, Direction::ToDevice] {
@@ -863,7 +879,7 @@ fn cpu_writes_while_a_device_maps() -> Result<()> {
             importer.unmap(mapping)?;
             Ok(time)
         })?;
-        for place in PLACES {
+        for place in places(memory.len()) {
             let access = |number| buffer.synced(Sync::ReadWrite, || memory.set(place, number));
             with_cpu(at_once, access, |cpu| {
                 for round in 0..accesses()? {
@@ -890,7 +906,7 @@ fn cpu_writes_while_a_device_maps() -> Result<()> {
 /// writes back a copy that was made before.
 fn cpu_writes_while_a_device_unmaps() -> Result<()> {
     let device = Device::open()?;
-    let memory = Memory::small_pages(SLOW)?;
+    let memory = Memory::small_pages(slow()?)?;
     let buffer = device.create(&[memory.range()])?;
     let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
     // The bounce buffers that are in use when a part of the mapping's have been given back, which
@@ -907,7 +923,7 @@ fn cpu_writes_while_a_device_unmaps() -> Result<()> {
     for direction in WRITES {
         let map = || importer.map(direction);
         let time = typical(|| Ok(importer.unmap(map()?.0)?))?;
-        for place in PLACES {
+        for place in places(memory.len()) {
             let access = |number| buffer.synced(Sync::ReadWrite, || memory.set(place, number));
             with_cpu(begun, access, |cpu| {
                 for round in 0..accesses()? {
@@ -933,13 +949,13 @@ fn cpu_writes_while_a_device_unmaps() -> Result<()> {
 /// What a device has written, the CPU sees at any time while the device unmaps.
 fn cpu_reads_while_a_device_unmaps() -> Result<()> {
     let device = Device::open()?;
-    let memory = Memory::small_pages(SLOW)?;
+    let memory = Memory::small_pages(slow()?)?;
     let buffer = device.create(&[memory.range()])?;
     let importer = Importer::attach(buffer.as_fd(), Limits::NONE)?;
     for direction in WRITES {
         let map = || importer.map(direction);
         let time = typical(|| Ok(importer.unmap(map()?.0)?))?;
-        for place in PLACES {
+        for place in places(memory.len()) {
             memory.set(place, 0);
             let access = |number| {
                 let seen = buffer.synced(Sync::Read, || memory.get(place))?;
@@ -1101,7 +1117,7 @@ fn concurrent_maps() -> Result<()> {
         let maps = (0..3).map(|thread| {
             let buffer = &buffer;
             scope.spawn(move || -> Result<()> {
-                for round in 0..60 {
+                for round in 0..30 {
                     let direction = [Direction::ToDevice, Direction::Bidirectional][round % 2];
                     let limits = Limits {
                         mask_bits: 64,
@@ -1129,13 +1145,13 @@ fn concurrent_maps() -> Result<()> {
         });
         let maps: Vec<_> = maps.collect();
         let syncs = scope.spawn(|| -> Result<()> {
-            for _ in 0..300 {
+            for _ in 0..150 {
                 buffer.synced(Sync::Read, || ())?;
             }
             Ok(())
         });
         let faults = scope.spawn(|| -> Result<()> {
-            for _ in 0..60 {
+            for _ in 0..30 {
                 buffer.map()?.touch();
             }
             Ok(())
@@ -1224,7 +1240,7 @@ fn kernel_mapping_counts() -> Result<()> {
 }
 
 fn kernel_mapping_large() -> Result<()> {
-    const LEN: usize = 64 << 20;
+    const LEN: usize = 16 << 20;
     let device = Device::open()?;
     let memory = Memory::small_pages(LEN)?;
     let buffer = device.create(&scattered(&memory))?;
