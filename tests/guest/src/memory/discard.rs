@@ -372,7 +372,7 @@ fn parts_of_folios_in_the_swap_cache() -> Result<()> {
 /// Memory is paged out, read back, forked and pinned, again and again: no page is reported as discarded that
 /// its owner has.
 fn turmoil_with_swap() -> Result<()> {
-    const TIME: std::time::Duration = std::time::Duration::from_secs(20);
+    const TIME: std::time::Duration = std::time::Duration::from_secs(8);
     let _swap = SlowSwap::on(64 << 20)?;
     let device = Device::open()?;
     let memory = Memory::small_pages(LEN)?;

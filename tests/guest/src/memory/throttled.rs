@@ -32,9 +32,11 @@ const TABLES: usize = IN_A_CALL + 72;
 /// Threads in the group.
 const THREADS: usize = 4;
 /// How long the processes run without a limit.
-const USUAL: Duration = Duration::from_secs(15);
-/// How long they run with it.
-const TIME: Duration = Duration::from_secs(30);
+const USUAL: Duration = Duration::from_secs(6);
+/// How long they run with it: until the group has waited for this often, but at least and at most for these times.
+const ENOUGH: u64 = 8;
+const LEAST: Duration = Duration::from_secs(8);
+const MOST: Duration = Duration::from_secs(30);
 /// What the group may have: less than its processes take.
 const HIGH: usize = 64 << 10;
 /// The control group causes waits of two seconds.
@@ -112,7 +114,7 @@ fn delays_nobody(
     let group = Group::new("memory")?;
     let mut child = child_in(&group, &waits, theirs)?;
     // Returns the longest time of this process, and the number of long waits of the child.
-    let mut run = |time| -> Result<(Duration, u64)> {
+    let mut run = |least, most| -> Result<(Duration, u64)> {
         let counted = || {
             (0..THREADS)
                 .map(|thread| waits.get(thread * 8))
@@ -120,14 +122,14 @@ fn delays_nobody(
         };
         let (start, before) = (Instant::now(), counted());
         let mut longest = Duration::ZERO;
-        while start.elapsed() < time {
+        while start.elapsed() < least || (start.elapsed() < most && counted() - before < ENOUGH) {
             longest = longest.max(ours()?);
         }
         Ok((longest, counted() - before))
     };
-    let (usual, slow) = run(USUAL)?;
+    let (usual, slow) = run(USUAL, USUAL)?;
     group.set("memory.high", HIGH)?;
-    let (longest, throttled) = run(TIME)?;
+    let (longest, throttled) = run(LEAST, MOST)?;
     if !child.runs()? {
         child.join()?;
         bail!("the child in the group came to an end");
