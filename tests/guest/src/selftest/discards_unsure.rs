@@ -125,7 +125,7 @@ fn from_an_offset_within() -> Result<()> {
 /// While the kernel goes from one way of mapping to the other, and until the last page is unmapped, nothing of a huge
 /// page is reported as discarded that is mapped, and no state is followed by one that it cannot come from.
 fn split_and_unmapped_while_asked() -> Result<()> {
-    const TIME: Duration = Duration::from_secs(5);
+    const TIME: Duration = Duration::from_secs(3);
     let device = Device::open()?;
     kernel::needs_transparent_huge_pages()?;
     let exact = kernel::has_page_mapcounts()?;

@@ -223,16 +223,25 @@ fn answer_not_writable() -> Result<()> {
 fn unknown_flags() -> Result<()> {
     let memory = Memory::anonymous(PAGE)?;
     let ranges = [memory.range()];
-    for bit in (0..32).filter(|bit| pinbuf_uapi::CREATE_FLAGS & 1 << bit == 0) {
-        let argument = Create {
-            flags: 1 << bit,
-            ranges: ranges.as_ptr() as u64,
-            count: 1,
-            ..create()
-        };
-        refuses_argument(&format!("flag bit {bit}"), Errno::EINVAL, argument)?;
-    }
-    Ok(())
+    let bits = (0..32).filter(|bit| pinbuf_uapi::CREATE_FLAGS & 1 << bit == 0);
+    let mut last = 0;
+    refuses(&Device::open()?, "unknown flags", Errno::EINVAL, |device| {
+        for bit in bits {
+            last = bit;
+            let argument = Create {
+                flags: 1 << bit,
+                ranges: ranges.as_ptr() as u64,
+                count: 1,
+                ..create()
+            };
+            match device.create_raw(&argument) {
+                Err(Errno::EINVAL) => {}
+                other => return other,
+            }
+        }
+        Err(Errno::EINVAL)
+    })
+    .with_context(|| format!("up to flag bit {last}"))
 }
 
 fn reserved_fields() -> Result<()> {

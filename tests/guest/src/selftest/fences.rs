@@ -296,7 +296,7 @@ fn a_fence_outlives_the_buffer() -> Result<()> {
             }
             Ok(())
         });
-        let result = (0..200).try_for_each(|round| {
+        let result = (0..60).try_for_each(|round| {
             let (_memory, buffer) = page()?;
             let fence = writes_to(&vgem, buffer.as_fd())?;
             if round % 2 == 1 {

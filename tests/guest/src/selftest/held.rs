@@ -432,19 +432,18 @@ fn charged_while_create_waits() -> Result<()> {
 /// Pages that the driver asks GUP for in one call. The first page of a range is a batch of its own.
 const BATCH: usize = 512;
 
-/// Numbers of pages, each out of a huge page of its own: a part of a batch and a whole one, or what fits into memory.
-const SEVERAL: [usize; 2] = if HUGE > 4 << 20 {
-    [12, 24]
-} else {
-    [BATCH / 4, BATCH]
-};
+/// Many huge pages, but few enough for the memory of any guest, however large they are.
+const MANY: usize = 16;
 
-/// A range of `pages` pages, each out of a huge page of its own, and one page that is missing; and the
+/// A range of `pages` pages, each `step`th out of a huge page of its own, and one page that is missing; and the
 /// rest of the huge pages.
-fn pages_of_huge_pages(pages: usize) -> Result<(Memory, Vec<Memory>)> {
+fn pages_of_huge_pages(pages: usize, step: usize) -> Result<(Memory, Vec<Memory>)> {
     let window = Memory::small_pages((pages + 1) * PAGE)?;
-    let mut rest = Vec::new();
     for page in 0..pages {
+        window.set(page * PAGE, 1);
+    }
+    let mut rest = Vec::new();
+    for page in (step - 1..pages).step_by(step) {
         let memory = transparent(1)?;
         memory.move_part(0, PAGE, &window, page * PAGE)?;
         rest.push(memory);
@@ -456,19 +455,23 @@ fn pages_of_huge_pages(pages: usize) -> Result<(Memory, Vec<Memory>)> {
 /// has pinned until then. Only its pins keep the rest of the huge pages.
 fn charged_while_a_batch_waits() -> Result<()> {
     needs_transparent_huge_pages()?;
-    for pages in [1, 5].into_iter().chain(SEVERAL) {
-        let _setting = allowance_of((pages + 2) * FOLIO)?;
+    // A part of a batch, and a whole one: it would take 1 GiB if each of its pages were of a huge page.
+    for (pages, step) in [(1, 1), (5, 1), (MANY, 1), (BATCH, BATCH / MANY)] {
+        let huge = pages / step;
+        // Of each huge page one page is in the buffer, and all others are pages of their own.
+        let held = huge * FOLIO + (pages - huge);
+        let _setting = allowance_of(held + 2 * FOLIO)?;
         let _system = Setting::parameter("allowance_system_mb", 2048)?;
         in_child(|| {
             let device = Device::open()?;
-            let (window, rest) = pages_of_huge_pages(pages)?;
+            let (window, rest) = pages_of_huge_pages(pages, step)?;
             let faults = Faults::of_range(window.part(pages * PAGE, PAGE), Mode::Missing)?;
             become_user_of_an_allowance()?;
             let result = std::thread::scope(|scope| {
                 let caller = scope.spawn(|| device.create(&[window.range()]));
                 let checked = faults.wait().and_then(|()| {
                     drop(rest);
-                    check_eq!(used(&device)?, pages * FOLIO + 1, "pages that are charged");
+                    check_eq!(used(&device)?, held + 1, "pages that are charged");
                     Ok(())
                 });
                 // Nobody waits for a userfaultfd that is closed.
@@ -476,12 +479,11 @@ fn charged_while_a_batch_waits() -> Result<()> {
                 let result = caller.join().expect("the caller panicked");
                 checked.map(|()| result)
             })?;
-            let held = pages * FOLIO + 1;
-            is_charged(&device, &result?, CHARGE_ALLOWANCE, held, held)?;
+            is_charged(&device, &result?, CHARGE_ALLOWANCE, held + 1, held + 1)?;
             check_eq!(used(&device)?, 0, "the allowance used at the end");
             Ok(())
         })
-        .with_context(|| format!("{pages} huge pages"))?;
+        .with_context(|| format!("{pages} pages, {huge} of huge pages"))?;
     }
     Ok(())
 }
@@ -490,10 +492,10 @@ fn charged_while_a_batch_waits() -> Result<()> {
 fn refused_before_a_batch_waits() -> Result<()> {
     needs_transparent_huge_pages()?;
     let _setting = allowance_of(8 * FOLIO)?;
-    for pages in [9, SEVERAL[0]] {
+    for pages in [9, MANY] {
         in_child(|| {
             let device = Device::open()?;
-            let (window, rest) = pages_of_huge_pages(pages)?;
+            let (window, rest) = pages_of_huge_pages(pages, 1)?;
             let faults = Faults::of_range(window.part(pages * PAGE, PAGE), Mode::Missing)?;
             become_user_of_an_allowance()?;
             let result = std::thread::scope(|scope| {

@@ -81,7 +81,7 @@ fn users() -> Result<()> {
         set_memlock(8 * PAGE)?;
         let memory = Memory::anonymous(PAGE)?;
         let root = Uid::from_raw(0);
-        piles_nothing_up(1000, |round| {
+        piles_nothing_up(400, |round| {
             let uid = Uid::from_raw(100_000 + u32::try_from(round)?);
             setresuid(uid, root, root).context("setresuid")?;
             let buffer = device.create(&[memory.range()])?;
@@ -111,7 +111,7 @@ fn users_that_are_refused() -> Result<()> {
             link.signal()?;
         }
     })?;
-    let result = piles_nothing_up(COUNT as usize / (REPETITIONS + 1), |round| {
+    let result = piles_nothing_up(COUNT as usize / 10, |round| {
         link.say(round as u64 + 1)?;
         link.wait()
     });
@@ -124,7 +124,7 @@ fn users_that_are_refused() -> Result<()> {
 /// A buffer of a process that ends.
 fn processes() -> Result<()> {
     let device = Device::open()?;
-    piles_nothing_up(200, |_| {
+    piles_nothing_up(100, |_| {
         in_child(|| {
             let memory = Memory::anonymous(PAGE)?;
             drop(device.create(&[memory.range()])?);

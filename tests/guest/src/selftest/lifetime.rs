@@ -326,7 +326,7 @@ fn created_while_unmapped() -> Result<()> {
         });
         let mut results = [0; 2];
         let mut outcome = Ok(());
-        for _ in 0..200 {
+        for _ in 0..80 {
             match device.create(&[memory.range()]) {
                 Ok(_) => results[0] += 1,
                 Err(Errno::EFAULT) => results[1] += 1,
@@ -367,12 +367,12 @@ fn killed_while_creating() -> Result<()> {
 /// A call over much memory that is all present, which never has to wait, ends soon after its process was
 /// killed.
 fn killed_while_much_is_created() -> Result<()> {
-    const LEN: usize = 64 << 20;
+    const LEN: usize = 16 << 20;
     let memory = Memory::small_pages(LEN)?;
     memory.touch_to_write();
     // As often as a buffer may contain it.
     let total = usize::try_from(kernel::field("/proc/meminfo", "MemTotal")?)? * 1024;
-    let ranges = vec![memory.range(); (total / LEN).saturating_sub(1).min(64)];
+    let ranges = vec![memory.range(); (total / LEN).saturating_sub(1).min(128)];
     let device = Device::open()?;
     let start = Instant::now();
     drop(device.create(&ranges)?);

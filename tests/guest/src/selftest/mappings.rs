@@ -241,8 +241,8 @@ impl Case {
         Ok(())
     }
 
-    /// Checks what there is in a part of the arena. Of many pages it takes some: those at both ends and
-    /// around the boundaries of blocks, of which it leaves some out in the middle.
+    /// Checks what there is in a part of the arena. Of many pages it takes some: those at both ends, some between, and
+    /// those around the boundaries of blocks, of which it leaves most out in the middle of very many.
     fn shows(&self, at: usize, len: usize, seen: Seen) -> Result<()> {
         let pages = len / PAGE;
         let first_block = at / HUGE;
@@ -250,8 +250,9 @@ impl Case {
         let near = |page: usize| {
             let (block, in_block) = ((at / PAGE + page) / BLOCK, (at / PAGE + page) % BLOCK);
             let at_end = block < first_block + 2 || block + 2 > last_block;
-            let in_sample = at_end || block % 16 == 0 || block % 16 == 15;
-            pages <= 1200
+            let in_sample = at_end || block % 64 == 0 || block % 64 == 63;
+            pages <= 64
+                || pages <= 1200 && page % 7 == 0
                 || page < 2
                 || page + 2 >= pages
                 || in_sample && (in_block < 2 || in_block == 511)

@@ -756,7 +756,7 @@ fn shown_as_vm_pin() -> Result<()> {
 /// Several processes of a user try to get as much as possible, and together never have more.
 fn never_over_the_limit() -> Result<()> {
     const LIMIT: usize = 16;
-    const SHARE: i64 = 100;
+    const SHARE: i64 = 50;
     let _setting = no_allowance()?;
     let shared = Memory::map(PAGE, RW, libc::MAP_SHARED | libc::MAP_ANONYMOUS, None, 0)?;
     let counters = |index: usize| {
@@ -834,8 +834,8 @@ fn threads_share_it() -> Result<()> {
 /// The pages of a buffer are given back before its charge is, or a user would have more in place than its limit: when a
 /// create gets the charge of a buffer that is being closed, none of that buffer's pages is pinned any more.
 fn given_back_after_the_pages() -> Result<()> {
-    const PAGES: usize = 64 << 10;
-    const ROUNDS: usize = 10;
+    const PAGES: usize = 16 << 10;
+    const ROUNDS: usize = 5;
     let _setting = no_allowance()?;
     let before = kernel::pins()?;
     let link = Link::new()?;

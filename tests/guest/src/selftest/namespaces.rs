@@ -146,12 +146,12 @@ fn host_user_gets(uid: u32, limit: usize, pages: usize) -> Result<()> {
 fn subordinates_share_a_limit() -> Result<()> {
     let _setting = Setting::parameter("allowance_mb", 0)?;
     let (child, link) = in_namespace(LIMIT, |device, link| {
-        let buffers = buffers_of_all(device, 40, 3)?;
+        let buffers = buffers_of_all(device, 12, 3)?;
         link.say(buffers.len() as u64)?;
         link.wait()?;
         drop(buffers);
         // What one user gave back is available to another.
-        let again = buffers_of_all(device, 10, LIMIT)?;
+        let again = buffers_of_all(device, 5, LIMIT)?;
         check_eq!(again.len(), 1, "users that get all of it");
         Ok(())
     })?;
@@ -171,7 +171,7 @@ fn subordinates_share_an_allowance() -> Result<()> {
     const MIB: usize = (1 << 20) / PAGE;
     let _setting = Setting::parameter("allowance_mb", 1)?;
     let (child, _link) = in_namespace(0, |device, _| {
-        let buffers = buffers_of_all(device, 40, 30)?;
+        let buffers = buffers_of_all(device, 16, 30)?;
         check_eq!(buffers.len(), MIB / 30, "buffers of 30 pages");
         let used = device.query()?.allowance_used as usize;
         check_eq!(used, MIB / 30 * 30 * PAGE, "the allowance used");
@@ -287,11 +287,11 @@ fn containers_share_no_limit() -> Result<()> {
     let mut containers = Vec::new();
     for first in CONTAINERS {
         let (child, link) = in_container(first, LIMIT, |device, link| {
-            let buffers = buffers_of_all(device, 40, 3)?;
+            let buffers = buffers_of_all(device, 12, 3)?;
             link.say(buffers.len() as u64)?;
             link.wait()?;
             drop(buffers);
-            let again = buffers_of_all(device, 10, LIMIT)?;
+            let again = buffers_of_all(device, 5, LIMIT)?;
             check_eq!(again.len(), 1, "users that get all of it");
             Ok(())
         })?;
@@ -325,7 +325,7 @@ fn containers_share_no_allowance() -> Result<()> {
     let mut containers = Vec::new();
     for first in CONTAINERS {
         let (child, link) = in_container(first, 0, |device, link| {
-            let buffers = buffers_of_all(device, 40, 30)?;
+            let buffers = buffers_of_all(device, 16, 30)?;
             check_eq!(buffers.len(), MIB / 30, "buffers of 30 pages");
             let used = device.query()?.allowance_used as usize;
             check_eq!(used, MIB / 30 * 30 * PAGE, "the allowance used");
@@ -427,7 +427,7 @@ fn namespaces_in_a_container_with_the_host_s_users() -> Result<()> {
             unshare(CloneFlags::CLONE_NEWUSER).context("making a nested namespace")?;
             theirs.signal()?;
             theirs.wait()?;
-            let buffers = buffers_of_all(device, 40, 3)?;
+            let buffers = buffers_of_all(device, 12, 3)?;
             theirs.say(buffers.len() as u64)?;
             theirs.wait()
         })?;
