@@ -10,7 +10,7 @@ pub mod runs;
 mod sanitize;
 
 use std::cmp::Reverse;
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fs;
 use std::io::{stderr, IsTerminal, Write};
 use std::num::NonZeroUsize;
@@ -163,9 +163,9 @@ impl Test {
             })
             .collect();
         let start = Instant::now();
-        prepare(&jobs);
-        // First what takes longest to build, and what may run for longest.
-        jobs.sort_by_key(|job| Reverse((job.kernel == "debug", job.run.timeout)));
+        let ready = prepare(&jobs);
+        // First what takes longest to build, and what runs for longest: the last guests to end are short ones.
+        jobs.sort_by_key(|job| Reverse((job.kernel == "debug", job.run.takes())));
         let mut queue = VecDeque::new();
         if !on_host.is_empty() {
             queue.push_back(Work::Host(on_host));
@@ -182,7 +182,7 @@ impl Test {
         if slow || named(PLANTED) {
             queue.push_back(Work::Planted);
         }
-        let all = self.work(queue);
+        let all = self.work(queue, &ready);
         say(&format!("total time: {}", seconds(start.elapsed())));
         println!(
             "{} passed, {} failed, {} skipped",
@@ -339,16 +339,15 @@ impl Test {
 
     /// All of it, several at a time: what runs on the host beside the first guests, which keep one
     /// processor busy.
-    fn work(&self, queue: VecDeque<Work>) -> Counts {
+    fn work(&self, queue: VecDeque<Work>, ready: &Ready) -> Counts {
         let workers = self.jobs.map_or_else(guests_at_once, NonZeroUsize::get);
         let queue = Mutex::new(queue);
         let all = Mutex::new(Counts::default());
         let userspace = OnceLock::new();
         let next = || {
-            queue
-                .lock()
-                .unwrap_or_else(|error| error.into_inner())
-                .pop_front()
+            let mut queue = queue.lock().unwrap_or_else(|error| error.into_inner());
+            let number = next_of(&queue, |kernel| ready.has(kernel));
+            queue.remove(number)
         };
         thread::scope(|scope| {
             for _ in 0..workers {
@@ -721,28 +720,68 @@ impl Job {
     }
 }
 
+/// The place of the work to do next: the first that does not have to wait for a kernel's tree, if there is any, so
+/// that no two workers wait for the same one.
+fn next_of(queue: &VecDeque<Work>, ready: impl Fn(&str) -> bool) -> usize {
+    let can_begin = |work: &Work| match work {
+        Work::Host(_) => true,
+        Work::Guest(job) => ready(&job.kernel),
+        Work::Screen => ready("default"),
+        // Last in any case.
+        Work::Packages | Work::Planted => false,
+    };
+    queue.iter().position(can_begin).unwrap_or(0)
+}
+
+/// The kernels whose trees are there, or cannot be made.
+#[derive(Clone, Default)]
+struct Ready(Arc<Mutex<HashSet<String>>>);
+
+impl Ready {
+    fn has(&self, kernel: &str) -> bool {
+        let kernels = self.0.lock().unwrap_or_else(|error| error.into_inner());
+        kernels.contains(kernel)
+    }
+
+    fn add(&self, kernel: &str) {
+        let mut kernels = self.0.lock().unwrap_or_else(|error| error.into_inner());
+        kernels.insert(kernel.to_owned());
+    }
+}
+
 /// Begins to make what the guests will need, the longest first, except for what that needs itself: much of this
 /// work keeps at most one processor busy, and so does much of what comes before guests. An error is not
 /// reported here: it occurs again where the result is needed.
-fn prepare(jobs: &[Job]) {
+fn prepare(jobs: &[Job]) -> Ready {
     let mut kernels: Vec<String> = Vec::new();
     for job in jobs {
         if !kernels.contains(&job.kernel) {
             kernels.push(job.kernel.clone());
         }
     }
-    kernels.sort_by_key(|kernel| !kernel.starts_with("debug"));
-    if kernels.is_empty() {
-        return;
-    }
-    thread::spawn(move || {
-        let Ok(tools) = Tree::tools() else { return };
-        for kernel in &kernels {
-            if let Ok(kernel) = Kernel::select(&tools, kernel) {
-                let _ = kernel.build_tree(&tools);
-            }
+    let ready = Ready::default();
+    // The debug kernel's takes longest by far: the guests of others do not wait until it is there.
+    let (debug, others): (Vec<_>, Vec<_>) = kernels
+        .into_iter()
+        .partition(|kernel| kernel.starts_with("debug"));
+    for kernels in [debug, others] {
+        let ready = ready.clone();
+        if kernels.is_empty() {
+            continue;
         }
-    });
+        thread::spawn(move || {
+            let tools = Tree::tools();
+            for name in &kernels {
+                if let Ok(tools) = &tools {
+                    if let Ok(kernel) = Kernel::select(tools, name) {
+                        let _ = kernel.build_tree(tools);
+                    }
+                }
+                ready.add(name);
+            }
+        });
+    }
+    ready
 }
 
 /// One guest per processor, as far as memory permits: without KVM a guest of 5 GiB touches most of its memory.
@@ -833,6 +872,24 @@ mod tests {
                 skipped: 0
             }
         );
+    }
+
+    #[test]
+    fn no_worker_waits_while_there_is_other_work() {
+        let queue: VecDeque<Work> = ["debug", "debug", "default"]
+            .into_iter()
+            .map(|kernel| {
+                Work::Guest(Job {
+                    run: &RUNS[0],
+                    kernel: kernel.to_owned(),
+                })
+            })
+            .chain([Work::Screen, Work::Planted])
+            .collect();
+        assert_eq!(next_of(&queue, |_| false), 0);
+        assert_eq!(next_of(&queue, |kernel| kernel == "default"), 2);
+        assert_eq!(next_of(&queue, |_| true), 0);
+        assert_eq!(next_of(&VecDeque::new(), |_| true), 0);
     }
 
     #[test]

@@ -51,6 +51,18 @@ pub struct Run {
     pub filters: bool,
     /// Seconds until the guest is stopped.
     pub timeout: u64,
+    /// About how many seconds it takes while another one runs, if that was measured: long runs come first.
+    pub seconds: u64,
+}
+
+impl Run {
+    /// About how many seconds it takes.
+    pub fn takes(&self) -> u64 {
+        match self.seconds {
+            0 => self.timeout / 10,
+            seconds => seconds,
+        }
+    }
 }
 
 /// The ordinary run; rows say what is different.
@@ -71,6 +83,7 @@ const PLAIN: Run = Run {
     verdict: Verdict::Ktap,
     filters: true,
     timeout: 600,
+    seconds: 0,
 };
 
 /// Virtual machines inside of the guest; rows say which.
