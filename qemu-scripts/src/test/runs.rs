@@ -86,6 +86,9 @@ const PLAIN: Run = Run {
     seconds: 0,
 };
 
+/// Devices see copies of all memory.
+const FORCED_BOUNCES: &str = "swiotlb=force hugepagesz=1G hugepages=1";
+
 /// Virtual machines inside of the guest; rows say which.
 const NESTED: Run = Run {
     when: When::Long,
@@ -230,7 +233,7 @@ pub const RUNS: &[Run] = &[
     Run {
         // Random steps on mappings, against a model.
         name: "torture",
-        command: "pinbuf-torture --seconds 30",
+        command: "pinbuf-torture --seconds 15 --steps 300",
         ..PLAIN
     },
     Run {
@@ -251,8 +254,18 @@ pub const RUNS: &[Run] = &[
     },
     Run {
         name: "swiotlb",
-        // Every device mapping goes through bounce buffers, and has to be synchronised.
-        cmdline: "swiotlb=force hugepagesz=1G hugepages=1",
+        // Every device mapping goes through bounce buffers, and has to be synchronised. Nothing else is different, so
+        // this row has the files whose tests map for devices, without the largest creates, of which no device gets a
+        // copy.
+        cmdline: FORCED_BOUNCES,
+        command: "pinbuf-selftest create huge importer fences memory_types vivid leaks lifetime \
+            --without create.ranges_65536 --without create.one_gib --without create.a_page_a_million_times",
+        ..PLAIN
+    },
+    Run {
+        name: "swiotlb-long",
+        when: When::Long,
+        cmdline: FORCED_BOUNCES,
         ..PLAIN
     },
     Run {
@@ -361,6 +374,20 @@ pub const RUNS: &[Run] = &[
         // out transparent huge pages.
         name: "rt",
         kernel: "default-rt",
+        // Without the largest creates, which take no other locks than smaller ones, and without the search for a page
+        // below 4 GiB, which takes long without huge pages, for a test of addresses alone.
+        command: "pinbuf-selftest --without mappings. --without create.ranges_65536 --without create.one_gib \
+            --without create.a_page_a_million_times --without of_memory_partly_beyond",
+        ..PLAIN
+    },
+    Run {
+        // What `rt` leaves out.
+        name: "rt-sizes",
+        when: When::Long,
+        kernel: "default-rt",
+        command: "pinbuf-selftest --filter create.ranges_65536 --filter create.one_gib \
+            --filter create.a_page_a_million_times --filter of_memory_partly_beyond",
+        filters: false,
         ..PLAIN
     },
     ARM64,
@@ -533,6 +560,16 @@ pub const RUNS: &[Run] = &[
     Run {
         name: "next",
         kernel: "newest",
+        // Without the largest creates: a kernel does the same for smaller ones.
+        command: "pinbuf-selftest --without mappings. --without create.ranges_65536 --without create.one_gib",
+        ..PLAIN
+    },
+    Run {
+        name: "next-sizes",
+        when: When::Long,
+        kernel: "newest",
+        command: "pinbuf-selftest --filter create.ranges_65536 --filter create.one_gib",
+        filters: false,
         ..PLAIN
     },
     MEMORY,
@@ -564,9 +601,10 @@ pub const RUNS: &[Run] = &[
         // The tests take 1 GiB besides the huge page. kmemleak scans all memory, KASAN's own too, so memory
         // that no test needs costs time.
         memory: "4G",
-        // The two largest creates take a minute here, and the checkers see nothing in them that they do not see in
+        // The largest creates take minutes here, and the checkers see nothing in them that they do not see in
         // smaller ones. Row `debug-sizes` has them.
-        command: "pinbuf-selftest --without mappings. --without create.ranges_65536 --without create.a_page_a_million_times",
+        command: "pinbuf-selftest --without mappings. --without create.ranges_65536 --without create.one_gib \
+            --without create.a_page_a_million_times",
         timeout: 2700,
         ..PLAIN
     },
@@ -575,7 +613,8 @@ pub const RUNS: &[Run] = &[
         when: When::Long,
         kernel: "debug",
         memory: "4G",
-        command: "pinbuf-selftest --filter create.ranges_65536 --filter create.a_page_a_million_times",
+        command: "pinbuf-selftest --filter create.ranges_65536 --filter create.one_gib \
+            --filter create.a_page_a_million_times",
         filters: false,
         ..PLAIN
     },
@@ -616,7 +655,7 @@ pub const RUNS: &[Run] = &[
         // 1 GiB gives an extent that is too large to be entered at once.
         memory: "4G",
         cmdline: "page_table_check=off hugepagesz=1G hugepages=1",
-        command: "tests/fuzz/run",
+        command: "tests/fuzz/run --seconds 30",
         verdict: Verdict::Status,
         filters: false,
         ..CHECKED
