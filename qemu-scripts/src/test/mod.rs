@@ -15,6 +15,7 @@ use std::fs;
 use std::io::{stderr, IsTerminal, Write};
 use std::num::NonZeroUsize;
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -163,7 +164,7 @@ impl Test {
             })
             .collect();
         let start = Instant::now();
-        let ready = prepare(&jobs);
+        let pending = prepare(&jobs);
         // First what takes longest to build, and what runs for longest: the last guests to end are short ones.
         jobs.sort_by_key(|job| Reverse((job.kernel == "debug", job.run.takes())));
         let mut queue = VecDeque::new();
@@ -182,7 +183,7 @@ impl Test {
         if slow || named(PLANTED) {
             queue.push_back(Work::Planted);
         }
-        let all = self.work(queue, &ready);
+        let all = self.work(queue, &pending);
         say(&format!("total time: {}", seconds(start.elapsed())));
         println!(
             "{} passed, {} failed, {} skipped",
@@ -339,15 +340,25 @@ impl Test {
 
     /// All of it, several at a time: what runs on the host beside the first guests, which keep one
     /// processor busy.
-    fn work(&self, queue: VecDeque<Work>, ready: &Ready) -> Counts {
+    fn work(&self, queue: VecDeque<Work>, pending: &Pending) -> Counts {
         let workers = self.jobs.map_or_else(guests_at_once, NonZeroUsize::get);
         let queue = Mutex::new(queue);
         let all = Mutex::new(Counts::default());
         let userspace = OnceLock::new();
-        let next = || {
+        let begun = AtomicBool::new(false);
+        let next = || loop {
             let mut queue = queue.lock().unwrap_or_else(|error| error.into_inner());
-            let number = next_of(&queue, |kernel| ready.has(kernel));
-            queue.remove(number)
+            let place = next_of(&queue, |kernel| !pending.has(kernel));
+            if place.is_some() || queue.is_empty() {
+                return queue.remove(place?);
+            }
+            let native = queue.iter().any(Work::is_native);
+            drop(queue);
+            if native && !begun.swap(true, Ordering::Relaxed) {
+                // An error occurs again where the result is needed.
+                let _ = build_userspace();
+            }
+            thread::sleep(Duration::from_millis(200));
         };
         thread::scope(|scope| {
             for _ in 0..workers {
@@ -383,15 +394,10 @@ impl Test {
         // The user space of guests is built once, by the first worker that needs it. If the build fails, that
         // is one failure.
         let mut said = false;
-        let arch = match work {
-            Work::Guest(job) => archive::arch(&job.kernel),
-            _ => Arch::Amd64,
-        };
-        let build = || userspace::build(&Tree::tools()?, Profile::Dev, Target::HOST);
         // Others are built when their kernel is there, which says for which size of pages.
-        let built = !arch.is_native()
-            || *userspace.get_or_init(|| match build() {
-                Ok(_) => true,
+        let built = !work.is_native()
+            || *userspace.get_or_init(|| match build_userspace() {
+                Ok(()) => true,
                 Err(error) => {
                     say(&format!("{error:#}"));
                     said = true;
@@ -702,6 +708,21 @@ enum Work {
     Planted,
 }
 
+impl Work {
+    /// Whether its guest has the host's architecture.
+    fn is_native(&self) -> bool {
+        match self {
+            Self::Guest(job) => archive::arch(&job.kernel).is_native(),
+            _ => Arch::Amd64.is_native(),
+        }
+    }
+}
+
+/// The user space of guests of the host's architecture.
+fn build_userspace() -> Result<()> {
+    userspace::build(&Tree::tools()?, Profile::Dev, Target::HOST).map(drop)
+}
+
 /// A run on a kernel.
 struct Job {
     run: &'static Run,
@@ -720,68 +741,88 @@ impl Job {
     }
 }
 
-/// The place of the work to do next: the first that does not have to wait for a kernel's tree, if there is any, so
-/// that no two workers wait for the same one.
-fn next_of(queue: &VecDeque<Work>, ready: impl Fn(&str) -> bool) -> usize {
-    let can_begin = |work: &Work| match work {
+/// The place of the work to do next: the first that does not have to wait for a kernel's tree, as then others would wait
+/// behind it.
+fn next_of(queue: &VecDeque<Work>, is_there: impl Fn(&str) -> bool) -> Option<usize> {
+    let guests = queue.iter().any(|work| matches!(work, Work::Guest(_)));
+    queue.iter().position(|work| match work {
         Work::Host(_) => true,
-        Work::Guest(job) => ready(&job.kernel),
-        Work::Screen => ready("default"),
-        // Last in any case.
-        Work::Packages | Work::Planted => false,
-    };
-    queue.iter().position(can_begin).unwrap_or(0)
+        Work::Guest(job) => is_there(&job.kernel),
+        Work::Screen => is_there("default"),
+        // In any case after all others.
+        Work::Packages | Work::Planted => !guests,
+    })
 }
 
-/// The kernels whose trees are there, or cannot be made.
-#[derive(Clone, Default)]
-struct Ready(Arc<Mutex<HashSet<String>>>);
+/// The kernels whose trees are still being made.
+#[derive(Clone)]
+struct Pending(Arc<Mutex<HashSet<String>>>);
 
-impl Ready {
+impl Pending {
     fn has(&self, kernel: &str) -> bool {
         let kernels = self.0.lock().unwrap_or_else(|error| error.into_inner());
         kernels.contains(kernel)
     }
 
-    fn add(&self, kernel: &str) {
+    /// It is there, or cannot be made.
+    fn remove(&self, kernel: &str) {
         let mut kernels = self.0.lock().unwrap_or_else(|error| error.into_inner());
-        kernels.insert(kernel.to_owned());
+        kernels.remove(kernel);
     }
 }
 
 /// Begins to make what the guests will need, the longest first, except for what that needs itself: much of this
 /// work keeps at most one processor busy, and so does much of what comes before guests. An error is not
 /// reported here: it occurs again where the result is needed.
-fn prepare(jobs: &[Job]) -> Ready {
+fn prepare(jobs: &[Job]) -> Pending {
     let mut kernels: Vec<String> = Vec::new();
     for job in jobs {
         if !kernels.contains(&job.kernel) {
             kernels.push(job.kernel.clone());
         }
     }
-    let ready = Ready::default();
+    let pending = Pending(Arc::new(Mutex::new(kernels.iter().cloned().collect())));
     // The debug kernel's takes longest by far: the guests of others do not wait until it is there.
-    let (debug, others): (Vec<_>, Vec<_>) = kernels
+    let (debug, others) = kernels
         .into_iter()
         .partition(|kernel| kernel.starts_with("debug"));
     for kernels in [debug, others] {
-        let ready = ready.clone();
-        if kernels.is_empty() {
-            continue;
-        }
-        thread::spawn(move || {
-            let tools = Tree::tools();
-            for name in &kernels {
-                if let Ok(tools) = &tools {
-                    if let Ok(kernel) = Kernel::select(tools, name) {
-                        let _ = kernel.build_tree(tools);
-                    }
-                }
-                ready.add(name);
-            }
-        });
+        let trees = Trees {
+            kernels,
+            pending: pending.clone(),
+        };
+        thread::spawn(move || trees.make());
     }
-    ready
+    pending
+}
+
+/// Trees that are made one after the other.
+struct Trees {
+    kernels: Vec<String>,
+    pending: Pending,
+}
+
+impl Trees {
+    fn make(self) {
+        if self.kernels.is_empty() {
+            return;
+        }
+        let Ok(tools) = Tree::tools() else { return };
+        for name in &self.kernels {
+            if let Ok(kernel) = Kernel::select(&tools, name) {
+                let _ = kernel.build_tree(&tools);
+            }
+            self.pending.remove(name);
+        }
+    }
+}
+
+impl Drop for Trees {
+    fn drop(&mut self) {
+        self.kernels
+            .iter()
+            .for_each(|name| self.pending.remove(name));
+    }
 }
 
 /// One guest per processor, as far as memory permits: without KVM a guest of 5 GiB touches most of its memory.
@@ -886,10 +927,14 @@ mod tests {
             })
             .chain([Work::Screen, Work::Planted])
             .collect();
-        assert_eq!(next_of(&queue, |_| false), 0);
-        assert_eq!(next_of(&queue, |kernel| kernel == "default"), 2);
-        assert_eq!(next_of(&queue, |_| true), 0);
-        assert_eq!(next_of(&VecDeque::new(), |_| true), 0);
+        assert_eq!(next_of(&queue, |_| false), None);
+        assert_eq!(next_of(&queue, |kernel| kernel == "default"), Some(2));
+        assert_eq!(next_of(&queue, |_| true), Some(0));
+        assert_eq!(
+            next_of(&VecDeque::from([Work::Planted]), |_| false),
+            Some(0)
+        );
+        assert_eq!(next_of(&VecDeque::new(), |_| true), None);
     }
 
     #[test]
