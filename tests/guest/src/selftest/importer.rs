@@ -826,7 +826,7 @@ fn with_cpu(
 /// Large enough for a map or an unmap that bounces to take a while. Where nothing is bounced, no size is.
 fn slow() -> Result<usize> {
     Ok(if kernel::bounces_always()? {
-        8 << 20
+        4 << 20
     } else {
         64 * PAGE
     })
@@ -838,7 +838,7 @@ fn places(len: usize) -> [usize; 3] {
 }
 
 /// Accesses to each place, spread over the time that the map or the unmap takes.
-const ACCESSES: u32 = 40;
+const ACCESSES: u32 = 24;
 
 /// The accesses that are made: where nothing is bounced, there is nothing to be lost.
 fn accesses() -> Result<u32> {
