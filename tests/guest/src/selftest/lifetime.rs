@@ -5,7 +5,7 @@
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
@@ -357,7 +357,7 @@ fn killed_while_creating() -> Result<()> {
             }
         })?;
         link.ours.wait()?;
-        std::thread::sleep(std::time::Duration::from_micros(1700 * round));
+        std::thread::sleep(Duration::from_micros(1700 * round));
         drop(child);
     }
     check_eq!(kernel::pins()?, pins, "pinned pages");
@@ -370,13 +370,17 @@ fn killed_while_much_is_created() -> Result<()> {
     const LEN: usize = 16 << 20;
     let memory = Memory::small_pages(LEN)?;
     memory.touch_to_write();
-    // As often as a buffer may contain it.
+    // As often as a buffer may contain it, or as it takes a while.
     let total = usize::try_from(kernel::field("/proc/meminfo", "MemTotal")?)? * 1024;
-    let ranges = vec![memory.range(); (total / LEN).saturating_sub(1).min(128)];
+    let most = (total / LEN).saturating_sub(1).min(256);
     let device = Device::open()?;
-    let start = Instant::now();
-    drop(device.create(&ranges)?);
-    let whole = start.elapsed();
+    let (mut ranges, mut whole) = (Vec::new(), Duration::ZERO);
+    while whole < Duration::from_millis(800) && ranges.len() < most {
+        ranges = vec![memory.range(); (2 * ranges.len()).clamp(8, most)];
+        let start = Instant::now();
+        drop(device.create(&ranges)?);
+        whole = start.elapsed();
+    }
     let link = Link::new()?;
     let child = Child::run(|| {
         // Pages that are shared with the parent would have to be copied first.

@@ -834,8 +834,9 @@ fn threads_share_it() -> Result<()> {
 /// The pages of a buffer are given back before its charge is, or a user would have more in place than its limit: when a
 /// create gets the charge of a buffer that is being closed, none of that buffer's pages is pinned any more.
 fn given_back_after_the_pages() -> Result<()> {
-    const PAGES: usize = 16 << 10;
-    const ROUNDS: usize = 5;
+    // Enough for their release to take a while.
+    const PAGES: usize = 64 << 10;
+    const ROUNDS: usize = 3;
     let _setting = no_allowance()?;
     let before = kernel::pins()?;
     let link = Link::new()?;

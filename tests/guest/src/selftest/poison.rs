@@ -305,7 +305,7 @@ fn before_it_is_pinned() -> Result<()> {
 /// Two threads touch a block for the first time while a page of it breaks: whether that block gets a
 /// huge entry or a page table, they agree.
 fn while_it_is_faulted() -> Result<()> {
-    const ROUNDS: usize = 20;
+    const ROUNDS: usize = 12;
     kernel::needs_transparent_huge_pages()?;
     let device = Device::open()?;
     let mut broken = Broken::none()?;
