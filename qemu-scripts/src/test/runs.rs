@@ -51,7 +51,7 @@ pub struct Run {
     pub filters: bool,
     /// Seconds until the guest is stopped.
     pub timeout: u64,
-    /// About how many seconds it takes while another one runs, if that was measured: long runs come first.
+    /// About how many seconds it takes on a machine with other work, if that was measured: long runs come first.
     pub seconds: u64,
 }
 
@@ -157,6 +157,7 @@ const MEMORY: Run = Run {
     // With a memory range that the kernel treats as persistent memory of a device.
     cmdline: "hugepagesz=1G hugepages=1 memmap=128M!2G",
     command: "pinbuf-memtest kinds populate safety discard promises late owners throttled",
+    seconds: 150,
     ..PLAIN
 };
 
@@ -211,6 +212,7 @@ const ARM64: Run = Run {
 pub const RUNS: &[Run] = &[
     Run {
         name: "stock",
+        seconds: 150,
         ..PLAIN
     },
     Run {
@@ -218,6 +220,7 @@ pub const RUNS: &[Run] = &[
         name: "mappings",
         command: "pinbuf-selftest --filter mappings. --without giga_twice",
         filters: false,
+        seconds: 120,
         ..PLAIN
     },
     Run {
@@ -260,6 +263,7 @@ pub const RUNS: &[Run] = &[
         cmdline: FORCED_BOUNCES,
         command: "pinbuf-selftest create huge importer fences memory_types vivid leaks lifetime \
             --without create.ranges_65536 --without create.one_gib --without create.a_page_a_million_times",
+        seconds: 110,
         ..PLAIN
     },
     Run {
@@ -378,6 +382,7 @@ pub const RUNS: &[Run] = &[
         // below 4 GiB, which takes long without huge pages, for a test of addresses alone.
         command: "pinbuf-selftest --without mappings. --without create.ranges_65536 --without create.one_gib \
             --without create.a_page_a_million_times --without of_memory_partly_beyond",
+        seconds: 150,
         ..PLAIN
     },
     Run {
@@ -562,6 +567,7 @@ pub const RUNS: &[Run] = &[
         kernel: "newest",
         // Without the largest creates: a kernel does the same for smaller ones.
         command: "pinbuf-selftest --without mappings. --without create.ranges_65536 --without create.one_gib",
+        seconds: 150,
         ..PLAIN
     },
     Run {
