@@ -375,36 +375,44 @@ fn killed_while_much_is_created() -> Result<()> {
     let most = (total / LEN).saturating_sub(1).min(256);
     let device = Device::open()?;
     let (mut ranges, mut whole) = (Vec::new(), Duration::ZERO);
-    while whole < Duration::from_millis(800) && ranges.len() < most {
-        ranges = vec![memory.range(); (2 * ranges.len()).clamp(8, most)];
+    let time = |ranges: &[pinbuf_uapi::Range]| -> Result<Duration> {
         let start = Instant::now();
-        drop(device.create(&ranges)?);
-        whole = start.elapsed();
+        drop(device.create(ranges)?);
+        Ok(start.elapsed())
+    };
+    while whole < Duration::from_secs(1) && ranges.len() < most {
+        ranges = vec![memory.range(); (2 * ranges.len()).clamp(8, most)];
+        whole = time(&ranges)?;
     }
-    let link = Link::new()?;
-    let child = Child::run(|| {
-        // Pages that are shared with the parent would have to be copied first.
-        memory.touch_to_write();
-        link.theirs.signal()?;
-        loop {
-            drop(device.create(&ranges)?);
+    // A call that was slow by chance says nothing of others.
+    whole = whole.min(time(&ranges)?);
+    let mut rest = Duration::ZERO;
+    // Twice at most, as the machine may have other work.
+    for _ in 0..2 {
+        let link = Link::new()?;
+        let child = Child::run(|| {
+            // Pages that are shared with the parent would have to be copied first.
+            memory.touch_to_write();
+            link.theirs.signal()?;
+            loop {
+                drop(device.create(&ranges)?);
+            }
+        })?;
+        link.ours.wait()?;
+        std::thread::sleep(whole / 8);
+        let start = Instant::now();
+        child.kill(Signal::SIGKILL)?;
+        let (status, _) = child.end(PATIENCE)?;
+        rest = start.elapsed();
+        check!(
+            matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)),
+            "the child ended by {status:?}"
+        );
+        if rest < whole / 2 {
+            return Ok(());
         }
-    })?;
-    link.ours.wait()?;
-    std::thread::sleep(whole / 8);
-    let start = Instant::now();
-    child.kill(Signal::SIGKILL)?;
-    let (status, _) = child.end(PATIENCE)?;
-    let rest = start.elapsed();
-    check!(
-        matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)),
-        "the child ended by {status:?}"
-    );
-    check!(
-        rest < whole / 2,
-        "a call that takes {whole:?} went on for {rest:?} after SIGKILL"
-    );
-    Ok(())
+    }
+    bail!("a call that takes {whole:?} went on for {rest:?} after SIGKILL")
 }
 
 /// `rmmod`, without waiting.

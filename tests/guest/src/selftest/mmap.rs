@@ -822,7 +822,7 @@ fn threads_fault_at_once() -> Result<()> {
 
 /// Two threads touch a block that has no page table, at the same moment. A table that replaced the other one would be
 /// lost: the process's tables would increase, and the kernel says so when the process ends, even of one. Without the
-/// lock one fault in three hundred loses its table.
+/// lock one fault in thirty loses its table, and in three hundred where the guest waits for a processor.
 ///
 /// Of each block one page is mapped: a fault fills the table as far as the mapping reaches, and that comes after what
 /// is tested.
