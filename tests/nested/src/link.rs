@@ -67,6 +67,8 @@ impl Link {
             .context("writing to the inner guest")?;
         match self.receive().with_context(|| format!("{request:?}"))? {
             Answer::Failed(reason) => bail!("the inner guest, {request:?}: {reason}"),
+            // It says this when it has booted.
+            Answer::Ready => bail!("the inner guest has restarted; the request was {request:?}"),
             answer => Ok(answer),
         }
     }
