@@ -211,7 +211,7 @@ fn kinds_side_by_side() -> Result<()> {
         check!(pages.iter().any(is_there), "no folio of {size} pages");
     }
 
-    // Some kernels cannot tell which pages of a folio are mapped that is mapped page by page.
+    // Some kernels keep no mapcount for each page of a folio.
     let exact = !transparent || kernel::has_page_mapcounts()?;
     let device = Device::open()?;
     let before = kernel::pins()?;
