@@ -49,6 +49,9 @@ struct Options {
     /// Run only scenarios whose names contain this; may be given several times.
     #[arg(long, value_name = "TEXT")]
     filter: Vec<String>,
+    /// How many times all of them run, one round after the other.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    times: usize,
     /// How long the honest guest runs, in seconds.
     #[arg(long, default_value_t = 600)]
     seconds: u64,
@@ -93,6 +96,7 @@ fn run(options: &Options) -> Result<bool> {
             filters.is_empty() || filters.iter().any(|filter| scenario.name.contains(filter))
         })
         .collect();
+    let chosen = chosen.repeat(options.times);
     println!("KTAP version 1\n1..{}", chosen.len());
     let mut good = true;
     for (number, scenario) in (1..).zip(chosen) {

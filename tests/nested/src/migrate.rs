@@ -433,67 +433,96 @@ pub fn postcopy_user() -> Result<()> {
     permit(None, 0)
 }
 
-/// The cost of waiting, compared with a screen that is a copy of the guest's memory, and with a separate
-/// connection for requested pages. That connection makes each page a round trip, so its cost is not judged.
-fn downtime(fragmented: bool, limits: &[(&str, u64)]) -> Result<()> {
+/// Migrates a guest by postcopy with this bandwidth after the switch, checks every pixel before and after, and returns
+/// how long the guest stood.
+fn stands(setup: &Setup, fragmented: bool, preempt: bool, after: u64) -> Result<Duration> {
+    let mut pair = Pair::start(setup)?;
+    if fragmented {
+        show_fragmented(&mut pair.source, setup)?;
+    }
+    // QEMU accepts this only after the capability that it extends.
+    pair.set("postcopy-ram", true)?;
+    pair.set("postcopy-preempt", preempt)?;
+    pair.begin(true, SLOW, after)?;
+    pair.source.frames(3..4)?;
+    let switch = pair.switch()?;
+    let pieces = if setup.blob {
+        pair.source.items()?
+    } else {
+        Vec::new()
+    };
+    let limit = match after {
+        FAST => "no limit".to_owned(),
+        _ => format!("{} MiB/s", after >> 20),
+    };
+    note(&format!(
+        "downtime, {limit}, blob={} {pieces:?}, postcopy-preempt={preempt}: {:.2} s",
+        setup.blob,
+        switch.downtime.as_secs_f64()
+    ));
+    check_target(&mut pair, 3, 4..5)?;
+    pair.limit(FAST, FAST)?;
+    pair.complete()?;
+    check_target(&mut pair, 4, 5..6)?;
+    pair.quit()?;
+    Ok(switch.downtime)
+}
+
+/// The cost of waiting, compared with a screen that is a copy of the guest's memory.
+fn downtime(fragmented: bool, limits: &[u64]) -> Result<()> {
     /// Beside twice the copy's, what a machine with other work may add.
     const LOAD: Duration = Duration::from_secs(2);
-    for &(limit, after) in limits {
-        let mut of_copy = Duration::ZERO;
-        for (blob, preempt) in [(false, false), (true, false), (true, true)] {
-            let setup = Setup {
-                blob,
-                ..Setup::new("downtime")
-            };
-            let mut pair = Pair::start(&setup)?;
-            if fragmented {
-                show_fragmented(&mut pair.source, &setup)?;
-            }
-            // QEMU accepts this only after the capability that it extends.
-            pair.set("postcopy-ram", true)?;
-            pair.set("postcopy-preempt", preempt)?;
-            pair.begin(true, SLOW, after)?;
-            pair.source.frames(3..4)?;
-            let switch = pair.switch()?;
-            let pieces = if blob {
-                pair.source.items()?
-            } else {
-                Vec::new()
-            };
-            note(&format!(
-                "downtime, {limit}, blob={blob} {pieces:?}, postcopy-preempt={preempt}: {:.2} s",
-                switch.downtime.as_secs_f64()
-            ));
-            if !blob {
-                of_copy = switch.downtime;
-            } else if !preempt {
-                // All of the screen has to come before the target starts, and no faster than the limit.
-                let (width, height) = setup.screen;
-                let bytes = 4.0 * f64::from(width) * f64::from(height);
-                let transfer = Duration::from_secs_f64(bytes / after as f64);
-                ensure!(
-                    switch.downtime <= 2 * of_copy + transfer + LOAD,
-                    "the guest stood for {:?}, with a copy of the screen for {of_copy:?}",
-                    switch.downtime
-                );
-            }
-            check_target(&mut pair, 3, 4..5)?;
-            pair.limit(FAST, FAST)?;
-            pair.complete()?;
-            check_target(&mut pair, 4, 5..6)?;
-            pair.quit()?;
-        }
+    let screen = Setup::new("downtime");
+    let copy = Setup {
+        blob: false,
+        ..screen.clone()
+    };
+    for &after in limits {
+        let of_copy = stands(&copy, fragmented, false, after)?;
+        let downtime = stands(&screen, fragmented, false, after)?;
+        // All of the screen has to come before the target starts, and no faster than the limit.
+        let (width, height) = screen.screen;
+        let bytes = 4.0 * f64::from(width) * f64::from(height);
+        let transfer = Duration::from_secs_f64(bytes / after as f64);
+        ensure!(
+            downtime <= 2 * of_copy + transfer + LOAD,
+            "the guest stood for {downtime:?}, with a copy of the screen for {of_copy:?}"
+        );
     }
     Ok(())
 }
 
 pub fn downtime_few_pieces() -> Result<()> {
-    downtime(false, &[("no limit", FAST), ("a low limit", CAPPED)])
+    downtime(false, &[FAST, CAPPED])
 }
 
 /// Each page of the screen is a piece.
 pub fn downtime_many_pieces() -> Result<()> {
-    downtime(true, &[("no limit", FAST)])
+    downtime(true, &[FAST])
+}
+
+/// With a separate connection for requested pages, which makes each page a round trip: the downtime is printed, not
+/// judged.
+pub fn preempt_few_pieces() -> Result<()> {
+    for after in [FAST, CAPPED] {
+        stands(&Setup::new("preempt"), false, true, after)?;
+    }
+    Ok(())
+}
+
+pub fn preempt_many_pieces() -> Result<()> {
+    stands(&Setup::new("preempt"), true, true, FAST)?;
+    Ok(())
+}
+
+/// The comparison for what is seen with it: QEMU reads no memory of the guest before it arrives.
+pub fn preempt_of_a_copy() -> Result<()> {
+    let setup = Setup {
+        blob: false,
+        ..Setup::new("preempt-copy")
+    };
+    stands(&setup, true, true, FAST)?;
+    Ok(())
 }
 
 pub fn udmabuf_precopy() -> Result<()> {

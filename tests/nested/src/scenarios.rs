@@ -20,8 +20,9 @@ use crate::libvirt::confined_by_libvirt;
 use crate::machine::{refusal, Backend, Machine, Setup, User};
 use crate::migrate::{
     downtime_few_pieces, downtime_many_pieces, postcopy_broken_in_create, postcopy_huge,
-    postcopy_paused, postcopy_plain, postcopy_user, precopy, udmabuf_postcopy_huge,
-    udmabuf_postcopy_plain, udmabuf_precopy,
+    postcopy_paused, postcopy_plain, postcopy_user, precopy, preempt_few_pieces,
+    preempt_many_pieces, preempt_of_a_copy, udmabuf_postcopy_huge, udmabuf_postcopy_plain,
+    udmabuf_precopy,
 };
 use crate::protocol::{Answer, Request};
 use crate::vfio::{self, Nvme};
@@ -56,7 +57,8 @@ scenarios! {
     "gl": dbus_descriptor, dbus_without_blob, egl_headless, gtk_gl_on, gtk_gl_off;
     "libvirt": confined_by_libvirt;
     "migrate": precopy, postcopy_plain, postcopy_huge, postcopy_paused, postcopy_broken_in_create, postcopy_user,
-        downtime_few_pieces, downtime_many_pieces, udmabuf_precopy, udmabuf_postcopy_plain, udmabuf_postcopy_huge;
+        downtime_few_pieces, downtime_many_pieces, preempt_few_pieces, preempt_many_pieces, preempt_of_a_copy,
+        udmabuf_precopy, udmabuf_postcopy_plain, udmabuf_postcopy_huge;
     "discards": balloon;
     "honest": honest;
     "cma": buffers_then_vfio_cma;
