@@ -186,6 +186,19 @@ pub fn objects() -> Result<BTreeMap<String, i64>> {
     Ok(counts)
 }
 
+/// Whether the kernel checks itself at the cost of most of its time: KASAN, lock debugging, kmemleak.
+pub fn has_checkers() -> bool {
+    Path::new("/sys/kernel/debug/kmemleak").exists()
+}
+
+/// Waits for a grace period of RCU: what was to be freed after one is freed, or soon will be.
+pub fn wait_for_rcu() -> Result<()> {
+    // SAFETY: the call takes numbers, and no memory.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    Errno::result(result).context("membarrier")?;
+    Ok(())
+}
+
 /// Whether every device mapping goes through a bounce buffer.
 pub fn bounces_always() -> Result<bool> {
     Ok(read("/proc/cmdline")?
