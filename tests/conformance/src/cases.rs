@@ -7,6 +7,7 @@ use std::ffi::{c_int, CString};
 use std::io::Result as IoResult;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 
@@ -24,6 +25,15 @@ pub(crate) const HUGE: u64 = 2 << 20;
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 /// The flag for memfds of such pages.
 const HUGE_SIZE: u32 = HUGE.trailing_zeros() << libc::MFD_HUGE_SHIFT;
+
+/// The rounds of a race: `most`, or as many as fit into a few seconds. By the supervisor a round takes fifty times as
+/// long as by the kernel.
+pub(crate) fn rounds(most: usize) -> impl Iterator<Item = usize> {
+    const LEAST: usize = 100;
+    const TIME: Duration = Duration::from_secs(4);
+    let start = Instant::now();
+    (0..most).take_while(move |&round| round < LEAST || start.elapsed() < TIME)
+}
 
 /// A case: what is done and what must come of it.
 pub struct Case {
@@ -1022,7 +1032,7 @@ pub(crate) fn soon(mut is_so: impl FnMut() -> Result<bool>) -> Result<bool> {
         if is_so()? {
             return Ok(true);
         }
-        thread::sleep(std::time::Duration::from_millis(10));
+        thread::sleep(Duration::from_millis(10));
     }
     Ok(false)
 }
@@ -1730,7 +1740,7 @@ fn surroundings(t: &mut Table) {
             turns
         });
         let mut good = true;
-        for _ in 0..2000 {
+        for _ in rounds(2000) {
             let dmabuf = create(device, fd, 0, 16 * PAGE, 0)?;
             let map = Map::shared(dmabuf, 16 * PAGE)?;
             good &= (0..16).all(|page| map.get(page) == mark(0, page));
@@ -1763,13 +1773,13 @@ fn surroundings(t: &mut Table) {
                 unsafe { libc::dup2(fds[(turns % 2) as usize], place) };
                 turns += 1;
                 if turns % 16 == 0 {
-                    thread::sleep(std::time::Duration::from_micros(200));
+                    thread::sleep(Duration::from_micros(200));
                 }
             }
             turns
         });
         let (mut good, mut made) = (true, 0);
-        for _ in 0..1000 {
+        for _ in rounds(1000) {
             match create(device, place, 0, 4 * PAGE, 0) {
                 Ok(dmabuf) => {
                     let map = Map::shared(dmabuf, 4 * PAGE)?;
@@ -1814,7 +1824,7 @@ fn surroundings(t: &mut Table) {
             thread::yield_now();
         }
         let mut good = true;
-        for _ in 0..1000 {
+        for _ in rounds(1000) {
             match ioctl(device, u::CREATE_LIST, list.as_ptr() as usize) {
                 Ok(dmabuf) => {
                     let pages = end(dmabuf)? as u64 / PAGE;

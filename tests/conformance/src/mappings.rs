@@ -9,7 +9,7 @@ use std::thread;
 
 use anyhow::Result;
 
-use crate::cases::{device, in_child, mark, File, Table, HUGE, HUGETLB, OK, PLAIN};
+use crate::cases::{device, in_child, mark, rounds, File, Table, HUGE, HUGETLB, OK, PLAIN};
 use crate::run::Outcome;
 use crate::udmabuf::{check, close, create, create_list, fcntl, Item, Map, PAGE};
 
@@ -243,7 +243,7 @@ fn changes(t: &mut Table) {
                     thread::sleep(std::time::Duration::from_millis(1));
                 }
             });
-            for _ in 0..500 {
+            for _ in rounds(500) {
                 let dmabuf = create(device, fd, 0, PLAIN.bytes, 0)?;
                 close(dmabuf)?;
             }
