@@ -13,14 +13,14 @@
 //!    without the capability.
 //! 2. *The limit.* The pages of a buffer count against `RLIMIT_MEMLOCK`, as those of iommufd do.
 //!    Each page of a call counts, also one that the call names twice or that is pinned elsewhere
-//!    too. The limit is that of the calling process. It is compared with the user's `locked_vm`, a
-//!    counter shared with io_uring, iommufd, perf and AF_XDP, and with the number of pages that all
-//!    processes of the same user of the host have pinned under their limits through this driver: a
-//!    user namespace gives its creator 65,536 more users, each with its own `locked_vm`. (A process
-//!    that runs as one of these users in the initial namespace, by means of a set-user-ID file,
-//!    counts as that user: the kernel keeps no link from there to the creator. The cap for all
-//!    users together bounds the allowances that are gained in this way; the limits of these users
-//!    add up, as they do for the other users of `locked_vm`.)
+//!    too. The limit is that of the calling process. It is compared with two numbers: the user's
+//!    `locked_vm`, a counter shared with io_uring, iommufd, perf and AF_XDP, and the pages that all
+//!    processes of the same user of the host have pinned under their limits through this driver.
+//!    The latter is needed because a user namespace gives its creator 65,536 more users, each with
+//!    its own `locked_vm`. (A process that runs as one of these users in the initial namespace, by
+//!    means of a set-user-ID file, counts as that user: the kernel keeps no link from there to the
+//!    creator. The cap for all users together bounds the allowances that are gained in this way;
+//!    the limits of these users add up, as in the other subsystems that charge `locked_vm`.)
 //! 3. *The allowance.* A buffer that does not fit under the limit may be charged to an allowance of
 //!    its host user, by default 128 MiB, as long as all users together stay within a cap, by
 //!    default a sixteenth of memory. It exists because udmabuf charges nothing: with Debian's limit

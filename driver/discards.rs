@@ -3,8 +3,8 @@
 //! Which parts of a buffer the memory's owner does not see any more.
 //!
 //! The driver keeps no record of discards and is not notified of them. The state of each page shows
-//! whether it was discarded ([`pages::sight`]), so a query costs a few instructions per page or per
-//! folio.
+//! whether it was discarded ([`pages::sight`]), so a query costs a few dozen instructions per page
+//! or folio.
 
 use crate::{
     kernel_ext::{

@@ -4,7 +4,7 @@
  * the kernel's headers, and functions that are not exported or that the
  * kernel's bindings do not contain.
  *
- * Each function here does what the function does that it is named after, and
+ * Each function does what the kernel's function or macro of that name does, and
  * contains no policy.  In the kernel's tree, they would be in rust/helpers/.
  *
  * The module's parameters are here as well: kernel::module_param (7.2, 7.3)

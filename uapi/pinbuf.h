@@ -109,7 +109,8 @@ struct pinbuf_backing {
  * process releases them, and are included in VmPin of /proc/PID/status.  In a
  * user namespace, all buffers count together: as those of the host user that
  * created the namespace, or, if root created it, as those of the namespace's
- * root user.  A process with CAP_IPC_LOCK has no limit.
+ * root user.  A process with CAP_IPC_LOCK in the initial user namespace has no
+ * limit.
  *
  * All or nothing: after an error, no page is pinned or charged and no
  * descriptor is open.
@@ -117,7 +118,8 @@ struct pinbuf_backing {
  *   EINVAL     there is no range, or there are too many; a range is empty, or
  *              its address or length is not a multiple of the page size; the
  *              offset of a backing is not a multiple of the page size, or its
- *              end does not fit into 63 bits
+ *              end does not fit into 63 bits; @backing is given without
+ *              PINBUF_CREATE_CHECK_BACKING
  *   EOVERFLOW  the end of a range or of a backing does not fit into 64 bits, or
  *              the sum of the lengths does not fit into 63
  *   EFAULT     a range is not mapped, beyond what can be mapped, not writable,
@@ -144,6 +146,11 @@ struct pinbuf_backing {
  *              needed for it or for another mapping that a device may write to
  *   EHWPOISON  memory of the buffer was found broken
  *   EINVAL     the device does not accept a whole page in one segment
+ *
+ * mmap() of the dma-buf fails, besides the core's own errors, with:
+ *
+ *   EINVAL     the mapping is not shared
+ *   EPERM      the mapping is executable
  *
  * A mapping that needs bounce buffers and that its device only reads shows what
  * the CPU writes (between DMA_BUF_IOCTL_SYNC calls), and not what other devices
@@ -187,9 +194,9 @@ struct pinbuf_create {
  * @page_size:       in bytes; addresses and lengths must be multiples of it
  * @charge_mode:     PINBUF_CHARGE_USER: how the limit is applied
  * @reserved:        zero
- * @memlock_bytes:   the caller's RLIMIT_MEMLOCK; all ones: it is unlimited, or
- *                   the caller has CAP_IPC_LOCK
- * @allowance_bytes: the amount that a user may keep in place beyond it
+ * @memlock_bytes:   the caller's RLIMIT_MEMLOCK in bytes; all ones: it is
+ *                   unlimited, or the caller has CAP_IPC_LOCK
+ * @allowance_bytes: the number of bytes that a user may keep in place beyond it
  * @allowance_used:  the part of it that live buffers of the caller's user use,
  *                   in bytes
  * @allowance_system: the maximum amount for all users together, in bytes
@@ -213,21 +220,21 @@ struct pinbuf_query {
  * struct pinbuf_info - one of pinbuf's dma-bufs
  * @size:         in: sizeof(struct pinbuf_info); out: the kernel's own size
  * @fd:           in: the dma-buf's descriptor
- * @bytes:        the size of the buffer
+ * @bytes:        the size of the buffer in bytes
  * @pages:        the same in pages
  * @extents:      number of runs of physically adjacent pages in the buffer
  * @pins:         number of pins of pages or folios that the buffer holds
- * @kernel_bytes: kernel memory that the list of extents takes
+ * @kernel_bytes: kernel memory that the list of extents takes, in bytes
  * @charged_pages: number of pages charged; more than @pages if an allowance is
  *                charged for whole large folios, or for a buffer of few pages
  * @charge:       PINBUF_CHARGE_*: what the pages are charged to
  * @mappings:     number of mappings of devices that exist
  * @state:        PINBUF_STATE_*: the states of its parts
- * @held_bytes:   memory that the buffer keeps in place: its pages (each as
- *                often as the buffer contains it), and the rest of the large
- *                folios that contain them.  One page of a transparent huge page
- *                keeps all of it.  Of hugetlb, only the pages count, because
- *                its pool is bounded already
+ * @held_bytes:   memory that the buffer keeps in place, in bytes: its pages
+ *                (each as often as the buffer contains it), and the rest of the
+ *                large folios that contain them.  One page of a transparent
+ *                huge page keeps all of it.  Of hugetlb, only the pages count,
+ *                because its pool is bounded already
  * @discarded_bytes: the number of bytes that the memory's owner does not see
  *                any more
  * @unsure_bytes: the number of bytes whose state is unknown

@@ -3,9 +3,7 @@
 //! Safe wrappers of kernel interfaces that the `kernel` crate does not have yet.
 //!
 //! None of these modules depends on the rest of the driver, except for [`crate::ffi`], so that they
-//! could become part of the `kernel` crate. All differences between kernel versions are here: for
-//! example, [`miscdevice`] registers its device itself, because `kernel::miscdevice` of 7.2 does
-//! not set `file_operations.owner`, so that a module could be unloaded while a descriptor is open.
+//! could become part of the `kernel` crate. All differences between kernel versions are here.
 
 pub(crate) mod dma_buf;
 pub(crate) mod miscdevice;

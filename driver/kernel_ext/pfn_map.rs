@@ -20,16 +20,15 @@
 //! # Locks
 //!
 //! Faults run under the mmap lock or the VMA lock, held for reading, and therefore concurrently.
-//! Whether a block of the address space gets a huge entry or a page table depends on conditions
-//! that may change meanwhile, and the core cannot handle two faults that disagree: neither a huge
-//! entry where a page table exists, nor the other way round. So both are installed under the lock
-//! of the block's PMD, and only in an empty one. Only faults fill a block, and operations that
-//! empty it or split its entry hold one of the core's locks for writing, with one exception: a page
-//! table that other VMAs use too may be removed, but a block that lies in several VMAs never gets a
-//! huge entry.
+//! Two faults in one block of the address space may choose differently between a huge entry and a
+//! page table, because the conditions may change between them, and the core can replace neither
+//! with the other. So both are installed under the lock of the block's PMD, and only in an empty
+//! one. Only faults fill a block. Operations that empty it or split its entry hold one of the
+//! core's locks for writing, with one exception: a page table that other VMAs use too may be
+//! removed, but a block that lies in several VMAs never gets a huge entry.
 //!
-//! There is no lock for all faults in the memory, because memory is allocated for page tables, and
-//! the control group of one process may delay that for seconds.
+//! Faults share no lock of the driver, because they allocate page tables, and the memory cgroup of
+//! one process may delay that for seconds.
 //!
 //! C headers: [`include/linux/mm.h`](srctree/include/linux/mm.h),
 //! [`include/linux/huge_mm.h`](srctree/include/linux/huge_mm.h).

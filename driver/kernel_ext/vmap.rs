@@ -26,7 +26,7 @@ use kernel::{
 /// addresses. May sleep.
 ///
 /// Allocates eight bytes per page while it runs. Fails with `ENOMEM` if memory is short, or if
-/// there are more pages than one such mapping can have (2^28, a tebibyte).
+/// there are more than 2^28 - 1 pages (a tebibyte of 4 KiB pages).
 ///
 /// # Safety
 ///

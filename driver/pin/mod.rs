@@ -46,8 +46,9 @@ use kernel::{
 use rest::Rest;
 use retry::Patience;
 
-/// The maximum number of pages per call of GUP: their pointers fill one page of memory, and they
-/// span 2 MiB of address space, which GUP's fast path walks with interrupts disabled.
+/// The maximum number of pages per call of GUP. With pages of 4 KiB, their pointers fill one page
+/// of memory, and they span 2 MiB of address space, which GUP's fast path walks with interrupts
+/// disabled.
 const BATCH: usize = 512;
 
 /// The fixed cost of a call of GUP, as a number of pages.

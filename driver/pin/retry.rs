@@ -2,10 +2,10 @@
 
 //! When to call GUP again, and how its errors are translated.
 //!
-//! GUP migrates pages out of `ZONE_MOVABLE` and CMA before it pins them for the long term. That
-//! fails while another user holds a reference to one of them: for a moment (direct I/O, a pipe,
-//! another create of the same pages) or for longer. GUP gives up at the first such failure, with
-//! the same `ENOMEM` that it returns when it is out of memory.
+//! GUP migrates pages out of `ZONE_MOVABLE` and CMA before it pins them for the long term. The
+//! migration fails while others hold a reference to one of these pages: for a moment (direct I/O, a
+//! pipe, another create of the same pages) or for longer. GUP gives up at the first such failure,
+//! with the same `ENOMEM` that it returns when memory is short.
 //!
 //! So the driver retries, up to `pin_retries` times for the same pages and up to [`IN_ALL`] times
 //! that number in one call, with pauses that start at one millisecond and double. A call thus

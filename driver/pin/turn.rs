@@ -7,9 +7,9 @@
 //! caller that has failed takes the turn, if it is free, and callers without the turn skip retries
 //! while it is taken.
 //!
-//! This is not a lock: no caller waits for the turn longer than its own retries take, because the
-//! user of the caller that has the turn can make it wait in a page fault forever. A turn ends after
-//! [`MOST`] in any case.
+//! The turn is not a lock: the user of the caller that has it can make that caller wait in a page
+//! fault forever. So no caller waits for the turn longer than its own retries take, and a turn ends
+//! after [`MOST`].
 
 use kernel::{
     bindings,

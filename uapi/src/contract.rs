@@ -82,7 +82,7 @@ pub const CHARGE_USER: u32 = 0;
 // 1 was used by a development version and stays unused.
 /// Charged to the user's allowance beyond the limit.
 pub const CHARGE_ALLOWANCE: u32 = 2;
-/// Charged to nothing: beyond the limit, by `CAP_IPC_LOCK`.
+/// Charged to nothing: the process has `CAP_IPC_LOCK`.
 pub const CHARGE_NONE: u32 = 3;
 
 /// The argument of [`QUERY`]: version, features and limits of this kernel's pinbuf.

@@ -54,31 +54,31 @@ int pinbuf_info(int device, int buffer, struct pinbuf_info *info);
 int pinbuf_discards(int device, int buffer, struct pinbuf_discard *list, size_t count,
 		    uint64_t *offset);
 
-/* Buffers that are watched for discarded parts.  It has no thread: poll it from time to time. */
+/* A set of buffers, watched for discarded parts.  It has no thread: poll it from time to time. */
 struct pinbuf_watch;
 
 /* Stores a watch of no buffers at watch.  It keeps a descriptor of the device.  Returns 0. */
 int pinbuf_watch_new(struct pinbuf_watch **watch, int device);
 
 /*
- * Watches a buffer too, by a descriptor of the watch's own: buffer may be closed, and stays the name
- * of this buffer in the watch.  Do not add another one with the same number before it is removed.
- * Returns 0.  On a failure the buffer is not watched, and the others still are.
+ * Adds a buffer to the watch, which duplicates the descriptor: buffer may be closed, and its number
+ * still names this buffer in the watch.  Do not add another one with the same number before it is
+ * removed.  Returns 0.  On failure, the buffer is not watched, and the others still are.
  *   -EINVAL  buffer is not a dma-buf, or is one of another exporter than pinbuf
  *   -ENOTTY  the kernel's pinbuf does not know PINBUF_DISCARDS
  */
 int pinbuf_watch_add(struct pinbuf_watch *watch, int buffer);
 
-/* Watches a buffer no longer, and closes the watch's descriptor.  Returns 0.
+/* Removes a buffer from the watch, and closes the watch's descriptor of it.  Returns 0.
  *   -ENOENT  no buffer was added with this number
  */
 int pinbuf_watch_remove(struct pinbuf_watch *watch, int buffer);
 
 /*
- * Asks all buffers.  Stores the numbers of those of which more, or less, is discarded than when they
- * were asked before, or than nothing: at most count.  Others are stored by the next call.  Returns
- * the number of stored numbers.  pinbuf_discards() lists the parts.  On a failure nothing is taken
- * note of.
+ * Checks all buffers, and stores the numbers of those whose discarded parts are not the same as at
+ * the last check (before the first check: none), at most count.  The next call stores the others.
+ * Returns the number of stored numbers.  pinbuf_discards() lists the parts.  On failure, the watch
+ * does not change: the next call that succeeds stores the numbers.
  *   -EINVAL  one of the buffers is not a dma-buf of pinbuf
  *   -ENOTTY  the kernel's pinbuf does not know the call
  */

@@ -60,7 +60,7 @@ pub struct Query {
     pub max_ranges: usize,
     /// Page size in bytes: addresses and lengths must be multiples of it.
     pub page_size: usize,
-    /// What the next buffer is charged to.
+    /// How the limit is applied: [`ChargedTo::User`].
     pub charged_to: ChargedTo,
     /// `RLIMIT_MEMLOCK` in bytes; `None` means that there is no limit.
     pub memlock: Option<u64>,
