@@ -64,8 +64,8 @@ use kernel::{
 };
 
 /// The minimum number of pages that a buffer counts for, where it is charged to an allowance: a
-/// buffer whose process has exited keeps about 14 KB of memory for the process's `mm_struct`, and
-/// 2 KB of its own.
+/// buffer whose process has exited keeps the process's `mm_struct`. Both take 7.5 KiB with two
+/// processors (tests/bench/RESULTS.md), and more with more processors.
 const LEAST: usize = 8;
 
 /// What pages are charged to, besides the process's `pinned_vm`.

@@ -109,6 +109,8 @@ fn memlock(device: &Device) -> Finding {
         return good("memlock", "no limit on pinned memory");
     };
     let hard = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(limit, |(_, hard)| hard);
+    // A buffer is charged to one of the two, and several buffers to both.
+    let largest = hard.max(query.allowance);
     let all = hard.saturating_add(query.allowance);
     let text = format!(
         "{} (at most {}) for each user, and an allowance of {} beyond, of which {} are in use",
@@ -126,7 +128,7 @@ fn memlock(device: &Device) -> Finding {
          in again; for a service, LimitMEMLOCK=4G",
         user_name()
     );
-    if all < FRAMEBUFFER_4K as u64 {
+    if largest < FRAMEBUFFER_4K as u64 {
         bad(
             "memlock",
             format!("{text}: less than a 4K framebuffer takes"),

@@ -9,6 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{ensure, Context, Result};
+use pinbuf_test_harness::support::kernel::Setting;
 use pinbuf_test_harness::support::vgem::Vgem;
 use pinbuf_test_harness::tests;
 use serde_json::Value;
@@ -18,6 +19,7 @@ use crate::process::{End, Start};
 
 tests!("doctor":
     finds_nothing_bad_for_a_good_program,
+    does_not_add_limit_and_allowance_for_one_buffer,
     knows_set_user_id_programs,
     knows_programs_with_capabilities,
     knows_static_programs,
@@ -141,6 +143,16 @@ fn finds_nothing_bad_for_a_good_program() -> Result<()> {
     findings.expect("command", "good", "can be reached")?;
     ensure!(findings.status == Some(0), "{findings:#?}");
     Ok(())
+}
+
+/// A buffer is charged to one of the two. Together they would be enough for it.
+fn does_not_add_limit_and_allowance_for_one_buffer() -> Result<()> {
+    const LIMIT: u64 = 24 << 20;
+    let _setting = Setting::parameter("allowance_mb", 16)?;
+    let start = Start::program(&["pinbuf", "doctor", "--json"]).memlock(LIMIT, LIMIT);
+    let findings = Findings::from(start.by_user(Some("kvm")))?;
+    findings.expect("memlock", "bad", "less than a 4K framebuffer takes")?;
+    findings.expect("buffer", "bad", "a 4K framebuffer cannot be made")
 }
 
 fn knows_set_user_id_programs() -> Result<()> {
