@@ -205,6 +205,8 @@ const ARM64: Run = Run {
     --filter mmap.huge_entries",
     filters: false,
     timeout: 300,
+    // With the build of its user space, which no other row needs.
+    seconds: 240,
     ..PLAIN
 };
 
