@@ -275,15 +275,6 @@ pub const RUNS: &[Run] = &[
         ..PLAIN
     },
     Run {
-        name: "reload",
-        command: "sh -ec 'modprobe -r pinbuf_test_importer pinbuf; ! test -e /dev/pinbuf; \
-                  modprobe pinbuf; test -c /dev/pinbuf'",
-        verdict: Verdict::Status,
-        filters: false,
-        timeout: 300,
-        ..PLAIN
-    },
-    Run {
         name: "vivid",
         // A camera with 32-bit addresses. Without memory above 4 GiB none of its memory is bounced, and its
         // frames can be compared.
