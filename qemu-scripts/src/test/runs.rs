@@ -134,6 +134,7 @@ const CONFORMANCE: Run = Run {
     command: "tests/conformance/run",
     verdict: Verdict::Status,
     filters: false,
+    seconds: 160,
     ..PLAIN
 };
 
@@ -147,6 +148,7 @@ const CLIENTS: Run = Run {
     image: "clients",
     modules: &[],
     command: "pinbuf-clients",
+    seconds: 190,
     ..PLAIN
 };
 
@@ -297,6 +299,7 @@ pub const RUNS: &[Run] = &[
         qemu: "",
         command: "pinbuf-clients --filter huge_page_in_parts",
         filters: false,
+        seconds: 60,
         ..CLIENTS
     },
     Run {
