@@ -321,23 +321,26 @@ fn missing(t: &mut Table) {
 /// Late pages are requested in the order of their addresses, whatever their order in the buffer: an owner that sends
 /// memory in this order has most of them on their way already.
 fn ascending(t: &mut Table) {
-    let both = SORTS.map(|sort| (sort, "", &[][..]));
+    let both = SORTS.map(|sort| (sort, "", &[][..], Mode::Missing));
     // The shim must not count what is registered and unregistered.
-    let in_parts = SORTS.map(|sort| (sort, "-unregistered-in-parts", &[2, 5][..]));
-    for ((sort, spec, unit), name, unregistered) in both.into_iter().chain(in_parts) {
+    let in_parts = SORTS.map(|sort| (sort, "-unregistered-in-parts", &[2, 5][..], Mode::Missing));
+    // The file has all pages, and the mapping none.
+    let minor = SORTS.map(|sort| (sort, "-minor", &[][..], Mode::Minor));
+    let all = both.into_iter().chain(in_parts).chain(minor);
+    for ((sort, spec, unit), name, unregistered, mode) in all {
         t.custom(
             format!("late/{sort}-ascending{name}"),
             Expect::Compared,
             move || {
                 let device = device()?;
                 let spec = Spec {
-                    filled: false,
+                    filled: mode == Mode::Minor,
                     bytes: 8 * unit,
                     ..spec
                 };
                 let file = File::new(0, spec)?;
                 let map = Map::shared(file.fd, spec.bytes)?;
-                let faults = Faults::of(&map, spec.bytes, unit, Mode::Missing)?;
+                let faults = Faults::of(&map, spec.bytes, unit, mode)?;
                 for page in unregistered {
                     faults.unregister(page * unit, unit)?;
                 }
