@@ -447,6 +447,10 @@ fn the_shim_logs_them_once() -> Result<()> {
     // Once for each of two buffers, which have the same number one after the other.
     ensure!(end.err.matches(&said).count() == 2, "{end:?}");
     ensure!(end.err.matches("discarded").count() == 2, "{end:?}");
+    // At the next request.
+    for part in end.err.split("one request later").take(2) {
+        ensure!(part.contains(&said), "{end:?}");
+    }
     Ok(())
 }
 
