@@ -168,9 +168,13 @@ pub fn build(tools: &Tree, profile: Profile, to: Target) -> Result<Vec<PathBuf>>
 
 /// The programs and libraries that were built last.
 pub fn built(profile: Profile, to: Target) -> Result<Vec<PathBuf>> {
-    let directory = profile.directory(to);
+    programs_in(&profile.directory(to))
+}
+
+/// The programs and libraries for guests in a directory of cargo's.
+pub fn programs_in(directory: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
-    let Ok(entries) = fs::read_dir(&directory) else {
+    let Ok(entries) = fs::read_dir(directory) else {
         return Ok(found);
     };
     for entry in entries {

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Planted bugs: each patch in `tests/planted/` breaks a copy of the driver, and some test has to fail.
+//! Planted bugs: each patch in `tests/planted/` breaks a copy of the driver, or of user space (the libraries, the shim,
+//! the command `pinbuf`), and some test has to fail.
 //!
 //! The first line of a patch says what is wrong. An optional second line, `First: ROW [FILTER ...]`, names the
 //! row, and the tests of it, that run before all others; this only saves time. Then come the tests of the
 //! driver's pure parts on the host, if the patch changes one of these, and the rows [`ROWS`] in guests, each
-//! until its first failure. A bug that passes all of them shows a missing test. The [`control`] is the driver
-//! without any bug, run in the same way: a test that fails there proves nothing.
+//! until its first failure. For user space, it is the unit tests of [`PACKAGES`], and [`ROWS_OF_USERSPACE`]. A bug that
+//! passes all of them shows a missing test. The [`control`] is the same without any bug: a test that fails there proves
+//! nothing.
 //!
 //! `cargo mutants` plants its own bugs into the pure parts ([`mutants`]).
 
@@ -54,6 +56,32 @@ const ROWS: &[&str] = &[
     "conformance",
 ];
 
+/// The same for bugs of user space.
+const ROWS_OF_USERSPACE: &[&str] = &["conformance", "clients"];
+
+/// The packages below this directory are user space, and have unit tests.
+const USERSPACE: &str = "shim/";
+const PACKAGES: &[&str] = &[
+    "pinbuf",
+    "pinbuf-capi",
+    "pinbuf-cli",
+    "pinbuf-preload",
+    "pinbuf-udmabuf",
+];
+
+/// The programs of tests that user space is linked into.
+const LINKED: &[&str] = &["pinbuf-clients"];
+
+/// What user space is built from.
+const SOURCES: &[&str] = &[
+    "driver",
+    "packaging",
+    "qemu-scripts",
+    "shim",
+    "tests",
+    "uapi",
+];
+
 /// Parts of the driver that `tests/pure` compiles for the host.
 const PURE: &[&str] = &[
     "driver/allowances.rs",
@@ -68,13 +96,18 @@ const PURE: &[&str] = &[
     "driver/uaccess.rs",
 ];
 
-/// Replaces the module that the guest has by the one in its directory, and runs a command.
+/// Replaces the module that the guest has, or its programs and libraries, by those in its directory, and runs a command.
 const SCRIPT: &str = r#"#!/bin/sh
 set -eu
 modules=$1
 shift
-modprobe -r pinbuf
-cp pinbuf.ko "/usr/lib/modules/$(uname -r)/updates/pinbuf.ko"
+if [ -e pinbuf.ko ]; then
+	modprobe -r pinbuf
+	cp pinbuf.ko "/usr/lib/modules/$(uname -r)/updates/pinbuf.ko"
+fi
+if [ -e usr ]; then
+	cp -r usr/. /usr/
+fi
 for module in pinbuf $modules; do
 	modprobe "$module" || exit 96
 done
@@ -145,7 +178,11 @@ impl Bug {
             .lines()
             .filter_map(|line| line.strip_prefix("+++ b/"))
             .map(str::to_owned)
-            .collect();
+            .collect::<Vec<_>>();
+        let of = |part: &str| files.iter().all(|file: &String| file.starts_with(part));
+        if !of("driver/") && !of(USERSPACE) {
+            bail!("{name}: it has to change the driver alone, or {USERSPACE} alone");
+        }
         Ok(Self {
             name: name.into_owned(),
             what,
@@ -153,6 +190,11 @@ impl Bug {
             path: path.to_owned(),
             files,
         })
+    }
+
+    /// Whether it is one of user space.
+    fn is_of_userspace(&self) -> bool {
+        self.files.iter().all(|file| file.starts_with(USERSPACE))
     }
 
     /// `git apply` with these options, in a directory with the sources.
@@ -192,7 +234,12 @@ impl Bug {
         if let Some((row, filters)) = &self.first {
             rows.push((find(row)?, filters.clone()));
         }
-        for name in ROWS {
+        let all = if self.is_of_userspace() {
+            ROWS_OF_USERSPACE
+        } else {
+            ROWS
+        };
+        for name in all {
             if !rows
                 .iter()
                 .any(|(run, filters)| run.name == *name && filters.is_empty())
@@ -209,8 +256,19 @@ fn place() -> PathBuf {
     paths::build().join("planted/source")
 }
 
+/// The same for user space.
+fn place_of_userspace() -> PathBuf {
+    paths::build().join("planted/userspace")
+}
+
 /// Looks for the test that notices a bug; `None` if there is none.
 pub fn hunt(bug: &Bug) -> Result<Option<Caught>> {
+    if bug.is_of_userspace() {
+        let place = place_of_userspace();
+        copy_workspace(&place)?;
+        bug.apply(&place, &[])?;
+        return search_userspace(&place, bug.rows()?);
+    }
     let place = place();
     copy(&place)?;
     bug.apply(&place, &[])?;
@@ -222,8 +280,16 @@ pub fn hunt(bug: &Bug) -> Result<Option<Caught>> {
 pub fn control() -> Result<Option<Caught>> {
     let place = place();
     copy(&place)?;
-    let rows = RUNS.iter().filter(|run| ROWS.contains(&run.name));
-    search(&place, true, rows.map(|run| (run, Vec::new())).collect())
+    let rows = |names: &[&str]| -> Vec<(&'static Run, Vec<String>)> {
+        let runs = RUNS.iter().filter(|run| names.contains(&run.name));
+        runs.map(|run| (run, Vec::new())).collect()
+    };
+    if let Some(caught) = search(&place, true, rows(ROWS))? {
+        return Ok(Some(caught));
+    }
+    let place = place_of_userspace();
+    copy_workspace(&place)?;
+    search_userspace(&place, rows(ROWS_OF_USERSPACE))
 }
 
 /// The first test that fails with the driver in `place`: of the pure parts on the host, if `pure` says so,
@@ -253,11 +319,74 @@ fn search(
             module::build(&tools, &kernel, place)?;
             built = Some(run.kernel);
         }
-        if let Some(test) = in_guest(run, &filters, place)? {
+        let files = [(place.join("driver/pinbuf.ko"), PathBuf::from("pinbuf.ko"))];
+        if let Some(test) = in_guest(run, &filters, &files)? {
             return Ok(caught(format!("{}: {test}", run.name)));
         }
     }
     Ok(None)
+}
+
+/// The first test that fails with the user space in `place`: of its own packages on the host, then of these rows.
+fn search_userspace(
+    place: &Path,
+    rows: Vec<(&'static Run, Vec<String>)>,
+) -> Result<Option<Caught>> {
+    let start = Instant::now();
+    let caught = |by: String| {
+        Some(Caught {
+            by,
+            after: start.elapsed(),
+        })
+    };
+    let target = paths::build().join("planted/target-userspace");
+    let packages = |names: &[&str]| -> Vec<String> {
+        let words = names.iter().flat_map(|name| ["--package", *name]);
+        words.map(str::to_owned).collect()
+    };
+    if let Some(test) = cargo_test(place, &target, &packages(PACKAGES))? {
+        return Ok(caught(format!("host: {test}")));
+    }
+    step("userspace with the bug", |step| {
+        let mut command = userspace::cargo();
+        command
+            .current_dir(place)
+            .args(["build", "--target-dir"])
+            .arg(&target)
+            .args(packages(PACKAGES))
+            .args(packages(LINKED));
+        step.run(&mut command, "planted.log")
+    })?;
+    let files: Vec<_> = userspace::programs_in(&target.join("debug"))?
+        .into_iter()
+        .filter_map(|path| Some((path.clone(), userspace::place(&path)?)))
+        .collect();
+    for (run, filters) in rows {
+        if let Some(test) = in_guest(run, &filters, &files)? {
+            return Ok(caught(format!("{}: {test}", run.name)));
+        }
+    }
+    Ok(None)
+}
+
+/// Makes `place` a copy of what user space is built from.
+fn copy_workspace(place: &Path) -> Result<()> {
+    let root = paths::root();
+    for directory in SOURCES {
+        for entry in WalkDir::new(root.join(directory)) {
+            let entry = entry?;
+            let to = place.join(entry.path().strip_prefix(root)?);
+            if entry.file_type().is_dir() {
+                fs::create_dir_all(&to)?;
+            } else {
+                write_changed(&to, &fs::read(entry.path())?)?;
+            }
+        }
+    }
+    for name in ["Cargo.lock", "Cargo.toml"] {
+        write_changed(&place.join(name), &fs::read(root.join(name))?)?;
+    }
+    Ok(())
 }
 
 /// Makes `place` a copy of the checkout.
@@ -303,10 +432,16 @@ fn write_changed(path: &Path, contents: &[u8]) -> Result<()> {
 
 /// The first test of the pure parts that fails.
 fn on_host(place: &Path) -> Result<Option<String>> {
+    cargo_test(place, &paths::build().join("planted/target"), &[])
+}
+
+/// The first test of `cargo test` that fails.
+fn cargo_test(place: &Path, target: &Path, words: &[String]) -> Result<Option<String>> {
     let output = userspace::cargo()
         .current_dir(place)
         .args(["test", "--color=never", "--target-dir"])
-        .arg(paths::build().join("planted/target"))
+        .arg(target)
+        .args(words)
         // A failing case is looked for, and not kept.
         .env("PROPTEST_MAX_SHRINK_ITERS", "0")
         .env("PROPTEST_FAILURE_PERSISTENCE", "off")
@@ -323,21 +458,21 @@ fn on_host(place: &Path) -> Result<Option<String>> {
     match failed {
         Some(name) => Ok(Some(name.to_owned())),
         None => bail!(
-            "the pure parts do not compile:\n{}",
+            "it does not compile:\n{}",
             String::from_utf8_lossy(&output.stderr).trim_end()
         ),
     }
 }
 
 /// The first test of a row that fails, or what else goes wrong with it.
-fn in_guest(run: &Run, filters: &[String], place: &Path) -> Result<Option<String>> {
+fn in_guest(run: &Run, filters: &[String], files: &[(PathBuf, PathBuf)]) -> Result<Option<String>> {
     say(&format!("  ... {}: {}", run.name, run.command));
     let share = tempfile::Builder::new().prefix("pinbuf-share-").tempdir()?;
-    fs::copy(
-        place.join("driver/pinbuf.ko"),
-        share.path().join("pinbuf.ko"),
-    )
-    .context("copying the module")?;
+    for (path, place) in files {
+        let to = share.path().join(place);
+        fs::create_dir_all(to.parent().unwrap_or(&to))?;
+        fs::copy(path, &to).with_context(|| format!("copying {}", path.display()))?;
+    }
     executable(&share.path().join("run"), SCRIPT.as_bytes())?;
     let mut command = vec!["./run".to_owned(), run.modules.join(" ")];
     command.extend(shell_words::split(run.command)?);
@@ -387,6 +522,10 @@ fn in_guest(run: &Run, filters: &[String], place: &Path) -> Result<Option<String
     }
     if let Some(problem) = outcome.problem() {
         return Ok(Some(problem));
+    }
+    let failed = text.lines().find_map(|line| line.split_once("not ok "));
+    if let Some((_, name)) = failed.filter(|_| !well) {
+        return Ok(Some(name.to_owned()));
     }
     Ok((!well).then(|| format!("{:?}", outcome.end)))
 }
@@ -677,22 +816,22 @@ mod tests {
 
     /// A patch that no longer applies plants nothing.
     #[test]
-    fn patches_apply_to_the_driver() {
+    fn patches_apply() {
         let bugs = bugs().unwrap();
         assert!(bugs.len() >= 25);
-        let copy = tempfile::tempdir().unwrap();
-        module::copy(copy.path()).unwrap();
+        let [driver, workspace] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        module::copy(driver.path()).unwrap();
+        copy_workspace(workspace.path()).unwrap();
         let mut failed = Vec::new();
         for bug in &bugs {
+            let copy = match bug.is_of_userspace() {
+                true => &workspace,
+                false => &driver,
+            };
             if let Err(error) = bug.apply(copy.path(), &["--check"]) {
                 failed.push(format!("{error:#}"));
             }
             bug.rows().unwrap();
-            assert!(
-                bug.files.iter().all(|file| file.starts_with("driver/")),
-                "{}",
-                bug.name
-            );
         }
         assert!(failed.is_empty(), "{}", failed.join("\n"));
     }

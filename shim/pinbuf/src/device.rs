@@ -407,6 +407,9 @@ mod tests {
             check_ranges(&many),
             Err(Error::TooManyRanges { .. })
         ));
+        assert_eq!(check_ranges(&many[1..]), Ok(65_536 * 4096));
+        // Up to the last page that has an end.
+        assert_eq!(check_ranges(&[range(!8191, 4096)]), Ok(4096));
     }
 
     #[test]

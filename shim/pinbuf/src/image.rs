@@ -295,6 +295,55 @@ mod tests {
         assert_eq!(packed.planes()[0].stride, 1280);
     }
 
+    /// Bits of a pixel, all planes together, and the number of planes: as the kernel's `drm_fourcc.h` describes each
+    /// format.
+    #[test]
+    fn formats_have_their_bits() {
+        use DrmFourcc::*;
+        let formats: [(usize, usize, &[DrmFourcc]); 14] = [
+            (8, 1, &[R8, C8, Rgb332, Bgr233]),
+            (16, 1, &[R16, Rg88, Gr88, Rgb565, Bgr565]),
+            (16, 1, &[Xrgb1555, Argb1555, Xbgr1555, Abgr1555]),
+            (16, 1, &[Rgbx5551, Rgba5551, Bgrx5551, Bgra5551]),
+            (16, 1, &[Xrgb4444, Argb4444, Xbgr4444, Abgr4444]),
+            (16, 1, &[Rgbx4444, Rgba4444, Bgrx4444, Bgra4444]),
+            (24, 1, &[Rgb888, Bgr888]),
+            (32, 1, &[Xrgb8888, Argb8888, Xbgr8888, Abgr8888, Rgbx8888]),
+            (32, 1, &[Rgba8888, Bgrx8888, Bgra8888, Rg1616, Gr1616, Ayuv]),
+            (32, 1, &[Xrgb2101010, Argb2101010, Xbgr2101010, Abgr2101010]),
+            (32, 1, &[Rgbx1010102, Rgba1010102, Bgrx1010102, Bgra1010102]),
+            (64, 1, &[Xrgb16161616f, Argb16161616f]),
+            (64, 1, &[Xbgr16161616f, Abgr16161616f]),
+            (16, 1, &[Yuyv, Yvyu, Uyvy, Vyuy]),
+        ];
+        let planar: [(usize, usize, &[DrmFourcc]); 7] = [
+            (12, 2, &[Nv12, Nv21]),
+            (16, 2, &[Nv16, Nv61]),
+            (24, 2, &[Nv24, Nv42]),
+            (24, 2, &[P010, P012, P016]),
+            (12, 3, &[Yuv420, Yvu420]),
+            (16, 3, &[Yuv422, Yvu422]),
+            (24, 3, &[Yuv444, Yvu444]),
+        ];
+        let (width, height) = (48, 32);
+        for (bits, planes, formats) in formats.into_iter().chain(planar) {
+            for &format in formats {
+                let image = Image::new(format, width, height).unwrap();
+                let bytes = (width * height) as usize * bits / 8;
+                assert_eq!(image.size(), bytes, "{format:?}");
+                assert_eq!(image.planes().len(), planes, "{format:?}");
+                // Samples of colour are beside or below each other, never before those of brightness.
+                let first = image.planes()[0];
+                assert_eq!((first.offset, first.rows), (0, height), "{format:?}");
+            }
+        }
+        // Colours of half the width have rows of their own for each row of pixels.
+        for format in [Nv16, Nv61, Yuv422, Yvu422] {
+            let image = Image::new(format, width, height).unwrap();
+            assert!(image.planes().iter().all(|plane| plane.rows == height));
+        }
+    }
+
     #[test]
     fn checks() {
         let xrgb = DrmFourcc::Xrgb8888;

@@ -235,6 +235,42 @@ mod tests {
         }
     }
 
+    /// Lists of all lengths, more at a time than are kept: what is mapped is unmapped, whole.
+    #[test]
+    fn memory_is_given_back() {
+        // SAFETY: the child makes system calls only.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // Other tests' threads are not here, so nobody maps anything in between.
+            let mut left = false;
+            for n in [5, 100, SPARE / 16 - 1, SPARE / 16, SPARE / 16 + 1, 5000] {
+                let mut mapped = [(0, 0); 8];
+                {
+                    let mut lists = [const { Buffer::<Range, 4>::new() }; 8];
+                    for (list, place) in lists.iter_mut().zip(&mut mapped) {
+                        left |= list.reserve(n).is_err();
+                        *place = (list.mapped, (n * 16).max(SPARE));
+                    }
+                }
+                let kept = SPARES.each_ref().map(|spare| spare.load(Ordering::Relaxed));
+                for (start, len) in mapped {
+                    let is_kept = kept.contains(&start);
+                    for page in (start..start + len).step_by(sys::page_size() as usize) {
+                        // SAFETY: it says whether something is mapped, and changes nothing.
+                        let ret = unsafe { libc::msync(page as *mut _, 1, libc::MS_ASYNC) };
+                        left |= (ret == 0) != is_kept;
+                    }
+                }
+            }
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(left.into()) }
+        }
+        let mut status = -1;
+        // SAFETY: the status is written.
+        unsafe { libc::waitpid(child, &mut status, 0) };
+        assert_eq!(status, 0);
+    }
+
     #[test]
     fn short_and_long() {
         for n in [0u64, 1, 3, 4, 5, 100_000] {

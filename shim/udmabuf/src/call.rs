@@ -233,6 +233,31 @@ mod tests {
     use super::*;
     use crate::spans::{FileId, Span};
 
+    /// A program that was written for udmabuf knows no other errors: QEMU, for example, tries something else after some
+    /// of these. All that `PINBUF_CREATE` and `mmap` of a memfd may return is here.
+    #[test]
+    fn errors_are_such_as_udmabuf_gives() {
+        use libc::{EACCES, EAGAIN, EBADF, EBADFD, EBUSY, EFAULT, EINTR, EINVAL};
+        use libc::{EMFILE, ENFILE, ENODEV, ENOMEM, EPERM};
+        for (error, expected) in [
+            (EINVAL, EINVAL),
+            (EFAULT, ENOMEM),
+            (ENOMEM, ENOMEM),
+            (EBUSY, ENOMEM),
+            (EAGAIN, ENOMEM),
+            (EPERM, EINVAL),
+            (EBADF, EBADFD),
+            (EBADFD, EBADFD),
+            (EINTR, EINTR),
+            (EMFILE, EMFILE),
+            (ENFILE, ENFILE),
+            (ENODEV, ENODEV),
+            (EACCES, EACCES),
+        ] {
+            assert_eq!(as_udmabuf(Errno(error)), Errno(expected), "{error}");
+        }
+    }
+
     #[test]
     fn ranges_are_sorted_with_their_backings() {
         let mut call = Call::new();

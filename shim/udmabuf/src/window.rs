@@ -451,6 +451,52 @@ mod tests {
         sys::close(fd);
     }
 
+    /// Each is opened once more for that, and none stays open.
+    #[test]
+    fn several_files_opened_read_only_are_kept_apart() {
+        const FILES: u64 = 3;
+        let page = sys::page_size();
+        let open = || {
+            let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+            links
+                .filter_map(|link| std::fs::read_link(link.path()).ok())
+                .filter(|path| path.as_os_str().to_string_lossy().contains("/memfd:apart"))
+                .count()
+        };
+        let fds: Vec<_> = (0..FILES)
+            .map(|number| {
+                let fd = memfd(c"apart", 2);
+                // SAFETY: eight bytes are read.
+                unsafe { libc::pwrite(fd, (&raw const number).cast(), 8, page as i64) };
+                let path = std::ffi::CString::new(format!("/proc/self/fd/{fd}")).unwrap();
+                let readonly = sys::open(&path, libc::O_RDONLY).unwrap();
+                sys::close(fd);
+                readonly
+            })
+            .collect();
+        let files: Vec<_> = fds.iter().map(|&fd| opened(fd)).collect();
+        let before = open();
+        let mut window = Window::new(&files);
+        let piece = |file| Piece {
+            file,
+            offset: page,
+            len: page,
+        };
+        for file in 0..files.len() {
+            window.add(piece(file)).unwrap();
+        }
+        window.map().unwrap();
+        assert_eq!(open(), before, "descriptors of the files");
+        for (file, number) in (0..files.len()).zip(0..) {
+            let word = window.fault_in(piece(file)) as *const u64;
+            // SAFETY: in the window, and aligned.
+            assert_eq!(unsafe { word.read_volatile() }, number);
+        }
+        for fd in fds {
+            sys::close(fd);
+        }
+    }
+
     #[test]
     fn a_file_with_larger_pages_than_it_had_is_unmapped_whole() {
         let page = sys::page_size();

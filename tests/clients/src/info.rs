@@ -11,6 +11,8 @@ use std::sync::mpsc;
 use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
 use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
+use pinbuf_test_harness::support::kernel::HugePool;
+use pinbuf_test_harness::support::memory::{huge_memfd, HUGE};
 use pinbuf_test_harness::support::vgem::Vgem;
 use pinbuf_test_harness::support::{Buffer, Device, Memory, PAGE};
 use pinbuf_test_harness::tests;
@@ -19,6 +21,7 @@ use serde_json::Value;
 use crate::process::Start;
 
 tests!("info":
+    shows_what_the_driver_says,
     shows_names_of_any_bytes,
     passes_nothing_raw_to_the_terminal,
     does_not_take_a_name_for_an_exporter,
@@ -86,6 +89,49 @@ fn listed(more: &[&str]) -> Result<Vec<Value>> {
 fn find(listed: &[Value], inode: u64) -> Result<&Value> {
     let found = listed.iter().find(|buffer| buffer["inode"] == inode);
     found.with_context(|| format!("no buffer {inode} in {listed:#?}"))
+}
+
+/// Each number is the driver's of that name, in words too.
+fn shows_what_the_driver_says() -> Result<()> {
+    let _pool = HugePool::with_free(1)?;
+    let huge = Memory::shared(huge_memfd(HUGE)?, HUGE)?;
+    let small = Memory::small_pages(8 * PAGE)?;
+    small.touch_to_write();
+    let device = Device::open()?;
+    let ranges = [huge.range(), small.range(), huge.part(PAGE, PAGE)];
+    let buffer = device.create(&ranges)?;
+    small.advise(PAGE, 2 * PAGE, libc::MADV_DONTNEED)?;
+    let info = device.describe(&buffer)?;
+    let pid = std::process::id().to_string();
+    let listed = listed(&["--pid", &pid])?;
+    let this = find(&listed, inode(&buffer)?)?;
+    ensure!(this["bytes"] == info.bytes, "{this:#?}");
+    let pinned = &this["pinned"];
+    for (name, value) in [
+        ("pages", info.pages),
+        ("extents", info.extents),
+        ("pins", info.pins),
+        ("kernel_bytes", info.kernel_bytes),
+        ("held_bytes", info.held_bytes),
+        ("charged_pages", info.charged_pages),
+        ("device_mappings", info.mappings.into()),
+    ] {
+        ensure!(pinned[name] == value, "{name} is not {value}: {this:#?}");
+    }
+    ensure!(pinned["charged_to"] == "nothing", "{this:#?}");
+    let words = format!(
+        "{} pages in {} extents, {} pins, keeps {:.1} MiB in place and {} bytes of kernel memory; \
+         {} pages charged to: nothing; mapped by 0 devices",
+        info.pages,
+        info.extents,
+        info.pins,
+        info.held_bytes as f64 / 1_048_576.0,
+        info.kernel_bytes,
+        info.charged_pages
+    );
+    let text = text(&["info", "--pid", &pid])?;
+    ensure!(text.contains(&words), "no `{words}` in {text}");
+    Ok(())
 }
 
 fn shows_names_of_any_bytes() -> Result<()> {

@@ -7,6 +7,7 @@
 //! ordinary user in the group kvm, with Debian's default limits.
 
 mod bars;
+mod bench;
 mod compositor;
 mod containers;
 mod doctor;
@@ -18,6 +19,7 @@ mod info;
 mod jay;
 mod kwin;
 mod libcamera;
+mod library;
 mod process;
 mod qemu;
 mod run;
@@ -59,6 +61,8 @@ fn tests() -> impl Iterator<Item = &'static Test> + Clone {
         doctor::TESTS,
         info::TESTS,
         watch::TESTS,
+        bench::TESTS,
+        library::TESTS,
         examples::TESTS,
         containers::TESTS,
         selinux::TESTS,

@@ -2,7 +2,8 @@
 
 //! Requests that few programs make, by the word that names them. Each prints what became of it.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::ffi::CStr;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use anyhow::{bail, ensure, Context, Result};
 use nix::errno::Errno;
@@ -16,7 +17,8 @@ fn main() -> Result<()> {
         ["sparse"] => sparse(),
         ["long"] => long(),
         ["openat2"] => openat2(),
-        _ => bail!("sparse, long or openat2"),
+        ["open"] => open(),
+        _ => bail!("sparse, long, openat2 or open"),
     }
 }
 
@@ -129,4 +131,66 @@ fn openat2() -> Result<()> {
         println!("{}", outcome(opened));
     }
     Ok(())
+}
+
+/// Ways to open the device, by calls of which each architecture has some. Prints for each what the descriptor is, or the
+/// error.
+fn open() -> Result<()> {
+    let file = udmabuf::sealed_memfd(PAGE)?;
+    let ways: [(&CStr, i32); 12] = [
+        (c"/dev/udmabuf", libc::O_RDONLY),
+        (c"/dev/udmabuf", libc::O_WRONLY),
+        (c"/dev/udmabuf", libc::O_RDWR | libc::O_CLOEXEC),
+        (c"/dev/udmabuf", libc::O_RDWR | libc::O_CREAT),
+        (c"/dev/udmabuf", libc::O_RDWR | libc::O_TRUNC),
+        (c"/dev/udmabuf", libc::O_RDWR | libc::O_CREAT | libc::O_EXCL),
+        (c"/dev/udmabuf", libc::O_RDWR | libc::O_DIRECTORY),
+        (c"/dev/udmabuf", libc::O_PATH),
+        (c"/dev/udmabuf0", libc::O_RDWR),
+        (c"/dev/udmabuf/", libc::O_RDWR),
+        (c"/dev/udmabu", libc::O_RDWR),
+        (c"", libc::O_RDWR),
+    ];
+    let show = |result| -> Result<()> {
+        println!("{}", opened(&file, result)?);
+        Ok(())
+    };
+    let cwd = libc::AT_FDCWD;
+    for (path, flags) in ways {
+        // SAFETY: a terminated string.
+        show(unsafe { libc::syscall(libc::SYS_openat, cwd, path.as_ptr(), flags, 0o600) })?;
+    }
+    // SAFETY: no string, and nothing is written.
+    show(unsafe { libc::syscall(libc::SYS_openat, cwd, 1, libc::O_RDWR, 0) })?;
+    #[cfg(target_arch = "x86_64")]
+    {
+        let path = c"/dev/udmabuf".as_ptr();
+        // SAFETY: a terminated string.
+        show(unsafe { libc::syscall(libc::SYS_open, path, libc::O_RDWR, 0) })?;
+        // SAFETY: as above.
+        show(unsafe { libc::syscall(libc::SYS_creat, path, 0o600) })?;
+    }
+    Ok(())
+}
+
+/// How a descriptor was opened, whether it is closed on exec, and what becomes of a request by it.
+fn opened(file: &OwnedFd, result: i64) -> Result<String> {
+    let fd = match Errno::result(result) {
+        // SAFETY: the call has just returned it.
+        Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd as i32) },
+        Err(error) => return Ok(format!("{error:?}")),
+    };
+    let flags = |command| {
+        // SAFETY: no memory is involved.
+        Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), command) })
+    };
+    let mode = match flags(libc::F_GETFL)? & (libc::O_ACCMODE | libc::O_PATH) {
+        libc::O_RDONLY => "r",
+        libc::O_WRONLY => "w",
+        libc::O_RDWR => "rw",
+        _ => "path",
+    };
+    let cloexec = flags(libc::F_GETFD)? & libc::FD_CLOEXEC != 0;
+    let made = outcome(Create::new(file, 0, PAGE).call(&fd));
+    Ok(format!("{mode} {cloexec} {made}"))
 }

@@ -51,8 +51,23 @@ fn main() -> Result<()> {
     }
     if std::env::args().any(|argument| argument == "--discard") {
         // Three pages, and no more; then two requests that change nothing.
-        pixels.advise(8 * PAGE, 3 * PAGE, libc::MADV_REMOVE)?;
-        drop((make()?, make()?));
+        let discard = || -> Result<()> {
+            pixels.advise(8 * PAGE, 3 * PAGE, libc::MADV_REMOVE)?;
+            let other = make()?;
+            eprintln!("one request later");
+            drop((other, make()?));
+            Ok(())
+        };
+        discard()?;
+        // Another buffer gets the number, and loses as much.
+        let number = buffer.as_fd().as_raw_fd();
+        drop((seen, buffer));
+        for page in 8..11 {
+            pixels.set(page * PAGE, value(page));
+        }
+        let again = make()?;
+        ensure!(again.as_fd().as_raw_fd() == number, "another number");
+        discard()?;
     }
     if std::env::args().any(|argument| argument == "--hold") {
         std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;

@@ -1305,6 +1305,102 @@ fn devices(t: &mut Table) {
         outcome.fact("std", std::path::Path::new("/dev/udmabuf").exists());
         Ok(outcome)
     });
+    // Only one name is the device's, and not those that begin or end as it does.
+    t.custom("device/other-names", Expect::Error("ENOENT"), || {
+        let names = [
+            c"/dev/udmabuf0",
+            c"/dev/udmabuf-backup",
+            c"/dev/udmabuf/",
+            c"/dev/udmabu",
+            c"/dev/udmabuf/x",
+            c"/udmabuf",
+            c"",
+        ];
+        let mut outcome = Outcome::of(&open(names[0], libc::O_RDWR));
+        for name in names {
+            let shown = name.to_string_lossy();
+            let error = open(name, libc::O_RDWR).err();
+            outcome.fact(
+                &format!("open `{shown}`"),
+                error.as_ref().map_or(String::new(), errno_name),
+            );
+            // SAFETY: a terminated string.
+            let ret = unsafe { libc::access(name.as_ptr(), libc::F_OK) };
+            outcome.fact(&format!("access `{shown}`"), ret);
+            let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
+            // SAFETY: a terminated string and room for the result.
+            let ret = unsafe { libc::stat(name.as_ptr(), stat.as_mut_ptr()) };
+            outcome.fact(&format!("stat `{shown}`"), ret);
+        }
+        Ok(outcome)
+    });
+    // The kernel does not read a path that it does not need, so nobody else may.
+    for (name, free, flags) in [
+        ("", true, 0),
+        ("-no-descriptor", false, 0),
+        ("-flags", true, -1),
+    ] {
+        let address = [
+            ("null", 0),
+            ("low", 1),
+            ("kernel", 0xffff_8880_0000_0000_usize),
+            ("last", usize::MAX),
+            ("edge", 0),
+        ];
+        for (sort, address) in address {
+            let name = format!("device/path-{sort}{name}");
+            t.custom(name, Expect::Compared, move || {
+                let map = edge()?;
+                // A beginning of the name, behind which nothing can be read.
+                let edge = map.address() + PAGE as usize - 8;
+                // SAFETY: in the first page, and aligned.
+                unsafe { (edge as *mut [u8; 8]).write_volatile(*b"/dev/udm") };
+                let path = if sort == "edge" { edge } else { address } as *const libc::c_char;
+                if !free {
+                    let next = fcntl(0, libc::F_DUPFD, 0)?;
+                    close(next)?;
+                    set_limit(libc::RLIMIT_NOFILE, next as u64)?;
+                }
+                let cwd = libc::AT_FDCWD;
+                let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
+                let mut statx = std::mem::MaybeUninit::<libc::statx>::zeroed();
+                let (open_flags, mode) = match flags {
+                    0 => (libc::O_RDWR, libc::R_OK),
+                    // Not a directory, which such a file needs; unknown modes and flags.
+                    _ => (libc::O_TMPFILE, 77),
+                };
+                let mut outcome = Outcome {
+                    ret: "0".to_owned(),
+                    ..Outcome::default()
+                };
+                let mut fact = |what: &str, ret: c_int| {
+                    let error = check(i64::from(ret)).err();
+                    outcome.fact(what, error.as_ref().map_or(String::new(), errno_name));
+                };
+                // SAFETY: the kernel reads the path, if it can.
+                fact("open", unsafe { libc::open(path, open_flags, 0) });
+                // SAFETY: as above.
+                fact("openat", unsafe { libc::openat(cwd, path, open_flags, 0) });
+                // SAFETY: as above.
+                fact("access", unsafe { libc::access(path, mode) });
+                // SAFETY: as above.
+                fact("faccessat", unsafe {
+                    libc::faccessat(cwd, path, mode, flags)
+                });
+                // SAFETY: as above, and room for the result.
+                fact("stat", unsafe { libc::stat(path, stat.as_mut_ptr()) });
+                // SAFETY: as above.
+                fact("fstatat", unsafe {
+                    libc::fstatat(cwd, path, stat.as_mut_ptr(), flags)
+                });
+                // SAFETY: as above.
+                fact("statx", unsafe {
+                    libc::statx(cwd, path, flags, u32::MAX, statx.as_mut_ptr())
+                });
+                Ok(outcome)
+            });
+        }
+    }
     t.custom("device/seek", Expect::Compared, || {
         // SAFETY: no memory is involved.
         let ret = unsafe { libc::lseek(device()?, 0, libc::SEEK_END) };

@@ -23,6 +23,7 @@ pub fn cases(t: &mut Table) {
     signal(t);
     other_modes(t);
     several_files(t);
+    beside_a_call(t);
     hole(t);
     killed(t);
     markers(t);
@@ -66,6 +67,8 @@ pub(crate) struct Made {
     pub(crate) by_device: bool,
     /// The argument of the registration cannot be written to.
     pub(crate) read_only: bool,
+    /// The number of the registration was a (negative) int.
+    pub(crate) sign_extended: bool,
 }
 
 impl Made {
@@ -134,9 +137,11 @@ impl Faults {
         if made.read_only {
             faults.register_read_only(register)?;
         } else {
-            faults
-                .call(UFFDIO_REGISTER, register)
-                .context("UFFDIO_REGISTER")?;
+            let number = match made.sign_extended {
+                true => UFFDIO_REGISTER as c_int as libc::c_ulong,
+                false => UFFDIO_REGISTER,
+            };
+            faults.call(number, register).context("UFFDIO_REGISTER")?;
         }
         if mode == Mode::Protected {
             faults
@@ -316,23 +321,26 @@ fn missing(t: &mut Table) {
 /// Late pages are requested in the order of their addresses, whatever their order in the buffer: an owner that sends
 /// memory in this order has most of them on their way already.
 fn ascending(t: &mut Table) {
-    let both = SORTS.map(|sort| (sort, "", &[][..]));
+    let both = SORTS.map(|sort| (sort, "", &[][..], Mode::Missing));
     // The shim must not count what is registered and unregistered.
-    let in_parts = SORTS.map(|sort| (sort, "-unregistered-in-parts", &[2, 5][..]));
-    for ((sort, spec, unit), name, unregistered) in both.into_iter().chain(in_parts) {
+    let in_parts = SORTS.map(|sort| (sort, "-unregistered-in-parts", &[2, 5][..], Mode::Missing));
+    // The file has all pages, and the mapping none.
+    let minor = SORTS.map(|sort| (sort, "-minor", &[][..], Mode::Minor));
+    let all = both.into_iter().chain(in_parts).chain(minor);
+    for ((sort, spec, unit), name, unregistered, mode) in all {
         t.custom(
             format!("late/{sort}-ascending{name}"),
             Expect::Compared,
             move || {
                 let device = device()?;
                 let spec = Spec {
-                    filled: false,
+                    filled: mode == Mode::Minor,
                     bytes: 8 * unit,
                     ..spec
                 };
                 let file = File::new(0, spec)?;
                 let map = Map::shared(file.fd, spec.bytes)?;
-                let faults = Faults::of(&map, spec.bytes, unit, Mode::Missing)?;
+                let faults = Faults::of(&map, spec.bytes, unit, mode)?;
                 for page in unregistered {
                     faults.unregister(page * unit, unit)?;
                 }
@@ -495,6 +503,59 @@ fn several_files(t: &mut Table) {
         let map = Map::shared(result?, expected.len() as u64 * PAGE)?;
         let right = |(at, value): (u64, &u64)| map.get(at) == *value;
         outcome.fact("contents", (0..).zip(&expected).all(right));
+        Ok(outcome)
+    });
+}
+
+/// A call that waits for a page holds up no other one, so that whoever supplies the page may make buffers, too.
+fn beside_a_call(t: &mut Table) {
+    const CALLS: usize = 4;
+    t.custom("late/beside-a-call", Expect::Compared, || {
+        let device = device()?;
+        let empty = Spec {
+            filled: false,
+            ..PLAIN
+        };
+        let whole = File::new(9, PLAIN)?;
+        let mut late = Vec::new();
+        for _ in 0..CALLS {
+            let file = File::new(0, empty)?;
+            let map = Map::shared(file.fd, empty.bytes)?;
+            let faults = Faults::of(&map, empty.bytes, PAGE, Mode::Missing)?;
+            late.push((file, map, faults));
+        }
+        // SAFETY: no memory is involved; calls that wait for each other are a result too.
+        unsafe { libc::alarm(30) };
+        let fds: Vec<c_int> = late.iter().map(|(file, ..)| file.fd).collect();
+        let (results, beside, waited) = thread::scope(|scope| {
+            let calls: Vec<_> = fds
+                .iter()
+                .map(|&fd| scope.spawn(move || create(device, fd, 0, PAGE, 0)))
+                .collect();
+            // udmabuf does not wait.
+            let waited = late.iter().zip(&calls).all(|((.., faults), call)| {
+                let due = || Ok(faults.next().is_some() || call.is_finished());
+                soon(due).unwrap_or(false)
+            });
+            let beside = create(device, whole.fd, 0, PAGE, 0);
+            for (.., faults) in &late {
+                // Late where nobody waits: udmabuf has filled it.
+                let _ = faults.answer(0);
+            }
+            let results: Vec<_> = calls.into_iter().map(|call| call.join()).collect();
+            (results, beside, waited)
+        });
+        let mut outcome = Outcome::of(&beside);
+        outcome.fact("all of them have begun", waited);
+        outcome.fact("the other one's contents", {
+            Map::shared(beside?, PAGE)?.get(0) == mark(9, 0)
+        });
+        let mut right = true;
+        for result in results {
+            let dmabuf = result.map_err(|_| anyhow::anyhow!("panicked"))??;
+            right &= has(dmabuf, 0..1)?;
+        }
+        outcome.fact("contents", right);
         Ok(outcome)
     });
 }

@@ -29,6 +29,7 @@ const FEATURE_SIGBUS: u64 = 1 << 7;
 pub fn cases(t: &mut Table) {
     without_maps(t);
     registered_read_only(t);
+    registered_by_an_int(t);
     forked(t);
     forked_with_event(t);
     refused_faults(t);
@@ -154,6 +155,28 @@ fn registered_read_only(t: &mut Table) {
                 let map = Map::shared(file.fd, spec.bytes)?;
                 let made = Made {
                     read_only: true,
+                    ..Made::default()
+                };
+                let faults = Faults::made(made, &map, spec.bytes, unit, Mode::Missing)?;
+                whole(device, &file, spec.bytes, &faults, unit)
+            },
+        );
+    }
+}
+
+/// The registration's number was an int, which is extended by its sign: the kernel looks at 32 bits.
+fn registered_by_an_int(t: &mut Table) {
+    for (sort, spec, unit) in SORTS {
+        t.custom(
+            format!("late/unseen-registered-by-an-int-{sort}"),
+            Expect::Compared,
+            move || {
+                limit_descriptors(64)?;
+                let device = device()?;
+                let file = File::new(0, empty(spec))?;
+                let map = Map::shared(file.fd, spec.bytes)?;
+                let made = Made {
+                    sign_extended: true,
                     ..Made::default()
                 };
                 let faults = Faults::made(made, &map, spec.bytes, unit, Mode::Missing)?;

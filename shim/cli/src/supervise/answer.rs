@@ -160,11 +160,16 @@ impl Answers {
         if flags & exclusive == exclusive {
             return Ok((Answer::Error(Errno::EEXIST), None));
         }
-        let mode = flags & libc::O_ACCMODE;
+        // The kernel gives no process a descriptor of another one that was opened with O_PATH (`EBADF`): it gets one for
+        // reading, whose file is the same.
+        let mode = match flags & libc::O_PATH {
+            0 => flags & libc::O_ACCMODE,
+            _ => libc::O_RDONLY,
+        };
         let opened = OpenOptions::new()
             .read(mode != libc::O_WRONLY)
             .write(mode != libc::O_RDONLY)
-            .custom_flags(flags & (libc::O_PATH | libc::O_NONBLOCK) | libc::O_NOCTTY)
+            .custom_flags(flags & libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(Device::PATH);
         Ok(match opened {
             Ok(file) => (

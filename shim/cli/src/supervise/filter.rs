@@ -255,6 +255,63 @@ mod tests {
         }
     }
 
+    /// The numbers of calls in a header of the kernel's, by their names.
+    #[cfg(target_arch = "x86_64")]
+    fn numbers(header: &str) -> std::collections::BTreeMap<String, u32> {
+        let include = std::path::Path::new("/usr/include");
+        let text = ["x86_64-linux-gnu", ""]
+            .iter()
+            .find_map(|place| std::fs::read_to_string(include.join(place).join(header)).ok())
+            .unwrap_or_else(|| panic!("there is no {header}: install linux-libc-dev"));
+        let numbers = text.lines().filter_map(|line| {
+            let (name, number) = line.strip_prefix("#define __NR_")?.split_once(' ')?;
+            // x32's are written as a sum.
+            let number = match number.strip_prefix("(__X32_SYSCALL_BIT + ") {
+                Some(rest) => X32 + rest.strip_suffix(')')?.parse::<u32>().ok()?,
+                None => number.trim().parse().ok()?,
+            };
+            Some((name.to_owned(), number))
+        });
+        numbers.collect()
+    }
+
+    /// A wrong number lets a call pass unseen, or has the supervisor take another call for one that opens.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn numbers_are_the_kernels() {
+        let with_x32 = |own: &str| {
+            let (own, x32) = (numbers(own), numbers("asm/unistd_x32.h"));
+            own.into_iter().chain(x32).collect::<Vec<_>>()
+        };
+        for (arch, all) in [
+            (X86_64, with_x32("asm/unistd_64.h")),
+            (I386, numbers("asm/unistd_32.h").into_iter().collect()),
+            (
+                AARCH64,
+                numbers("asm-generic/unistd.h").into_iter().collect(),
+            ),
+        ] {
+            let of = |wanted: &str| -> std::collections::BTreeSet<u32> {
+                let found = all.iter().filter(|(name, _)| name == wanted);
+                found.map(|(_, number)| *number).collect()
+            };
+            let abi = ABIS.iter().find(|abi| abi.arch == arch).unwrap();
+            let ioctl: std::collections::BTreeSet<u32> = abi.ioctl.iter().copied().collect();
+            assert_eq!(ioctl, of("ioctl"), "{arch:x}");
+            for (name, kind) in [
+                ("open", Opening::Open),
+                ("creat", Opening::Creat),
+                ("openat", Opening::Openat),
+                ("openat2", Opening::Openat2),
+            ] {
+                let known = abi.opening.iter().filter(|(_, known)| *known == kind);
+                let known: std::collections::BTreeSet<u32> =
+                    known.map(|(number, _)| *number).collect();
+                assert_eq!(known, of(name), "{name} of {arch:x}");
+            }
+        }
+    }
+
     #[test]
     fn jumps_fit() {
         assert!(program(true).len() < usize::from(u8::MAX));

@@ -27,6 +27,7 @@ tests!("supervised":
     memory_beyond_the_limit_is_not_filled,
     long_list_without_memory_ends_no_service,
     ways_to_find_the_device_are_the_kernels,
+    ways_to_open_the_device_are_the_kernels,
     inherited_descriptors_are_closed,
     a_dev_without_null_is_reported,
     is_not_started_without_threads,
@@ -79,6 +80,34 @@ fn ways_to_find_the_device_are_the_kernels() -> Result<()> {
         end.out == "made\nEXDEV\nENOENT\nEINVAL\nEINVAL\nEINVAL\n",
         "{end:?}"
     );
+    Ok(())
+}
+
+/// As udmabuf's own device would be opened.
+fn ways_to_open_the_device_are_the_kernels() -> Result<()> {
+    no_udmabuf()?;
+    let end = run(&["--by", "supervisor", "--", ODD, "open"]).end()?;
+    let mut expected = vec![
+        "r false made",
+        "w false made",
+        "rw true made",
+        "rw false made",
+        "rw false made",
+        "EEXIST",
+        "ENOTDIR",
+        // The supervisor cannot give a descriptor that is a path only.
+        "r false made",
+        "ENOENT",
+        "ENOENT",
+        "ENOENT",
+        "ENOENT",
+        "EFAULT",
+    ];
+    if cfg!(target_arch = "x86_64") {
+        expected.extend(["rw false made", "w false made"]);
+    }
+    let seen: Vec<&str> = end.out.lines().collect();
+    ensure!(seen == expected, "{end:?}");
     Ok(())
 }
 

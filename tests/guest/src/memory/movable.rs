@@ -34,6 +34,7 @@ tests! { "movable":
     partly_pinned_huge within 120,
     gigantic within 180,
     used_again within 120,
+    absent_memory within 120,
     by_two_at_once within 120,
     by_several_at_once within 420,
     by_several_processes_at_once within 120,
@@ -432,6 +433,44 @@ fn used_again() -> Result<()> {
 
 /// A call's pauses, all together, with the parameters as they are loaded: what `driver/pin/retry.rs`
 /// says.
+/// Memory that a create faults in is allocated where it may stay, so nothing has to be migrated; what the process
+/// allocates before and afterwards for itself may lie anywhere.
+fn absent_memory() -> Result<()> {
+    const PAGES: usize = 512;
+    let in_zone =
+        |memory: &Memory| -> Result<usize> { Ok(within(&all_frames(memory)?, &[movable()?])) };
+    let touched = || -> Result<Memory> {
+        let memory = Memory::small_pages(PAGES * PAGE)?;
+        memory.touch_to_write();
+        check_eq!(
+            in_zone(&memory)?,
+            PAGES,
+            "pages of the process's own in the zone"
+        );
+        Ok(memory)
+    };
+    let device = Device::open()?;
+    let _before = touched()?;
+    for shared in [false, true] {
+        let memory = match shared {
+            true => Memory::shared(memfd(PAGES * PAGE, 0)?, PAGES * PAGE)?,
+            false => Memory::small_pages(PAGES * PAGE)?,
+        };
+        let migrated = vmstat("pgmigrate_success")?;
+        let buffer = device.create(&[memory.range()])?;
+        let migrated = vmstat("pgmigrate_success")? - migrated;
+        check_eq!(in_zone(&memory)?, 0, "pages of a buffer in the zone");
+        // The kernel may move some pages for its own reasons.
+        check!(
+            migrated < PAGES as i64 / 8,
+            "{migrated} pages were migrated for {PAGES} absent ones"
+        );
+        let _after = touched().context("after a create")?;
+        drop(buffer);
+    }
+    Ok(())
+}
+
 fn patience() -> Result<Duration> {
     let retries = kernel::number("/sys/module/pinbuf/parameters/pin_retries")?;
     Ok(Duration::from_millis(4 * ((1 << retries) - 1)))

@@ -4,10 +4,12 @@
 //! patience create succeeds, beyond it create returns `EBUSY` and keeps nothing. Without patience the same must
 //! fail, or the tests would prove nothing.
 
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
+use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal};
 
 use crate::common::views_agree;
 use crate::frames::{self, all_frames, movable, within};
@@ -30,6 +32,7 @@ tests! { "passing":
     caches_dropped within 120,
     patience_has_an_end within 120,
     killed_while_patient within 120,
+    signalled_while_patient within 120,
     does_not_wait_with_what_is_not_charged,
     a_turn_ends_while_its_holder_waits within 120,
 }
@@ -223,12 +226,12 @@ fn present(memory: &Memory) -> Result<Vec<frames::Pfn>> {
 fn caches_dropped() -> Result<()> {
     const PAGES: usize = 3000;
     let device = Device::open()?;
-    let stop = std::sync::atomic::AtomicBool::new(false);
+    let stop = AtomicBool::new(false);
     let dropped = vmstat("drop_pagecache")?;
     let mut moved = 0;
     std::thread::scope(|scope| -> Result<()> {
         let dropper = scope.spawn(|| -> Result<()> {
-            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+            while !stop.load(Ordering::Relaxed) {
                 kernel::write("/proc/sys/vm/drop_caches", 3)?;
                 kernel::write("/proc/sys/vm/compact_memory", 1)?;
             }
@@ -260,7 +263,7 @@ fn caches_dropped() -> Result<()> {
             }
             Ok(())
         })();
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        stop.store(true, Ordering::Relaxed);
         dropper.join().expect("the thread that drops caches")?;
         rounds
     })?;
@@ -424,7 +427,6 @@ fn patience_has_an_end() -> Result<()> {
 
 /// A task that waits for pages to be released can be killed.
 fn killed_while_patient() -> Result<()> {
-    use nix::sys::signal::Signal;
     use pinbuf_test_harness::support::process::Child;
 
     let pins = kernel::pins()?;
@@ -455,4 +457,47 @@ fn killed_while_patient() -> Result<()> {
     check!(took < Duration::from_millis(800), "it took {took:?} to die");
     check_eq!(kernel::pins()?, pins, "pins after it was killed");
     Ok(())
+}
+
+extern "C" fn counts(_: libc::c_int) {
+    SIGNALS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Signals that were handled.
+static SIGNALS: AtomicU32 = AtomicU32::new(0);
+
+/// A signal with a handler that comes before or during the pauses does not shorten them, and is handled afterwards.
+fn signalled_while_patient() -> Result<()> {
+    let device = Device::open()?;
+    let action = SigAction::new(
+        SigHandler::Handler(counts),
+        SaFlags::empty(),
+        SigSet::empty(),
+    );
+    // SAFETY: the handler adds a number.
+    unsafe { sigaction(Signal::SIGUSR1, &action) }?;
+    let movable_memory = Kind::Anonymous.pooled(64 * PAGE)?;
+    let memory = &movable_memory.memory;
+    checked(memory)?;
+    let release = Piped::pages(memory, 20 * PAGE, HELD)?.release_after(SHORT);
+    // SAFETY: a call without conditions.
+    let creator = unsafe { libc::pthread_self() };
+    let stop = AtomicBool::new(false);
+    let (buffer, during) = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                // SAFETY: that thread waits for this one.
+                unsafe { libc::pthread_kill(creator, libc::SIGUSR1) };
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let before = SIGNALS.load(Ordering::Relaxed);
+        let result = succeeds(&device, memory);
+        let during = SIGNALS.load(Ordering::Relaxed) - before;
+        stop.store(true, Ordering::Relaxed);
+        Ok::<_, anyhow::Error>((result?.0, during))
+    })?;
+    release.join().expect("the pipe's thread");
+    check!(during > 0, "no signal came");
+    views_agree(&buffer, &[(memory, 0, memory.len())])
 }

@@ -5,7 +5,7 @@
 //!
 //! vgem makes fences that a program signals. They are put into a buffer by a sync file.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -20,7 +20,7 @@ use pinbuf_test_importer::{Direction, Importer, Limits};
 use pinbuf_test_harness::support::device::{sync_once, sync_raw};
 use pinbuf_test_harness::support::memory::{pattern, PAGE};
 use pinbuf_test_harness::support::process::Child;
-use pinbuf_test_harness::support::vgem::{self, Vgem};
+use pinbuf_test_harness::support::vgem::{self, Fence, Vgem, SYNC_READ, SYNC_WRITE};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory, Skip, Sync};
 use pinbuf_test_harness::tests;
 
@@ -34,98 +34,9 @@ tests! { "fences":
     a_fence_outlives_the_buffer,
 }
 
-/// `struct drm_vgem_fence_attach`.
-#[repr(C)]
-#[derive(Default)]
-struct FenceAttach {
-    handle: u32,
-    flags: u32,
-    out_fence: u32,
-    pad: u32,
-}
-
-/// `struct drm_vgem_fence_signal`.
-#[repr(C)]
-#[derive(Default)]
-struct FenceSignal {
-    fence: u32,
-    flags: u32,
-}
-
-/// `struct dma_buf_export_sync_file`, and the one for importing.
-#[repr(C)]
-#[derive(Default)]
-struct SyncFile {
-    flags: u32,
-    fd: i32,
-}
-
-nix::ioctl_readwrite!(
-    /// DRM_IOCTL_VGEM_FENCE_ATTACH.
-    fence_attach, b'd', 0x41, FenceAttach
-);
-nix::ioctl_write_ptr!(
-    /// DRM_IOCTL_VGEM_FENCE_SIGNAL.
-    fence_signal, b'd', 0x42, FenceSignal
-);
-nix::ioctl_readwrite!(
-    /// DMA_BUF_IOCTL_EXPORT_SYNC_FILE.
-    export_sync_file, b'b', 2, SyncFile
-);
-nix::ioctl_write_ptr!(
-    /// DMA_BUF_IOCTL_IMPORT_SYNC_FILE.
-    import_sync_file, b'b', 3, SyncFile
-);
-
-/// DMA_BUF_SYNC_READ, DMA_BUF_SYNC_WRITE, and VGEM_FENCE_WRITE.
-pub(crate) const SYNC_READ: u32 = 1;
-const SYNC_WRITE: u32 = 2;
-const FENCE_WRITE: u32 = 1;
-
 /// A fence in a buffer, as of a device that writes to it.
 fn writes_to<'a>(vgem: &'a Vgem, buffer: BorrowedFd<'_>) -> Result<Fence<'a>> {
-    uses(vgem, buffer, SYNC_WRITE)
-}
-
-/// A fence in a buffer, as of a device that reads it or writes to it.
-pub(crate) fn uses<'a>(vgem: &'a Vgem, buffer: BorrowedFd<'_>, how: u32) -> Result<Fence<'a>> {
-    let mut attach = FenceAttach {
-        handle: vgem.handle,
-        flags: FENCE_WRITE,
-        ..Default::default()
-    };
-    // SAFETY: the kernel reads and writes the struct.
-    unsafe { fence_attach(vgem.card.as_fd().as_raw_fd(), &mut attach) }
-        .context("making a fence")?;
-    let fence = Fence(vgem, attach.out_fence);
-    let mut file = SyncFile {
-        flags: SYNC_WRITE,
-        fd: -1,
-    };
-    // SAFETY: as above.
-    unsafe { export_sync_file(vgem.buffer.as_raw_fd(), &mut file) }.context("exporting")?;
-    // SAFETY: the call has just returned it.
-    let held = unsafe { OwnedFd::from_raw_fd(file.fd) };
-    file.flags = how;
-    // SAFETY: the kernel reads the struct.
-    unsafe { import_sync_file(buffer.as_raw_fd(), &file) }.context("importing")?;
-    drop(held);
-    Ok(fence)
-}
-
-/// A fence that has not been signalled.
-pub(crate) struct Fence<'a>(&'a Vgem, u32);
-
-impl Fence<'_> {
-    pub(crate) fn signal(self) -> Result<()> {
-        let signal = FenceSignal {
-            fence: self.1,
-            flags: 0,
-        };
-        // SAFETY: the kernel reads the struct. An error after ten seconds says that the fence timed out.
-        unsafe { fence_signal(self.0.card.as_fd().as_raw_fd(), &signal) }.context("signalling")?;
-        Ok(())
-    }
+    vgem.uses(buffer, SYNC_WRITE)
 }
 
 /// A device that has a copy of the memory writes late: an access of any kind that begins meanwhile waits for
@@ -178,7 +89,7 @@ fn a_read_does_not_wait_for_a_device_that_reads() -> Result<()> {
     let vgem = Vgem::new()?;
     let (_memory, buffer) = &page()?;
     for access in [Sync::Read, Sync::Write, Sync::ReadWrite] {
-        let fence = uses(&vgem, buffer.as_fd(), SYNC_READ)?;
+        let fence = vgem.uses(buffer.as_fd(), SYNC_READ)?;
         let (say, hear) = mpsc::channel();
         std::thread::scope(|scope| -> Result<()> {
             scope.spawn(move || say.send(sync_raw(buffer, access as u64)));
@@ -304,15 +215,7 @@ fn a_fence_outlives_the_buffer() -> Result<()> {
                 let ready = poll(&mut [PollFd::new(buffer.as_fd(), flags)], 0u16)?;
                 check_eq!(ready, 0, "events while the device works");
             }
-            let mut file = SyncFile {
-                flags: SYNC_WRITE,
-                fd: -1,
-            };
-            // SAFETY: the kernel reads and writes the struct.
-            unsafe { export_sync_file(buffer.as_fd().as_raw_fd(), &mut file) }
-                .context("exporting")?;
-            // SAFETY: the call has just returned it.
-            let file = unsafe { OwnedFd::from_raw_fd(file.fd) };
+            let file = vgem::fence_of(buffer.as_fd())?;
             drop(buffer);
             let mut fence = Some(fence);
             for signalled in [false, true] {

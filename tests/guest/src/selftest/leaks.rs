@@ -20,11 +20,10 @@ use pinbuf_uapi::{Backing, CHARGE_USER};
 use pinbuf_test_harness::support::kernel::Setting;
 use pinbuf_test_harness::support::memory::{memfd, PAGE};
 use pinbuf_test_harness::support::process::{drop_ipc_lock, in_child, set_memlock};
-use pinbuf_test_harness::support::vgem::{self, Vgem};
+use pinbuf_test_harness::support::vgem::{self, Vgem, SYNC_READ};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory, Skip};
 use pinbuf_test_harness::tests;
 
-use crate::fences::{uses, SYNC_READ};
 use crate::namespaces::{in_namespace, COUNT, LIMIT};
 
 tests! { "leaks":
@@ -192,7 +191,7 @@ fn fences() -> Result<()> {
     let memory = Memory::anonymous(PAGE)?;
     piles_nothing_up(300, |_| {
         let buffer = device.create(&[memory.range()])?;
-        uses(&vgem, buffer.as_fd(), SYNC_READ)?.signal()
+        vgem.uses(buffer.as_fd(), SYNC_READ)?.signal()
     })
 }
 

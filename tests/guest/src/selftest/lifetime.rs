@@ -12,12 +12,13 @@ use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
 use nix::kmod::{delete_module, DeleteModuleFlags};
 use nix::sys::signal::Signal;
+use nix::sys::stat::stat;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::execv;
 use pinbuf_test_importer::{Direction, Importer, Limits};
 
 use pinbuf_test_harness::support::memory::{memfd, pattern, punch_hole, PAGE};
-use pinbuf_test_harness::support::process::{Child, Link, PATIENCE};
+use pinbuf_test_harness::support::process::{become_user, in_child, Child, Link, PATIENCE, USER};
 use pinbuf_test_harness::support::view::{holds, DeviceView, Mapped};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
@@ -40,6 +41,7 @@ tests! { "lifetime":
     killed_while_creating within 120,
     module_in_use,
     module_goes_and_comes,
+    root_alone_may_at_first,
 }
 
 fn mapping_keeps_it() -> Result<()> {
@@ -499,4 +501,35 @@ fn module_goes_and_comes() -> Result<()> {
         check_eq!(memory.get(0), 5, "what was written");
     }
     Ok(())
+}
+
+/// Until udev changes it, as it does by a rule that is installed: whoever loads the module lets nobody else use it, or
+/// set its parameters.
+fn root_alone_may_at_first() -> Result<()> {
+    let path = pinbuf_test_harness::support::device::PATH;
+    check_eq!(remove_module(), Ok(()), "rmmod");
+    load_module()?;
+    let device = stat(path)?;
+    check_eq!(
+        (device.st_mode & 0o7777, device.st_uid, device.st_gid),
+        (0o600, 0, 0),
+        "mode, owner and group of the device"
+    );
+    for entry in std::fs::read_dir("/sys/module/pinbuf/parameters")? {
+        let path = entry?.path();
+        let found = stat(&path)?;
+        check_eq!(
+            (found.st_mode & 0o7777, found.st_uid),
+            (0o644, 0),
+            "mode and owner of {}",
+            path.display()
+        );
+    }
+    in_child(|| {
+        become_user(USER)?;
+        let opened = std::fs::File::options().read(true).write(true).open(path);
+        let error = opened.err().and_then(|error| error.raw_os_error());
+        check_eq!(error, Some(libc::EACCES), "opened by a user");
+        Ok(())
+    })
 }

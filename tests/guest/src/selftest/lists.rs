@@ -7,10 +7,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use pinbuf_uapi::{Backing, Range};
+use pinbuf_uapi::{
+    Backing, Create, Discard, Discards, Query, Range, CREATE_CHECK_BACKING, CREATE_CLOEXEC,
+    DISCARDS, QUERY, STATE_DISCARDED,
+};
 
+use pinbuf_test_harness::support::device::{create, ioctl};
 use pinbuf_test_harness::support::kernel::HugePool;
-use pinbuf_test_harness::support::memory::{huge_memfd, memfd, stamp, HUGE, PAGE, RW};
+use pinbuf_test_harness::support::memory::{huge_memfd, memfd, punch_hole, stamp, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::{check, check_eq, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
 
@@ -26,6 +30,7 @@ tests! { "lists":
     with_repetitions,
     in_order,
     one_range_that_cannot_be_pinned,
+    at_odd_addresses,
 }
 
 /// Pages of the memory that lists are about.
@@ -271,6 +276,76 @@ fn one_range_that_cannot_be_pinned() -> Result<()> {
             }
             check!(device.create(&ranges).is_ok(), "with all pages");
         }
+    }
+    Ok(())
+}
+
+/// The bytes of a struct of the interface.
+fn bytes_of<T: Copy>(value: &T) -> Vec<u8> {
+    let first = std::ptr::from_ref(value).cast::<u8>();
+    // SAFETY: the interface's structs consist of integers without padding.
+    unsafe { std::slice::from_raw_parts(first, size_of::<T>()) }.to_vec()
+}
+
+/// Structs and arrays of all calls, wherever they begin: 32-bit programs align numbers of eight bytes to four, and packed
+/// ones not at all.
+fn at_odd_addresses() -> Result<()> {
+    let device = Device::open()?;
+    let file = memfd(8 * PAGE, 0)?;
+    let memory = Memory::shared(&file, 8 * PAGE)?;
+    memory.touch_to_write();
+    let pages = [5, 2, 7];
+    let parts = pages.map(|page| (page, 1));
+    let place = Memory::anonymous(4 * PAGE)?;
+    for count in [1, 3] {
+        let (ranges, backing) = checked(file.as_fd(), &memory, &parts[..count]);
+        for odd in [1, 2, 4, 7] {
+            // The list crosses from one page into the next.
+            let (at_ranges, at_backing, at) = (PAGE - 16 - odd, 2 * PAGE + odd, 3 * PAGE + odd);
+            let bytes: Vec<u8> = ranges.iter().flat_map(bytes_of).collect();
+            place.write(at_ranges, &bytes);
+            let bytes: Vec<u8> = backing.iter().flat_map(bytes_of).collect();
+            place.write(at_backing, &bytes);
+            let call = Create {
+                flags: CREATE_CLOEXEC | CREATE_CHECK_BACKING,
+                ranges: place.addr() + at_ranges as u64,
+                count: count as u32,
+                backing: place.addr() + at_backing as u64,
+                ..create()
+            };
+            place.write(at, &bytes_of(&call));
+            let buffer = device
+                .create_at(place.addr() + at as u64)
+                .with_context(|| format!("{count} ranges, {odd} bytes beside"))?;
+            is_of(&buffer, &memory, &pages[..count])?;
+            punch_hole(&file, pages[0] * PAGE, PAGE)?;
+            let call = Discards {
+                size: size_of::<Discards>() as u32,
+                fd: buffer.as_fd().as_raw_fd(),
+                list: place.addr() + at_ranges as u64,
+                count: 2,
+                ..Default::default()
+            };
+            place.write(at, &bytes_of(&call));
+            ioctl(&device, DISCARDS, place.addr() + at as u64).context("PINBUF_DISCARDS")?;
+            let found = Discard {
+                len: PAGE as u64,
+                state: STATE_DISCARDED,
+                ..Default::default()
+            };
+            let mut seen = vec![0; size_of::<Discard>()];
+            place.read(at_ranges, &mut seen);
+            check_eq!(seen, bytes_of(&found), "the part that is gone");
+            memory.touch_to_write();
+        }
+    }
+    for odd in [1, 2, 4, 7] {
+        place.write(odd, &bytes_of(&(size_of::<Query>() as u32)));
+        ioctl(&device, QUERY, place.addr() + odd as u64).context("PINBUF_QUERY")?;
+        let mut seen = vec![0; size_of::<Query>()];
+        place.read(odd, &mut seen);
+        check_eq!(seen, bytes_of(&device.query()?), "the answer");
+        place.write(odd, &[0; size_of::<Query>()]);
     }
     Ok(())
 }

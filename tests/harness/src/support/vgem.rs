@@ -3,12 +3,62 @@
 //! vgem, a driver without a device: an exporter besides pinbuf, and fences that a program signals.
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process::Command;
 
 use anyhow::{bail, Context, Result};
 use drm::buffer::{Buffer as _, DrmFourcc};
 use drm::control::Device as _;
+
+/// `struct drm_vgem_fence_attach`.
+#[repr(C)]
+#[derive(Default)]
+struct FenceAttach {
+    handle: u32,
+    flags: u32,
+    out_fence: u32,
+    pad: u32,
+}
+
+/// `struct drm_vgem_fence_signal`.
+#[repr(C)]
+#[derive(Default)]
+struct FenceSignal {
+    fence: u32,
+    flags: u32,
+}
+
+/// `struct dma_buf_export_sync_file`, and the one for importing.
+#[repr(C)]
+#[derive(Default)]
+struct SyncFile {
+    flags: u32,
+    fd: i32,
+}
+
+nix::ioctl_readwrite!(
+    /// DRM_IOCTL_VGEM_FENCE_ATTACH.
+    fence_attach, b'd', 0x41, FenceAttach
+);
+nix::ioctl_write_ptr!(
+    /// DRM_IOCTL_VGEM_FENCE_SIGNAL.
+    fence_signal, b'd', 0x42, FenceSignal
+);
+nix::ioctl_readwrite!(
+    /// DMA_BUF_IOCTL_EXPORT_SYNC_FILE.
+    export_sync_file, b'b', 2, SyncFile
+);
+nix::ioctl_write_ptr!(
+    /// DMA_BUF_IOCTL_IMPORT_SYNC_FILE.
+    import_sync_file, b'b', 3, SyncFile
+);
+
+/// `DMA_BUF_SYNC_READ`.
+pub const SYNC_READ: u32 = 1;
+/// `DMA_BUF_SYNC_WRITE`.
+pub const SYNC_WRITE: u32 = 2;
+/// `VGEM_FENCE_WRITE`.
+const FENCE_WRITE: u32 = 1;
 
 /// Loads it; false if the kernel has none.
 pub fn load() -> Result<bool> {
@@ -66,5 +116,54 @@ impl Vgem {
             handle: object.handle().into(),
             buffer,
         })
+    }
+    /// A fence in a buffer, as of a device that reads it or writes to it.
+    pub fn uses(&self, buffer: BorrowedFd<'_>, how: u32) -> Result<Fence<'_>> {
+        let mut attach = FenceAttach {
+            handle: self.handle,
+            flags: FENCE_WRITE,
+            ..Default::default()
+        };
+        // SAFETY: the kernel reads and writes the struct.
+        unsafe { fence_attach(self.card.as_fd().as_raw_fd(), &mut attach) }
+            .context("making a fence")?;
+        let fence = Fence(self, attach.out_fence);
+        let exported = fence_of(self.buffer.as_fd())?;
+        let file = SyncFile {
+            flags: how,
+            fd: exported.as_raw_fd(),
+        };
+        // SAFETY: the kernel reads the struct.
+        unsafe { import_sync_file(buffer.as_raw_fd(), &file) }.context("importing")?;
+        Ok(fence)
+    }
+}
+
+/// The file of the fences in a dma-buf.
+pub fn fence_of(buffer: BorrowedFd<'_>) -> Result<OwnedFd> {
+    let mut file = SyncFile {
+        flags: SYNC_WRITE,
+        fd: -1,
+    };
+    // SAFETY: the kernel reads and writes the struct.
+    unsafe { export_sync_file(buffer.as_raw_fd(), &mut file) }.context("exporting")?;
+    // SAFETY: the call has just returned it.
+    Ok(unsafe { OwnedFd::from_raw_fd(file.fd) })
+}
+
+/// A fence that has not been signalled.
+#[derive(Debug)]
+pub struct Fence<'a>(&'a Vgem, u32);
+
+impl Fence<'_> {
+    /// Signals it.
+    pub fn signal(self) -> Result<()> {
+        let signal = FenceSignal {
+            fence: self.1,
+            flags: 0,
+        };
+        // SAFETY: the kernel reads the struct. An error after ten seconds says that the fence timed out.
+        unsafe { fence_signal(self.0.card.as_fd().as_raw_fd(), &signal) }.context("signalling")?;
+        Ok(())
     }
 }
