@@ -21,6 +21,13 @@ pub(crate) const MIB: u64 = 1 << 20;
 /// A size of hugetlb pages that all kernels have: with small pages of 16 KiB the usual one is 32 MiB, of which udmabuf
 /// takes two.
 pub(crate) const HUGE: u64 = 2 << 20;
+/// The size of a file that has all its pages for the shim, too: a multiple of a transparent huge page, which has 32 MiB with
+/// small pages of 16 KiB.
+pub(crate) const WHOLE: u64 = if PAGE * (PAGE / 8) > 2 * HUGE {
+    PAGE * (PAGE / 8)
+} else {
+    2 * HUGE
+};
 /// Where the kernel says how many there are.
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 /// The flag for memfds of such pages.

@@ -7,7 +7,7 @@ use std::ffi::c_int;
 
 use anyhow::{Context, Result};
 
-use crate::cases::{device, File, Spec, Table, HUGE, OK};
+use crate::cases::{device, File, Spec, Table, OK, WHOLE};
 use crate::late::{Faults, Mode, SORTS};
 use crate::mappings::has;
 use crate::run::Outcome;
@@ -16,9 +16,8 @@ use crate::unfilled::{empty, go_on_in_child, owned};
 
 pub fn cases(t: &mut Table) {
     for (sort, spec, unit) in SORTS {
-        // All of such a file has memory, as its size is a multiple of a huge page.
         let whole = Spec {
-            bytes: 2 * HUGE,
+            bytes: WHOLE,
             ..spec
         };
         t.custom(format!("beside-late/moved-{sort}"), OK, move || {

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::cases::{device, File, Spec, Table, HUGE, HUGETLB, OK, PLAIN};
+use crate::cases::{device, File, Spec, Table, HUGE, HUGETLB, OK, PLAIN, WHOLE};
 use crate::late::{punch, Faults, Made, Mode, SORTS};
 use crate::mappings::has;
 use crate::run::{Expect, Outcome};
@@ -613,7 +613,7 @@ fn beside(t: &mut Table) {
             });
         }
         let spec = Spec {
-            bytes: 4 * HUGE,
+            bytes: WHOLE,
             ..spec
         };
         t.custom(format!("beside-late/without-maps-{sort}"), OK, move || {
