@@ -64,8 +64,8 @@ use kernel::{
 };
 
 /// The minimum number of pages that a buffer counts for, where it is charged to an allowance: a
-/// buffer whose process has exited keeps the process's `mm_struct`. Both take 7.5 KiB with two
-/// processors (tests/bench/RESULTS.md), and more with more processors.
+/// buffer whose process has exited keeps the process's `mm_struct`. With that, it takes 7.5 KiB on
+/// two processors (tests/bench/RESULTS.md), and more where there are more.
 const LEAST: usize = 8;
 
 /// What pages are charged to, besides the process's `pinned_vm`.
