@@ -28,8 +28,7 @@ const FEATURE_SIGBUS: u64 = 1 << 7;
 
 pub fn cases(t: &mut Table) {
     without_maps(t);
-    registered_read_only(t);
-    registered_by_an_int(t);
+    registered_oddly(t);
     forked(t);
     forked_with_event(t);
     refused_faults(t);
@@ -142,47 +141,37 @@ fn without_maps(t: &mut Table) {
     }
 }
 
-/// The registration succeeds, and the result of the call cannot be written.
-fn registered_read_only(t: &mut Table) {
+/// Registrations that succeed: the result of the call cannot be written; its number was an int, which is extended by its
+/// sign, while the kernel looks at 32 bits.
+fn registered_oddly(t: &mut Table) {
+    let plain = Made::default;
     for (sort, spec, unit) in SORTS {
-        t.custom(
-            format!("late/unseen-read-only-argument-{sort}"),
-            Expect::Compared,
-            move || {
-                limit_descriptors(64)?;
-                let device = device()?;
-                let file = File::new(0, empty(spec))?;
-                let map = Map::shared(file.fd, spec.bytes)?;
-                let made = Made {
+        for (name, made) in [
+            (
+                "read-only-argument",
+                Made {
                     read_only: true,
-                    ..Made::default()
-                };
-                let faults = Faults::made(made, &map, spec.bytes, unit, Mode::Missing)?;
-                whole(device, &file, spec.bytes, &faults, unit)
-            },
-        );
-    }
-}
-
-/// The registration's number was an int, which is extended by its sign: the kernel looks at 32 bits.
-fn registered_by_an_int(t: &mut Table) {
-    for (sort, spec, unit) in SORTS {
-        t.custom(
-            format!("late/unseen-registered-by-an-int-{sort}"),
-            Expect::Compared,
-            move || {
+                    ..plain()
+                },
+            ),
+            (
+                "registered-by-an-int",
+                Made {
+                    sign_extended: true,
+                    ..plain()
+                },
+            ),
+        ] {
+            let name = format!("late/unseen-{name}-{sort}");
+            t.custom(name, Expect::Compared, move || {
                 limit_descriptors(64)?;
                 let device = device()?;
                 let file = File::new(0, empty(spec))?;
                 let map = Map::shared(file.fd, spec.bytes)?;
-                let made = Made {
-                    sign_extended: true,
-                    ..Made::default()
-                };
                 let faults = Faults::made(made, &map, spec.bytes, unit, Mode::Missing)?;
                 whole(device, &file, spec.bytes, &faults, unit)
-            },
-        );
+            });
+        }
     }
 }
 
