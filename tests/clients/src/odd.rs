@@ -137,7 +137,7 @@ fn openat2() -> Result<()> {
 /// error.
 fn open() -> Result<()> {
     let file = udmabuf::sealed_memfd(PAGE)?;
-    let ways: [(&CStr, i32); 12] = [
+    let ways: [(&CStr, i32); 14] = [
         (c"/dev/udmabuf", libc::O_RDONLY),
         (c"/dev/udmabuf", libc::O_WRONLY),
         (c"/dev/udmabuf", libc::O_RDWR | libc::O_CLOEXEC),
@@ -146,6 +146,15 @@ fn open() -> Result<()> {
         (c"/dev/udmabuf", libc::O_RDWR | libc::O_CREAT | libc::O_EXCL),
         (c"/dev/udmabuf", libc::O_RDWR | libc::O_DIRECTORY),
         (c"/dev/udmabuf", libc::O_PATH),
+        // The path alone is looked up, whatever else is said.
+        (
+            c"/dev/udmabuf",
+            libc::O_PATH | libc::O_RDWR | libc::O_CREAT | libc::O_EXCL | libc::O_CLOEXEC,
+        ),
+        (
+            c"/dev/udmabuf",
+            libc::O_PATH | libc::O_CREAT | libc::O_DIRECTORY,
+        ),
         (c"/dev/udmabuf0", libc::O_RDWR),
         (c"/dev/udmabuf/", libc::O_RDWR),
         (c"/dev/udmabu", libc::O_RDWR),

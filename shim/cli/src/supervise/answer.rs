@@ -137,7 +137,8 @@ impl Answers {
                 let read = target.read(third, &mut how);
                 let (flags, rest) = how.split_at(8);
                 let flags = u64::from_ne_bytes(flags.try_into().unwrap_or_default());
-                let plain = flags <= u64::from(u32::MAX) && rest == [0; 16];
+                let known = masked(flags as i32) as u32;
+                let plain = flags == u64::from(known) && rest == [0; 16];
                 if read.is_err() || fourth < how.len() as u64 || !plain {
                     return Ok(KERNELS);
                 }
@@ -150,7 +151,7 @@ impl Answers {
         if !self.may_serve(&target) {
             return Ok(KERNELS);
         }
-        let flags = flags as i32;
+        let flags = masked(flags as i32);
         if flags & libc::O_DIRECTORY != 0 {
             let both = flags & libc::O_CREAT != 0;
             let error = if both { Errno::EINVAL } else { Errno::ENOTDIR };
@@ -162,10 +163,7 @@ impl Answers {
         }
         // The kernel gives no process a descriptor of another one that was opened with O_PATH (`EBADF`): it gets one for
         // reading, whose file is the same.
-        let mode = match flags & libc::O_PATH {
-            0 => flags & libc::O_ACCMODE,
-            _ => libc::O_RDONLY,
-        };
+        let mode = flags & libc::O_ACCMODE;
         let opened = OpenOptions::new()
             .read(mode != libc::O_WRONLY)
             .write(mode != libc::O_RDONLY)
@@ -503,5 +501,13 @@ impl Report {
             "{outcome}: {} bytes, {} items, {} pieces, by the supervisor for process {}",
             self.bytes, self.items, self.pieces, self.process
         )
+    }
+}
+
+/// With `O_PATH`, the kernel's open and openat ignore all flags but these, and its openat2 refuses others.
+fn masked(flags: i32) -> i32 {
+    match flags & libc::O_PATH {
+        0 => flags,
+        _ => flags & (libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC),
     }
 }

@@ -97,6 +97,8 @@ fn ways_to_open_the_device_are_the_kernels() -> Result<()> {
         "ENOTDIR",
         // The supervisor cannot give a descriptor that is a path only.
         "r false made",
+        "r true made",
+        "ENOTDIR",
         "ENOENT",
         "ENOENT",
         "ENOENT",
