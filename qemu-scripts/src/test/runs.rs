@@ -240,7 +240,7 @@ pub const RUNS: &[Run] = &[
     Run {
         // Random steps on mappings, against a model.
         name: "torture",
-        command: "pinbuf-torture --seconds 15 --steps 300",
+        command: "pinbuf-torture --seconds 10 --steps 300",
         ..PLAIN
     },
     Run {
@@ -671,7 +671,7 @@ pub const RUNS: &[Run] = &[
         // 1 GiB gives an extent that is too large to be entered at once.
         memory: "4G",
         cmdline: "page_table_check=off hugepagesz=1G hugepages=1",
-        command: "tests/fuzz/run --seconds 30",
+        command: "tests/fuzz/run --seconds 20",
         verdict: Verdict::Status,
         filters: false,
         ..CHECKED

@@ -32,10 +32,10 @@ const TABLES: usize = IN_A_CALL + 72;
 /// Threads in the group.
 const THREADS: usize = 4;
 /// How long the processes run without a limit.
-const USUAL: Duration = Duration::from_secs(6);
+const USUAL: Duration = Duration::from_secs(4);
 /// How long they run with it: until the group has waited for this often, but at least and at most for these times.
-const ENOUGH: u64 = 8;
-const LEAST: Duration = Duration::from_secs(8);
+const ENOUGH: u64 = 4;
+const LEAST: Duration = Duration::from_secs(4);
 const MOST: Duration = Duration::from_secs(30);
 /// What the group may have: less than its processes take.
 const HIGH: usize = 64 << 10;

@@ -146,7 +146,7 @@ fn backings(parts: &[Part], files: &[RawFd]) -> Vec<Backing> {
 /// Small and large pages, anonymous and of files, and hugetlb: each list of ranges becomes the buffer that the model
 /// says, and none if a single backing is wrong.
 fn kinds_side_by_side() -> Result<()> {
-    let rounds = if kernel::has_checkers() { 60 } else { 200 };
+    let rounds = if kernel::has_checkers() { 30 } else { 200 };
     let _pool = HugePool::with_free(5)?;
     let transparent = has_transparent_huge_pages();
     let mut settings = Vec::new();
