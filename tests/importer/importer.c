@@ -19,6 +19,8 @@
 #include <linux/fs.h>
 #include <linux/idr.h>
 #include <linux/iosys-map.h>
+#include <linux/kmemleak.h>
+#include <linux/kstrtox.h>
 #include <linux/ktime.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
@@ -829,6 +831,27 @@ static struct miscdevice pti_misc = {
 	.mode = 0600,
 };
 module_misc_device(pti_misc);
+
+static int pti_set_unscanned(const char *value, const struct kernel_param *kp)
+{
+	u64 addr;
+	int ret = kstrtou64(value, 0, &addr);
+
+	if (!ret)
+		kmemleak_ignore_phys(addr);
+	return ret;
+}
+
+/*
+ * Physical address of an allocation of early boot that kmemleak no longer
+ * scans, for pages of 1 GiB: their contents are the tests', and scanning one
+ * takes 20 seconds.  Does nothing on kernels without kmemleak.
+ */
+static const struct kernel_param_ops pti_unscanned = {
+	.set = pti_set_unscanned,
+};
+module_param_cb(unscanned, &pti_unscanned, NULL, 0200);
+MODULE_PARM_DESC(unscanned, "physical address of boot memory that kmemleak ignores");
 
 MODULE_DESCRIPTION("A dma-buf importer for pinbuf's tests");
 MODULE_LICENSE("GPL");

@@ -602,26 +602,12 @@ pub const RUNS: &[Run] = &[
         name: "debug",
         // The selftests under the kernel's own checkers.
         kernel: "debug",
-        // kmemleak scans a page of 1 GiB for 40 s: row `debug-giga` has the tests that need one.
-        memory: "3G",
-        cmdline: "",
+        memory: "4G",
         // The largest creates take minutes here, and the checkers see nothing in them that they do not see in
         // smaller ones. Row `debug-sizes` has them.
         command: "pinbuf-selftest --without mappings. --without create.ranges_65536 --without create.one_gib \
-            --without create.a_page_a_million_times \
-            --without huge.gigantic --without discards.pages_of_1_gib --without mixed.parts_of_a_page_of_1_gib",
+            --without create.a_page_a_million_times",
         timeout: 2700,
-        ..PLAIN
-    },
-    Run {
-        name: "debug-giga",
-        kernel: "debug",
-        memory: "4G",
-        cmdline: "kmemleak=off hugepagesz=1G hugepages=1",
-        command: "pinbuf-selftest --filter huge.gigantic --filter discards.pages_of_1_gib \
-            --filter mixed.parts_of_a_page_of_1_gib",
-        filters: false,
-        seconds: 40,
         ..PLAIN
     },
     Run {
