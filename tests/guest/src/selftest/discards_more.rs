@@ -556,7 +556,7 @@ fn broken_hugetlb() -> Result<()> {
 /// Whatever the kernel and the program do to memory that the program keeps, no part of it is ever
 /// reported as discarded.
 fn nothing_is_lost_in_turmoil() -> Result<()> {
-    const TIME: Duration = Duration::from_secs(4);
+    const TIME: Duration = Duration::from_secs(3);
     let device = Device::open()?;
     let (mut huge, huge_buffer) = transparent(&device, 2)?;
     let mut small = Memory::small_pages(4 * LEN)?;

@@ -220,7 +220,7 @@ fn at_random() -> Result<()> {
     let device = Device::open()?;
     let begin = Instant::now();
     let (mut rounds, mut most) = (0u64, 0);
-    while begin.elapsed() < Duration::from_secs(5) {
+    while begin.elapsed() < Duration::from_secs(3) {
         for mut subject in Subject::all()? {
             let buffer = buffer_of(&device, &subject.memory)?;
             let mapped = buffer.map()?;
