@@ -2,11 +2,17 @@
 
 //! Requests that few programs make, by the word that names them. Each prints what became of it.
 
+use std::collections::BTreeSet;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 use nix::errno::Errno;
+use nix::sys::signal::{kill, Signal};
 use pinbuf_test_harness::support::udmabuf::{self, Create, Item, List};
 use pinbuf_test_harness::support::{Memory, PAGE};
 
@@ -18,7 +24,8 @@ fn main() -> Result<()> {
         ["long"] => long(),
         ["openat2"] => openat2(),
         ["open"] => open(),
-        _ => bail!("sparse, long, openat2 or open"),
+        ["stopped"] => stopped(),
+        _ => bail!("sparse, long, openat2, open or stopped"),
     }
 }
 
@@ -202,4 +209,69 @@ fn opened(file: &OwnedFd, result: i64) -> Result<String> {
     let cloexec = flags(libc::F_GETFD)? & libc::FD_CLOEXEC != 0;
     let made = outcome(Create::new(file, 0, PAGE).call(&fd));
     Ok(format!("{mode} {cloexec} {made}"))
+}
+
+/// Opens files and makes buffers, from several threads, while the supervisor is stopped and continued all the time. Prints what
+/// came of it, other than new descriptors.
+fn stopped() -> Result<()> {
+    let file = udmabuf::sealed_memfd(PAGE)?;
+    let device = udmabuf::open().context("opening /dev/udmabuf")?;
+    let supervisor = nix::unistd::getppid();
+    let (odd, done) = (Mutex::new(BTreeSet::new()), AtomicBool::new(false));
+    let end = Instant::now() + Duration::from_secs(8);
+    // By raw calls, which return what the standard descriptors have as well.
+    let create = Create::new(&file, 0, PAGE);
+    let open = |path: &CStr| {
+        // SAFETY: a terminated string.
+        unsafe {
+            libc::syscall(
+                libc::SYS_openat,
+                libc::AT_FDCWD,
+                path.as_ptr(),
+                libc::O_RDWR,
+            )
+        }
+    };
+    let ask = || {
+        while Instant::now() < end {
+            let (fd, number) = (device.as_raw_fd(), 0x4018_7542);
+            // SAFETY: UDMABUF_CREATE reads the struct.
+            let made = unsafe { libc::syscall(libc::SYS_ioctl, fd, number, &raw const create) };
+            for (what, result) in [
+                ("buffer", made),
+                ("/dev/null", open(c"/dev/null")),
+                ("/dev/udmabuf", open(c"/dev/udmabuf")),
+            ] {
+                match Errno::result(result) {
+                    // SAFETY: the call has just returned it.
+                    Ok(fd @ 3..) => drop(unsafe { OwnedFd::from_raw_fd(fd as i32) }),
+                    other => drop(
+                        odd.lock()
+                            .map(|mut odd| odd.insert(format!("{what}: {other:?}"))),
+                    ),
+                }
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let askers: Vec<_> = (0..4).map(|_| scope.spawn(ask)).collect();
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                let _ = kill(supervisor, Signal::SIGSTOP);
+                let _ = kill(supervisor, Signal::SIGCONT);
+                thread::sleep(Duration::from_micros(200));
+            }
+        });
+        let ended = || askers.iter().all(|asker| asker.is_finished());
+        while Instant::now() < end + Duration::from_secs(8) && !ended() {
+            thread::sleep(Duration::from_millis(50));
+        }
+        done.store(true, Ordering::Relaxed);
+        for line in odd.lock().into_iter().flat_map(|odd| odd.clone()) {
+            println!("{line}");
+        }
+        println!("{}", if ended() { "end" } else { "no answer" });
+        // A call that nobody answers never returns, so its thread is not waited for.
+        std::process::exit(0)
+    })
 }

@@ -79,7 +79,7 @@ impl Listener {
     /// belongs to that thread then.
     pub fn is_waiting(&self, call: &Call) -> bool {
         // SAFETY: the kernel reads the number.
-        unsafe { notif_id_valid(self.0.as_raw_fd(), &call.id) }.is_ok()
+        to_its_end(|| unsafe { notif_id_valid(self.0.as_raw_fd(), &call.id) }).is_ok()
     }
 
     /// Answers a call, and returns the number of the program's new descriptor. `ENOENT`: the thread was killed.
@@ -87,31 +87,144 @@ impl Listener {
         match answer {
             Answer::TheKernels => {
                 let flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32;
-                self.send(call, 0, flags)
+                self.send(call, 0, 0, flags)
             }
-            Answer::Error(error) => self.send(call, -(*error as i32), 0),
+            Answer::Error(error) => self.send(call, 0, -(*error as i32), 0),
             Answer::Descriptor { file, cloexec } => {
+                // Not with SECCOMP_ADDFD_FLAG_SEND: if a stop or the freezer interrupts that before the thread has taken the
+                // file, the thread's call returns 0, and no descriptor is made. Without it, the kernel begins again.
                 let addfd = libc::seccomp_notif_addfd {
                     id: call.id,
-                    flags: libc::SECCOMP_ADDFD_FLAG_SEND as u32,
+                    flags: 0,
                     srcfd: file.as_raw_fd() as u32,
                     newfd: 0,
                     newfd_flags: if *cloexec { libc::O_CLOEXEC as u32 } else { 0 },
                 };
                 // SAFETY: the kernel reads this struct.
-                unsafe { notif_addfd(self.0.as_raw_fd(), &addfd) }
+                let fd = to_its_end(|| unsafe { notif_addfd(self.0.as_raw_fd(), &addfd) })?;
+                self.send(call, fd.into(), 0, 0)?;
+                Ok(fd)
             }
         }
     }
 
-    fn send(&self, call: &Call, error: i32, flags: u32) -> nix::Result<i32> {
+    fn send(&self, call: &Call, val: i64, error: i32, flags: u32) -> nix::Result<i32> {
         let mut answer = libc::seccomp_notif_resp {
             id: call.id,
-            val: 0,
+            val,
             error,
             flags,
         };
         // SAFETY: the kernel reads this struct.
-        unsafe { notif_send(self.0.as_raw_fd(), &mut answer) }
+        to_its_end(|| unsafe { notif_send(self.0.as_raw_fd(), &mut answer) })
+    }
+}
+
+/// Makes a call again for as long as it is interrupted. All our signals are blocked, but a stop (SIGSTOP, a tracer, the
+/// freezer) interrupts the kernel's wait for a lock of the listener, and nobody would answer the program's call.
+fn to_its_end(mut call: impl FnMut() -> nix::Result<i32>) -> nix::Result<i32> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            result => return result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::fd::FromRawFd;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+    use std::time::Duration;
+
+    use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal};
+    use nix::sys::wait::waitpid;
+    use nix::unistd::{pipe, Pid};
+    use pinbuf_udmabuf::{request, sys};
+
+    use super::*;
+    use crate::supervise::filter::Filter;
+
+    /// A process that makes so many requests, and tells each answer. Its table of descriptors is ours, and so is its
+    /// listener.
+    fn process_with_requests(count: usize) -> (Pid, Listener, [File; 2]) {
+        let mut filter = Filter::new(false);
+        let (ours, theirs) = pipe().unwrap();
+        let (mut ours, mut theirs) = (File::from(ours), File::from(theirs));
+        let flags = libc::CLONE_FILES | libc::SIGCHLD;
+        // SAFETY: the child has a copy of this stack, and makes system calls only.
+        let child = Errno::result(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) });
+        let child = child.unwrap() as i32;
+        if child == 0 {
+            let listener = filter.enter().map_or(-1, |listener| {
+                let fd = listener.as_raw_fd();
+                std::mem::forget(listener);
+                fd
+            });
+            let _ = theirs.write_all(&listener.to_ne_bytes());
+            for _ in 0..count {
+                // SAFETY: the supervisor answers for the kernel, and is never given this memory.
+                let fd = unsafe { libc::syscall(libc::SYS_ioctl, -1, request::CREATE, 0) } as i32;
+                let answer = if fd < 0 { -Errno::last_raw() } else { fd };
+                let _ = theirs.write_all(&answer.to_ne_bytes());
+                if fd > libc::STDERR_FILENO {
+                    sys::close(fd);
+                }
+            }
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(0) }
+        }
+        let mut number = [0; 4];
+        ours.read_exact(&mut number).unwrap();
+        // SAFETY: the child has just made it, and leaves it to us.
+        let listener = unsafe { OwnedFd::from_raw_fd(i32::from_ne_bytes(number)) };
+        (
+            Pid::from_raw(child),
+            Listener::from(listener),
+            [ours, theirs],
+        )
+    }
+
+    /// Signals interrupt the thread that answers all the time, as stops interrupt a supervisor, whose signals are blocked.
+    #[test]
+    fn interrupted_answers_arrive() {
+        extern "C" fn nothing(_: libc::c_int) {}
+        const COUNT: usize = 20_000;
+        let handler = SigHandler::Handler(nothing);
+        let action = SigAction::new(handler, SaFlags::SA_RESTART, SigSet::empty());
+        // SAFETY: the handler does nothing.
+        unsafe { sigaction(Signal::SIGUSR1, &action) }.unwrap();
+        // SAFETY: a call without conditions.
+        let answering = unsafe { libc::pthread_self() };
+        let (process, listener, [mut answers, _theirs]) = process_with_requests(COUNT);
+        let mut odd = BTreeMap::new();
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    // SAFETY: that thread waits for this one.
+                    unsafe { libc::pthread_kill(answering, libc::SIGUSR1) };
+                    thread::sleep(Duration::from_micros(30));
+                }
+            });
+            for _ in 0..COUNT {
+                let call = listener.receive().unwrap().unwrap();
+                let (file, cloexec) = (File::open("/dev/null").unwrap().into(), true);
+                let given = listener.answer(&call, &Answer::Descriptor { file, cloexec });
+                let mut number = [0; 4];
+                answers.read_exact(&mut number).unwrap();
+                let number = i32::from_ne_bytes(number);
+                if given != Ok(number) || number <= libc::STDERR_FILENO {
+                    *odd.entry(format!("{given:?} {number}")).or_insert(0) += 1;
+                }
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        waitpid(process, None).unwrap();
+        assert!(odd.is_empty(), "{odd:?}");
     }
 }

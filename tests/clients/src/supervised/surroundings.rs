@@ -28,6 +28,7 @@ tests!("supervised":
     long_list_without_memory_ends_no_service,
     ways_to_find_the_device_are_the_kernels,
     ways_to_open_the_device_are_the_kernels,
+    stops_of_the_supervisor_change_no_answer,
     inherited_descriptors_are_closed,
     a_dev_without_null_is_reported,
     is_not_started_without_threads,
@@ -110,6 +111,14 @@ fn ways_to_open_the_device_are_the_kernels() -> Result<()> {
     }
     let seen: Vec<&str> = end.out.lines().collect();
     ensure!(seen == expected, "{end:?}");
+    Ok(())
+}
+
+/// A stop interrupts what the supervisor asks the kernel, as the freezer and a tracer do.
+fn stops_of_the_supervisor_change_no_answer() -> Result<()> {
+    no_udmabuf()?;
+    let end = run(&["--by", "supervisor", "--", ODD, "stopped"]).end()?;
+    ensure!(end.out == "end\n", "{end:?}");
     Ok(())
 }
 
