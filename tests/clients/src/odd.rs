@@ -72,6 +72,8 @@ struct How {
     flags: u64,
     mode: u64,
     resolve: u64,
+    more: u64,
+    rest: [u64; PAGE / 8],
 }
 
 /// How `/dev/udmabuf` may be found. Prints a line for each way.
@@ -85,8 +87,12 @@ fn openat2() -> Result<()> {
         flags: libc::O_RDWR as u64,
         mode: 0,
         resolve: 0,
+        more: 0,
+        rest: [0; PAGE / 8],
     };
-    let (size, flags) = (size_of::<How>(), plain.flags);
+    // That of the first kernels with this call.
+    let (size, flags) = (24, plain.flags);
+    let create = libc::O_CREAT as u64;
     for (how, size) in [
         (How { ..plain }, size),
         // The path is absolute.
@@ -122,6 +128,59 @@ fn openat2() -> Result<()> {
             size,
         ),
         (How { ..plain }, 8),
+        // A flag among those of open that no call knows.
+        (
+            How {
+                flags: flags | 1 << 30,
+                ..plain
+            },
+            size,
+        ),
+        // It is no link, whether links are followed or not.
+        (
+            How {
+                resolve: libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_NO_MAGICLINKS,
+                ..plain
+            },
+            size,
+        ),
+        // /dev is a mount.
+        (
+            How {
+                resolve: libc::RESOLVE_NO_XDEV,
+                ..plain
+            },
+            size,
+        ),
+        (
+            How {
+                resolve: 1 << 40,
+                ..plain
+            },
+            size,
+        ),
+        // The device is there: nothing is created, but the mode has to be one.
+        (
+            How {
+                flags: flags | create,
+                mode: 0o600,
+                ..plain
+            },
+            size,
+        ),
+        (
+            How {
+                flags: flags | create,
+                mode: 0o10600,
+                ..plain
+            },
+            size,
+        ),
+        // A later struct may have more, which has to be zeroes.
+        (How { ..plain }, size + 8),
+        (How { more: 1, ..plain }, size + 8),
+        (How { ..plain }, PAGE),
+        (How { ..plain }, PAGE + 8),
     ] {
         let path = c"/dev/udmabuf";
         // SAFETY: a terminated string, and a struct of at least that size.
@@ -144,7 +203,7 @@ fn openat2() -> Result<()> {
 /// error.
 fn open() -> Result<()> {
     let file = udmabuf::sealed_memfd(PAGE)?;
-    let ways: [(&CStr, i32); 14] = [
+    let ways: [(&CStr, i32); 24] = [
         (c"/dev/udmabuf", libc::O_RDONLY),
         (c"/dev/udmabuf", libc::O_WRONLY),
         (c"/dev/udmabuf", libc::O_RDWR | libc::O_CLOEXEC),
@@ -161,6 +220,30 @@ fn open() -> Result<()> {
         (
             c"/dev/udmabuf",
             libc::O_PATH | libc::O_CREAT | libc::O_DIRECTORY,
+        ),
+        (c"/dev/udmabuf", libc::O_ACCMODE),
+        (
+            c"/dev/udmabuf",
+            libc::O_RDWR | libc::O_APPEND | libc::O_NONBLOCK,
+        ),
+        (
+            c"/dev/udmabuf",
+            libc::O_RDWR | libc::O_SYNC | libc::O_NOFOLLOW,
+        ),
+        // No call has this flag.
+        (c"/dev/udmabuf", libc::O_RDWR | 1 << 30),
+        // The device has no blocks, and is another user's.
+        (c"/dev/udmabuf", libc::O_RDWR | libc::O_DIRECT),
+        (c"/dev/udmabuf", libc::O_RDWR | libc::O_NOATIME),
+        (
+            c"/dev/udmabuf",
+            libc::O_RDWR | libc::O_CREAT | libc::O_EXCL | libc::O_DIRECT,
+        ),
+        (c"/dev/udmabuf", libc::O_RDWR | libc::O_TMPFILE),
+        (c"/dev/udmabuf", libc::O_RDONLY | libc::O_TMPFILE),
+        (
+            c"/dev/udmabuf",
+            libc::O_RDWR | libc::O_TMPFILE & !libc::O_DIRECTORY,
         ),
         (c"/dev/udmabuf0", libc::O_RDWR),
         (c"/dev/udmabuf/", libc::O_RDWR),
@@ -200,12 +283,25 @@ fn opened(file: &OwnedFd, result: i64) -> Result<String> {
         // SAFETY: no memory is involved.
         Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), command) })
     };
-    let mode = match flags(libc::F_GETFL)? & (libc::O_ACCMODE | libc::O_PATH) {
+    let status = flags(libc::F_GETFL)?;
+    let mut mode = match status & (libc::O_ACCMODE | libc::O_PATH) {
         libc::O_RDONLY => "r",
         libc::O_WRONLY => "w",
         libc::O_RDWR => "rw",
+        libc::O_ACCMODE => "none",
         _ => "path",
-    };
+    }
+    .to_owned();
+    for (flag, name) in [
+        (libc::O_APPEND, "append"),
+        (libc::O_NONBLOCK, "nonblock"),
+        (libc::O_SYNC, "sync"),
+        (libc::O_NOFOLLOW, "nofollow"),
+    ] {
+        if status & flag == flag {
+            mode += &format!("+{name}");
+        }
+    }
     let cloexec = flags(libc::F_GETFD)? & libc::FD_CLOEXEC != 0;
     let made = outcome(Create::new(file, 0, PAGE).call(&fd));
     Ok(format!("{mode} {cloexec} {made}"))

@@ -3,10 +3,9 @@
 //! Answering calls: what is not for udmabuf is the kernel's, a request for a buffer is answered as udmabuf would.
 
 use std::collections::HashMap;
-use std::fs::OpenOptions;
+use std::ffi::CStr;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -33,6 +32,8 @@ use crate::process::character_device;
 use crate::text::complain;
 
 const UDMABUF: &[u8] = b"/dev/udmabuf\0";
+/// [`Device::PATH`].
+const PINBUF: &CStr = c"/dev/pinbuf";
 
 /// The number of items from which on lists are answered one after the other: the longest take 100 MB each meanwhile.
 const LONG: u32 = 10_000;
@@ -126,58 +127,41 @@ impl Answers {
         if target.read(path, &mut name).is_err() || name != UDMABUF {
             return Ok(KERNELS);
         }
-        let flags = match opening {
-            Opening::Open => second,
-            Opening::Creat => libc::O_WRONLY as u64,
-            Opening::Openat => third,
+        let way = match opening {
+            Opening::Open => Way::Flags(second as i32),
+            Opening::Creat => Way::Flags(libc::O_CREAT | libc::O_WRONLY | libc::O_TRUNC),
+            Opening::Openat => Way::Flags(third as i32),
             Opening::Openat2 => {
-                // `struct open_how`: flags, mode, and the ways in which a path may be resolved. Whether this one may be is
-                // the kernel's to say, and what else is wrong with the struct.
-                let mut how = [0; 24];
-                let read = target.read(third, &mut how);
-                let (flags, rest) = how.split_at(8);
-                let flags = u64::from_ne_bytes(flags.try_into().unwrap_or_default());
-                let known = masked(flags as i32) as u32;
-                let plain = flags == u64::from(known) && rest == [0; 16];
-                if read.is_err() || fourth < how.len() as u64 || !plain {
+                let most = sys::page_size();
+                // What is wrong with such a size, or such an address, is the kernel's to say.
+                let Some(len) = Some(fourth).filter(|len| (Way::LEAST..=most).contains(len)) else {
+                    return Ok(KERNELS);
+                };
+                let mut how = vec![0; len as usize];
+                if target.read(third, &mut how).is_err() {
                     return Ok(KERNELS);
                 }
-                flags
+                Way::How(how)
             }
         };
         if !listener.is_waiting(call) {
             return Err(Gone);
         }
-        if !self.may_serve(&target) {
+        // A path below a directory of the program's is the kernel's.
+        if way.is_below_a_directory() || !self.may_serve(&target) {
             return Ok(KERNELS);
         }
-        let flags = masked(flags as i32);
-        if flags & libc::O_DIRECTORY != 0 {
-            let both = flags & libc::O_CREAT != 0;
-            let error = if both { Errno::EINVAL } else { Errno::ENOTDIR };
-            return Ok((Answer::Error(error), None));
-        }
-        let exclusive = libc::O_CREAT | libc::O_EXCL;
-        if flags & exclusive == exclusive {
-            return Ok((Answer::Error(Errno::EEXIST), None));
-        }
-        // The kernel gives no process a descriptor of another one that was opened with O_PATH (`EBADF`): it gets one for
-        // reading, whose file is the same.
-        let mode = flags & libc::O_ACCMODE;
-        let opened = OpenOptions::new()
-            .read(mode != libc::O_WRONLY)
-            .write(mode != libc::O_RDONLY)
-            .custom_flags(flags & libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(Device::PATH);
-        Ok(match opened {
-            Ok(file) => (
+        Ok(match way.open() {
+            Ok(file) if self.is_ours(&file) => (
                 Answer::Descriptor {
-                    file: file.into(),
-                    cloexec: flags & libc::O_CLOEXEC != 0,
+                    file,
+                    cloexec: way.closes_on_exec(),
                 },
                 Some(Report::opened(&target)),
             ),
-            Err(_) => KERNELS,
+            // Without pinbuf's device the program gets what it gets without us.
+            Ok(_) | Err(Errno::ENOENT | Errno::ENODEV | Errno::ENXIO | Errno::ELOOP) => KERNELS,
+            Err(error) => (Answer::Error(error), None),
         })
     }
 
@@ -504,10 +488,100 @@ impl Report {
     }
 }
 
-/// With `O_PATH`, the kernel's open and openat ignore all flags but these, and its openat2 refuses others.
-fn masked(flags: i32) -> i32 {
-    match flags & libc::O_PATH {
-        0 => flags,
-        _ => flags & (libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC),
+/// How a program opens the device, besides its name.
+enum Way {
+    /// By `open`, `creat` or `openat`, with these flags.
+    Flags(i32),
+    /// By `openat2`, with this `struct open_how`: flags, the mode of a new file, the ways in which a path may be resolved,
+    /// and what later kernels have behind these.
+    How(Vec<u8>),
+}
+
+impl Way {
+    /// The size of the first `struct open_how`.
+    const LEAST: u64 = 24;
+
+    /// The struct's first three numbers.
+    fn numbers(how: &[u8]) -> [u64; 3] {
+        [0, 8, 16].map(|at| {
+            let bytes = how.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
+            u64::from_ne_bytes(bytes.unwrap_or_default())
+        })
+    }
+
+    fn flags(&self) -> u64 {
+        match self {
+            Self::Flags(flags) => u64::from(*flags as u32),
+            Self::How(how) => Self::numbers(how)[0],
+        }
+    }
+
+    fn has(&self, flags: i32) -> bool {
+        let flags = u64::from(flags as u32);
+        self.flags() & flags == flags
+    }
+
+    fn closes_on_exec(&self) -> bool {
+        self.has(libc::O_CLOEXEC)
+    }
+
+    /// May an absolute path mean another file than it does for us?
+    fn is_below_a_directory(&self) -> bool {
+        let Self::How(how) = self else {
+            return false;
+        };
+        Self::numbers(how)[2] & (libc::RESOLVE_BENEATH | libc::RESOLVE_IN_ROOT) != 0
+    }
+
+    /// Opens pinbuf's device in this way, by the same call, so that the kernel checks what it would check for udmabuf's.
+    /// But no file is created or cut.
+    fn open(&self) -> nix::Result<OwnedFd> {
+        let path_only = self.has(libc::O_PATH);
+        if path_only {
+            // The kernel gives no process a descriptor of another one that was opened with O_PATH (`EBADF`): it gets one
+            // for reading, whose file is the same.
+            self.call(0, 0)?;
+            return Self::Flags(libc::O_RDONLY).call(0, 0);
+        }
+        if self.has(libc::O_CREAT | libc::O_DIRECTORY) {
+            return Err(Errno::EINVAL);
+        }
+        let no_file = libc::O_CREAT | libc::O_EXCL;
+        if !self.has(no_file) {
+            return self.call(no_file | libc::O_TRUNC, libc::O_NOCTTY);
+        }
+        // The file is there, which the kernel looks at after the flags, and before the device.
+        let of_device = libc::O_DIRECT | libc::O_NOATIME;
+        self.call(no_file | libc::O_TRUNC | of_device, libc::O_NOCTTY)?;
+        Err(Errno::EEXIST)
+    }
+
+    /// Makes the call, without some flags and with others.
+    fn call(&self, without: i32, with: i32) -> nix::Result<OwnedFd> {
+        let path = PINBUF.as_ptr();
+        let with = with | libc::O_CLOEXEC;
+        let fd = match self {
+            Self::Flags(flags) => {
+                let flags = flags & !without | with;
+                // SAFETY: a terminated string; without O_CREAT, no mode is read.
+                unsafe { libc::syscall(libc::SYS_openat, libc::AT_FDCWD, path, flags, 0) }
+            }
+            Self::How(how) => {
+                let mut how = how.clone();
+                let [flags, mode, _] = Self::numbers(&how);
+                let flags = flags & !u64::from(without as u32) | u64::from(with as u32);
+                how[..8].copy_from_slice(&flags.to_ne_bytes());
+                // With O_CREAT there may be such a mode, and without it none.
+                if without & libc::O_CREAT != 0 && self.has(libc::O_CREAT) && mode <= 0o7777 {
+                    how[8..16].fill(0);
+                }
+                let (at, len) = (how.as_ptr(), how.len());
+                // SAFETY: a terminated string, and a struct of that size.
+                unsafe { libc::syscall(libc::SYS_openat2, libc::AT_FDCWD, path, at, len) }
+            }
+        };
+        let fd = Errno::result(fd)?;
+        // SAFETY: the call has just returned it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
     }
 }
