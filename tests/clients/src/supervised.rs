@@ -45,6 +45,7 @@ tests!("supervised":
     buffers_are_charged_to_the_program_s_user,
     doctor_recognises_the_supervisor,
     user_that_root_becomes_is_not_served,
+    device_that_a_user_may_not_open_is_refused,
     privileges_of_another_namespace_do_not_count,
     device_is_no_directory,
     ends_where_the_end_of_children_is_ignored,
@@ -595,6 +596,27 @@ fn user_that_root_becomes_is_not_served() -> Result<()> {
     if end.out != MADE {
         bail!("root itself: {end:?}");
     }
+    Ok(())
+}
+
+/// A root whose buffers are charged, as in a container, has a supervisor that may open the device. Its program has become a
+/// user who may not.
+fn device_that_a_user_may_not_open_is_refused() -> Result<()> {
+    no_udmabuf()?;
+    let words = "setpriv --bounding-set=-ipc_lock --inh-caps=-ipc_lock -- pinbuf run --by supervisor -- setpriv";
+    let user = [
+        "--reuid=1000",
+        "--regid=1000",
+        "--clear-groups",
+        "--",
+        CLIENT,
+    ];
+    let words: Vec<&str> = words.split(' ').chain(user).collect();
+    let end = Start::program(&words).end()?;
+    ensure!(
+        end.status == Some(1) && end.err.contains("Permission denied"),
+        "{end:?}"
+    );
     Ok(())
 }
 

@@ -27,7 +27,7 @@ use super::late::{self, Guard};
 use super::listener::{Answer, Call, Listener};
 use super::log::{Lines, Log};
 use super::target::Target;
-use crate::access::{number_of, Credentials};
+use crate::access::{number_of, Credentials, Node};
 use crate::process::character_device;
 use crate::text::complain;
 
@@ -150,6 +150,9 @@ impl Answers {
         // A path below a directory of the program's is the kernel's.
         if way.is_below_a_directory() || !self.may_serve(&target) {
             return Ok(KERNELS);
+        }
+        if is_refused(&target) {
+            return Ok((Answer::Error(Errno::EACCES), None));
         }
         Ok(match way.open() {
             Ok(file) if self.is_ours(&file) => (
@@ -486,6 +489,13 @@ impl Report {
             self.bytes, self.items, self.pieces, self.process
         )
     }
+}
+
+/// Does the device's mode refuse it to the program, which may have become another user or left groups that we have?
+fn is_refused(target: &Target) -> bool {
+    let who = Credentials::of(&target.number().to_string());
+    let node = Node::of("self", Device::PATH);
+    who.is_ok_and(|who| node.is_ok_and(|node| node.permits(&who) == Some(false)))
 }
 
 /// How a program opens the device, besides its name.
