@@ -147,6 +147,18 @@ impl Node {
         known.then_some(permitted)
     }
 
+    /// The kernel lets `we` open it. Does it let `who`, too?
+    pub fn opens_for(&self, who: &Credentials, we: &Credentials) -> bool {
+        let same_user = who.uid == we.uid;
+        match self.permits(who) {
+            Some(true) => true,
+            // By the mode as it is seen from here: the kernel knows better, and lets us.
+            Some(false) => same_user && who.groups == we.groups && (who.overrides || !we.overrides),
+            // An entry for our user is the program's as well.
+            None => same_user,
+        }
+    }
+
     /// Is it on a mount that lets no device be opened?
     pub fn on_nodev_mount(&self) -> bool {
         self.nodev
@@ -231,6 +243,44 @@ mod tests {
             ..who
         };
         assert_eq!(node(0, 0, 0, false).permits(&root), Some(true));
+    }
+
+    #[test]
+    fn others_open_what_we_may() {
+        let we = Credentials::parse(STATUS);
+        let node = |mode, has_acl| Node {
+            mode,
+            owner: 0,
+            group: 0,
+            number: 1,
+            nodev: false,
+            has_acl,
+        };
+        let stranger = Credentials {
+            uid: 8,
+            ..we.clone()
+        };
+        let without_groups = Credentials {
+            groups: vec![],
+            ..we.clone()
+        };
+        let root = Credentials {
+            overrides: true,
+            ..we.clone()
+        };
+        for (mode, acl, who, we, wanted) in [
+            (0o666, false, &stranger, &we, true),
+            (0o660, false, &stranger, &we, false),
+            (0o660, false, &we, &we, true),
+            (0o660, false, &without_groups, &we, false),
+            (0o660, false, &we, &root, false),
+            (0o660, false, &root, &root, true),
+            (0o660, true, &stranger, &we, false),
+            (0o660, true, &without_groups, &we, true),
+        ] {
+            let node = node(mode, acl);
+            assert_eq!(node.opens_for(who, we), wanted, "{node:?} {who:?}");
+        }
     }
 
     #[test]

@@ -136,6 +136,24 @@ fn openat2() -> Result<()> {
             },
             size,
         ),
+        // Only regular files (OPENAT2_REGULAR).
+        (
+            How {
+                flags: flags | 1 << 32,
+                ..plain
+            },
+            size,
+        ),
+        // What is to be created is not only looked up.
+        (
+            How {
+                flags: flags | create,
+                mode: 0o600,
+                resolve: libc::RESOLVE_CACHED,
+                ..plain
+            },
+            size,
+        ),
         // It is no link, whether links are followed or not.
         (
             How {
@@ -314,7 +332,7 @@ fn stopped() -> Result<()> {
     let device = udmabuf::open().context("opening /dev/udmabuf")?;
     let supervisor = nix::unistd::getppid();
     let (odd, done) = (Mutex::new(BTreeSet::new()), AtomicBool::new(false));
-    let end = Instant::now() + Duration::from_secs(8);
+    let end = Instant::now() + Duration::from_secs(5);
     // By raw calls, which return what the standard descriptors have as well.
     let create = Create::new(&file, 0, PAGE);
     let open = |path: &CStr| {
@@ -351,7 +369,7 @@ fn stopped() -> Result<()> {
     };
     thread::scope(|scope| {
         let askers: Vec<_> = (0..4).map(|_| scope.spawn(ask)).collect();
-        scope.spawn(|| {
+        let stops = scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
                 let _ = kill(supervisor, Signal::SIGSTOP);
                 let _ = kill(supervisor, Signal::SIGCONT);
@@ -363,6 +381,8 @@ fn stopped() -> Result<()> {
             thread::sleep(Duration::from_millis(50));
         }
         done.store(true, Ordering::Relaxed);
+        // The supervisor goes on.
+        let _ = stops.join();
         for line in odd.lock().into_iter().flat_map(|odd| odd.clone()) {
             println!("{line}");
         }

@@ -88,8 +88,9 @@ impl Answers {
             return;
         };
         let given = match listener.answer(call, &answer) {
-            // The program's own descriptors are used up, or a security module refuses it the buffer.
-            Err(error) if error != Errno::ENOENT => {
+            // The program's own descriptors are used up, or a security module refuses it the buffer. (Nobody waits for this
+            // answer if the thread was killed.)
+            Err(error) => {
                 let _ = listener.answer(call, &Answer::Error(error));
                 Err(error)
             }
@@ -147,14 +148,13 @@ impl Answers {
         if !listener.is_waiting(call) {
             return Err(Gone);
         }
-        // A path below a directory of the program's is the kernel's.
-        if way.is_below_a_directory() || !self.may_serve(&target) {
+        if way.is_the_kernels() || !self.may_serve(&target) {
             return Ok(KERNELS);
         }
-        if is_refused(&target) {
-            return Ok((Answer::Error(Errno::EACCES), None));
-        }
         Ok(match way.open() {
+            Ok(_) if !way.has(libc::O_PATH) && is_refused(&target) => {
+                (Answer::Error(Errno::EACCES), None)
+            }
             Ok(file) if self.is_ours(&file) => (
                 Answer::Descriptor {
                     file,
@@ -491,11 +491,17 @@ impl Report {
     }
 }
 
-/// Does the device's mode refuse it to the program, which may have become another user or left groups that we have?
+/// We have opened the device; may the program, which has perhaps become another user, or has left groups?
 fn is_refused(target: &Target) -> bool {
-    let who = Credentials::of(&target.number().to_string());
-    let node = Node::of("self", Device::PATH);
-    who.is_ok_and(|who| node.is_ok_and(|node| node.permits(&who) == Some(false)))
+    let credentials = |pid: &str| Credentials::of(pid).ok();
+    let opens = || {
+        let (who, we) = (
+            credentials(&target.number().to_string())?,
+            credentials("self")?,
+        );
+        Some(Node::of("self", Device::PATH).ok()?.opens_for(&who, &we))
+    };
+    opens() != Some(true)
 }
 
 /// How a program opens the device, besides its name.
@@ -535,12 +541,18 @@ impl Way {
         self.has(libc::O_CLOEXEC)
     }
 
-    /// May an absolute path mean another file than it does for us?
-    fn is_below_a_directory(&self) -> bool {
-        let Self::How(how) = self else {
-            return false;
+    /// Is the answer the kernel's, whatever the file is? It may be that an absolute path means another file than it does for
+    /// us, and that the kernel refuses the flags before it looks at the path.
+    fn is_the_kernels(&self) -> bool {
+        /// The ways to resolve a path that do not change what an absolute one means.
+        const PLAIN: u64 =
+            libc::RESOLVE_NO_XDEV | libc::RESOLVE_NO_MAGICLINKS | libc::RESOLVE_NO_SYMLINKS;
+        let resolve = match self {
+            Self::Flags(_) => 0,
+            Self::How(how) => Self::numbers(how)[2],
         };
-        Self::numbers(how)[2] & (libc::RESOLVE_BENEATH | libc::RESOLVE_IN_ROOT) != 0
+        let path_only = matches!(self, Self::Flags(_)) && self.has(libc::O_PATH);
+        resolve & !PLAIN != 0 || self.has(libc::O_CREAT | libc::O_DIRECTORY) && !path_only
     }
 
     /// Opens pinbuf's device in this way, by the same call, so that the kernel checks what it would check for udmabuf's.
@@ -552,9 +564,6 @@ impl Way {
             // for reading, whose file is the same.
             self.call(0, 0)?;
             return Self::Flags(libc::O_RDONLY).call(0, 0);
-        }
-        if self.has(libc::O_CREAT | libc::O_DIRECTORY) {
-            return Err(Errno::EINVAL);
         }
         let no_file = libc::O_CREAT | libc::O_EXCL;
         if !self.has(no_file) {

@@ -82,7 +82,10 @@ pub fn serve(
             result => result?,
         };
         let spoken = |fd: &PollFd| fd.revents().is_some_and(|events| !events.is_empty());
-        let deserted = spoken(&fds[1]);
+        // A stop that comes while the kernel waits for the listener's lock is reported as an error.
+        let deserted = fds[1]
+            .revents()
+            .is_some_and(|events| events.contains(PollFlags::POLLHUP));
         let alone = fds.get(2).is_some_and(spoken);
         while ended.read_signal()?.is_some() {}
         for (child, status) in changes() {

@@ -95,44 +95,11 @@ impl Target {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
-
     use nix::sys::signal::{kill, Signal};
     use nix::sys::wait::waitpid;
-    use nix::unistd::pipe;
-    use pinbuf_udmabuf::request;
 
     use super::*;
-    use crate::supervise::filter::Filter;
-
-    /// A process that waits for the answer to its request. It shares our table of descriptors, so its listener is ours
-    /// as well.
-    fn process_with_a_request() -> (Pid, Listener) {
-        let mut filter = Filter::new(false);
-        let (ours, theirs) = pipe().unwrap();
-        let (mut ours, mut theirs) = (File::from(ours), File::from(theirs));
-        let flags = libc::CLONE_FILES | libc::SIGCHLD;
-        // SAFETY: the child has a copy of this stack, and makes system calls only.
-        let child = Errno::result(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) });
-        let child = child.unwrap() as i32;
-        if child == 0 {
-            let listener = filter.enter().map_or(-1, |listener| {
-                let fd = listener.as_raw_fd();
-                std::mem::forget(listener);
-                fd
-            });
-            let _ = theirs.write_all(&listener.to_ne_bytes());
-            // SAFETY: the supervisor answers for the kernel, and is never given this memory.
-            unsafe { libc::syscall(libc::SYS_ioctl, 0, request::CREATE, 0) };
-            // SAFETY: ends the child.
-            unsafe { libc::_exit(0) }
-        }
-        let mut number = [0; 4];
-        ours.read_exact(&mut number).unwrap();
-        // SAFETY: the child has just made it, and leaves it to us.
-        let listener = unsafe { OwnedFd::from_raw_fd(i32::from_ne_bytes(number)) };
-        (Pid::from_raw(child), Listener::from(listener))
-    }
+    use crate::supervise::listener::tests::process_with_requests;
 
     /// The number of our pidfds that refer to a process. (Other tests have pidfds of their own.)
     fn pidfds(process: Pid) -> usize {
@@ -145,7 +112,7 @@ mod tests {
 
     #[test]
     fn a_process_that_is_killed_costs_no_descriptor() {
-        let (process, listener) = process_with_a_request();
+        let (process, listener, _pipe) = process_with_requests(1);
         let call = listener.receive().unwrap().unwrap();
         assert_eq!(pidfds(process), 0);
         let target = Target::of(&call, &listener).unwrap().unwrap();

@@ -29,6 +29,7 @@ tests!("supervised":
     ways_to_find_the_device_are_the_kernels,
     ways_to_open_the_device_are_the_kernels,
     stops_of_the_supervisor_change_no_answer,
+    other_files_are_not_created_or_cut,
     inherited_descriptors_are_closed,
     a_dev_without_null_is_reported,
     is_not_started_without_threads,
@@ -78,8 +79,8 @@ fn ways_to_find_the_device_are_the_kernels() -> Result<()> {
     no_udmabuf()?;
     let end = run(&["--by", "supervisor", "--", ODD, "openat2"]).end()?;
     let expected = [
-        "made", "EXDEV", "ENOENT", "EINVAL", "EINVAL", "EINVAL", "EINVAL", "made", "EXDEV",
-        "EINVAL", "made", "EINVAL", "made", "E2BIG", "made", "E2BIG",
+        "made", "EXDEV", "ENOENT", "EINVAL", "EINVAL", "EINVAL", "EINVAL", "EINVAL", "EAGAIN",
+        "made", "EXDEV", "EINVAL", "made", "EINVAL", "made", "E2BIG", "made", "E2BIG",
     ];
     let seen: Vec<&str> = end.out.lines().collect();
     ensure!(seen == expected, "{end:?}");
@@ -123,6 +124,18 @@ fn ways_to_open_the_device_are_the_kernels() -> Result<()> {
     }
     let seen: Vec<&str> = end.out.lines().collect();
     ensure!(seen == expected, "{end:?}");
+    Ok(())
+}
+
+/// Where the device should be there is nothing, and then an ordinary file.
+fn other_files_are_not_created_or_cut() -> Result<()> {
+    no_udmabuf()?;
+    let inside = "mount -t tmpfs none /dev && : >/dev/udmabuf && ls /dev && rm /dev/udmabuf &&
+         echo kept >/dev/pinbuf && : >/dev/udmabuf && cat /dev/pinbuf";
+    let words = "unshare --mount pinbuf run --by supervisor -- sh -c";
+    let words: Vec<&str> = words.split(' ').chain([inside]).collect();
+    let end = Start::program(&words).end()?;
+    ensure!(end.out == "udmabuf\nkept\n", "{end:?}");
     Ok(())
 }
 
