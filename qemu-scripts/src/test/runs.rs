@@ -2,7 +2,7 @@
 
 //! What `test` runs in guests.  A new row here is a new run.
 
-use crate::guest::{NO_UDMABUF, VFIO};
+use crate::guest::VFIO;
 
 /// When a run happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,7 +93,8 @@ const FORCED_BOUNCES: &str = "swiotlb=force hugepagesz=1G hugepages=1";
 const NESTED: Run = Run {
     when: When::Long,
     memory: "3G",
-    cmdline: NO_UDMABUF,
+    // The kernel reports a free page that is written, and one that is freed while it is in use.
+    cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on page_poison=1",
     image: "qemu",
     modules: &[],
     command: "pinbuf-nested",
@@ -742,7 +743,7 @@ pub const RUNS: &[Run] = &[
         name: "nested-zones",
         memory: "5G",
         // Most memory, the inner guest's too, begins where nothing may stay pinned.
-        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on movablecore=3G",
+        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on page_poison=1 movablecore=3G",
         qemu: VFIO,
         command: "pinbuf-nested --group zones",
         ..NESTED
@@ -752,7 +753,7 @@ pub const RUNS: &[Run] = &[
         memory: "4G",
         // The kernel takes movable memory from CMA areas while most free memory is in them. If the kernel's own
         // image lay above 4 GiB, the area would be below, where the kernel takes memory last.
-        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on cma=1536M nokaslr",
+        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on page_poison=1 cma=1536M nokaslr",
         qemu: VFIO,
         command: "pinbuf-nested --group cma",
         ..NESTED
@@ -773,7 +774,7 @@ pub const RUNS: &[Run] = &[
         name: "nested-zones-next",
         image: "qemu-next",
         memory: "5G",
-        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on movablecore=3G",
+        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on page_poison=1 movablecore=3G",
         qemu: VFIO,
         command: "pinbuf-nested --group zones",
         ..NESTED
@@ -782,7 +783,7 @@ pub const RUNS: &[Run] = &[
         name: "nested-cma-next",
         image: "qemu-next",
         memory: "4G",
-        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on cma=1536M nokaslr",
+        cmdline: "initcall_blacklist=udmabuf_dev_init intel_iommu=on page_poison=1 cma=1536M nokaslr",
         qemu: VFIO,
         command: "pinbuf-nested --group cma",
         ..NESTED
