@@ -600,21 +600,28 @@ fn user_that_root_becomes_is_not_served() -> Result<()> {
 }
 
 /// A root whose buffers are charged, as in a container, has a supervisor that may open the device. Its program has become a
-/// user who may not.
+/// user for whom the device's mode does not allow that.
 fn device_that_a_user_may_not_open_is_refused() -> Result<()> {
     no_udmabuf()?;
-    let words = "setpriv --bounding-set=-ipc_lock --inh-caps=-ipc_lock -- pinbuf run --by supervisor -- setpriv";
-    let user = [
-        "--reuid=1000",
-        "--regid=1000",
-        "--clear-groups",
-        "--",
-        CLIENT,
-    ];
-    let words: Vec<&str> = words.split(' ').chain(user).collect();
-    let end = Start::program(&words).end()?;
+    let words =
+        "setpriv --bounding-set=-ipc_lock --inh-caps=-ipc_lock -- pinbuf run --by supervisor -- \
+                 setpriv --reuid=1000 --regid=1000 --clear-groups --";
+    let as_user = |command: &[&str]| {
+        let words: Vec<&str> = words
+            .split_whitespace()
+            .chain(command.iter().copied())
+            .collect();
+        Start::program(&words).end()
+    };
+    let end = as_user(&[CLIENT])?;
     ensure!(
         end.status == Some(1) && end.err.contains("Permission denied"),
+        "{end:?}"
+    );
+    // By no flags, O_PATH among them.
+    let end = as_user(&[surroundings::ODD, "open"])?;
+    ensure!(
+        end.out.contains("EACCES") && !end.out.contains("made"),
         "{end:?}"
     );
     Ok(())

@@ -152,9 +152,8 @@ impl Answers {
             return Ok(KERNELS);
         }
         Ok(match way.open() {
-            Ok(_) if !way.has(libc::O_PATH) && is_refused(&target) => {
-                (Answer::Error(Errno::EACCES), None)
-            }
+            // With O_PATH, too: what it gets can be used.
+            Ok(_) if is_refused(&target) => (Answer::Error(Errno::EACCES), None),
             Ok(file) if self.is_ours(&file) => (
                 Answer::Descriptor {
                     file,

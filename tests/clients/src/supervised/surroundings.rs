@@ -40,7 +40,7 @@ tests!("supervised":
     killed_with_the_command,
 );
 
-const ODD: &str = "pinbuf-odd-client";
+pub const ODD: &str = "pinbuf-odd-client";
 const STATIC: &str = "pinbuf-c-client-static";
 
 /// The driver would refuse the buffer, so there is nothing to wait for.
