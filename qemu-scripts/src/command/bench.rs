@@ -10,7 +10,7 @@ use anyhow::{bail, Result};
 use clap::Args;
 
 use crate::guest::{End, Guest, Options, Streams};
-use crate::image::userspace::Profile;
+use crate::image::userspace::{Build, Profile};
 use crate::paths;
 use crate::ui::{say, seconds, tail};
 
@@ -84,7 +84,7 @@ impl Bench {
             cmdline: format!("intel_iommu=on {}", self.cmdline),
             qemu,
             share: Some(std::env::current_dir()?),
-            build: !self.no_build,
+            build: Build::unless(self.no_build),
             profile: Profile::Release,
             timeout: Some(Duration::from_secs(self.timeout * 60)),
             modules: vec!["pinbuf_test_importer".to_owned()],

@@ -15,6 +15,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use crate::guest::{self, End, Guest, Options, Outcome, Streams};
+use crate::image::userspace::Build;
 use crate::paths;
 use crate::ui::{say, seconds, step, tail, Step};
 
@@ -85,7 +86,7 @@ impl Demo {
             command: ["pinbuf-nested", "--demo", NAME]
                 .map(str::to_owned)
                 .to_vec(),
-            build: !self.no_build,
+            build: Build::unless(self.no_build),
             timeout: Some(Duration::from_secs(900)),
             ..Options::default()
         };
@@ -114,7 +115,7 @@ impl Demo {
             modules: vec!["bochs".to_owned()],
             share: Some(share.path().to_owned()),
             command: ["pinbuf-demo", "--copy", COPY].map(str::to_owned).to_vec(),
-            build: !self.no_build,
+            build: Build::unless(self.no_build),
             timeout: Some(Duration::from_secs(180)),
             ..Options::default()
         };

@@ -14,7 +14,7 @@ use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
 
 use crate::guest::{End, Guest, Options, Outcome, Requests, Streams};
-use crate::image::userspace::Profile;
+use crate::image::userspace::{Build, Profile};
 use crate::ui::{say, seconds, tail};
 use crate::{cleanup, paths};
 
@@ -117,7 +117,7 @@ impl Vm {
             } else {
                 Profile::Dev
             },
-            build: !self.no_build,
+            build: Build::unless(self.no_build),
             image: self.image,
             qmp: self.qmp.map(std::path::absolute).transpose()?,
             disk: self.disk,

@@ -24,7 +24,7 @@ use tempfile::TempDir;
 use self::qemu::Sockets;
 use crate::debian::arch::Arch;
 use crate::debian::tree::Tree;
-use crate::image::userspace::{self, Profile};
+use crate::image::userspace::{self, Build, Profile};
 use crate::image::{initramfs, payload};
 use crate::kernel::Kernel;
 use crate::ui::{seconds, tail};
@@ -67,8 +67,8 @@ pub struct Options {
     pub bare: bool,
     /// How userspace is built.
     pub profile: Profile,
-    /// Build userspace first.
-    pub build: bool,
+    /// What is built of userspace first.
+    pub build: Build,
     /// The image that the guest runs on.
     pub image: String,
     /// A second connection to QEMU's control protocol, for others.
@@ -96,7 +96,7 @@ impl Default for Options {
             boot_limit: None,
             bare: false,
             profile: Profile::Dev,
-            build: true,
+            build: Build::All,
             image: "base".into(),
             qmp: None,
             disk: None,

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 
 use crate::cache::{self, Key};
 use crate::debian::tree::{remove, Tree, BUILD};
-use crate::image::userspace::{self, Profile, Target};
+use crate::image::userspace::{self, Build, Profile, Target};
 use crate::kernel::module;
 use crate::kernel::Kernel;
 use crate::{image, paths};
@@ -21,21 +21,16 @@ use crate::{image, paths};
 const KEPT: usize = 12;
 
 /// Makes the layer for this kernel, and returns its path.
-pub fn ensure(
-    tools: &Tree,
-    kernel: &Kernel,
-    profile: Profile,
-    build_userspace: bool,
-) -> Result<PathBuf> {
+pub fn ensure(tools: &Tree, kernel: &Kernel, profile: Profile, build: Build) -> Result<PathBuf> {
     let mut files: BTreeMap<PathBuf, PathBuf> = BTreeMap::new();
     let target = Target {
         arch: kernel.arch,
         page: kernel.page()?,
     };
-    let programs = if build_userspace {
-        userspace::build(tools, profile, target)?
-    } else {
-        userspace::built(profile, target)?
+    let programs = match build {
+        Build::Nothing => userspace::built(profile, target)?,
+        Build::All => userspace::build(tools, profile, target, None)?,
+        Build::Package(name) => userspace::build(tools, profile, target, Some(name))?,
     };
     for path in programs {
         if let Some(place) = userspace::place(&path) {
@@ -44,8 +39,10 @@ pub fn ensure(
     }
     let program = userspace::compat32(tools, kernel.arch)?;
     files.extend(userspace::place(&program).map(|place| (place, program)));
-    let client = userspace::static_client(tools, target)?;
-    files.insert("usr/bin/udmabuf-conformance-static".into(), client);
+    if !matches!(build, Build::Package(_)) {
+        let client = userspace::static_client(tools, target)?;
+        files.insert("usr/bin/udmabuf-conformance-static".into(), client);
+    }
     let modules = module::ensure(tools, kernel)?;
     let place = Path::new("usr/lib/modules").join(&kernel.release);
     for entry in fs::read_dir(lists(tools, kernel, &modules)?)? {

@@ -39,6 +39,28 @@ impl Profile {
     }
 }
 
+/// What is built before a guest starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Build {
+    /// Nothing: the guest gets what was built last.
+    Nothing,
+    /// All programs and libraries.
+    All,
+    /// The programs of this package.
+    Package(&'static str),
+}
+
+impl Build {
+    /// All, unless the caller wants nothing to be built.
+    pub fn unless(nothing: bool) -> Self {
+        if nothing {
+            Self::Nothing
+        } else {
+            Self::All
+        }
+    }
+}
+
 /// cargo, at the root of the repository.
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -135,21 +157,31 @@ const LEFT_OUT: [&str; 7] = [
     "pinbuf-pure",
 ];
 
-/// Builds the programs and libraries, and returns their paths.
-pub fn build(tools: &Tree, profile: Profile, to: Target) -> Result<Vec<PathBuf>> {
+/// Builds the programs and libraries, all or those of one package, and returns the paths of all that were built.
+pub fn build(
+    tools: &Tree,
+    profile: Profile,
+    to: Target,
+    only: Option<&str>,
+) -> Result<Vec<PathBuf>> {
     let title = format!("userspace{}", to.arch.suffix());
     step(title, |step| {
-        // Everything, although guests do not get this program: with the same packages cargo chooses the same
-        // features, and what `cargo test` has compiled is not compiled again.
-        let arguments = ["build", "--workspace"];
+        let mut arguments = vec!["build"];
+        match only {
+            Some(package) => arguments.extend(["--package", package]),
+            // Everything, although guests do not get this program: with the same packages cargo chooses the same
+            // features, and what `cargo test` has compiled is not compiled again.
+            None => arguments.push("--workspace"),
+        }
         let mut command = if to.arch.is_native() {
             let mut command = cargo();
             command.args(arguments);
             command
         } else {
-            let mut arguments = arguments.to_vec();
-            for name in LEFT_OUT {
-                arguments.extend(["--exclude", name]);
+            if only.is_none() {
+                for name in LEFT_OUT {
+                    arguments.extend(["--exclude", name]);
+                }
             }
             let mut command = foreign_cargo(tools, step, to.arch, &arguments)?;
             command

@@ -33,7 +33,7 @@ use crate::debian::archive;
 use crate::debian::tree::Tree;
 use crate::guest::watch;
 use crate::guest::{End, Guest, Options, Streams};
-use crate::image::userspace::{self, Profile, Target};
+use crate::image::userspace::{self, Build, Profile, Target};
 use crate::kernel::module;
 use crate::kernel::Kernel;
 use crate::paths;
@@ -458,7 +458,12 @@ impl Test {
             qemu: shell_words::split(run.qemu)?,
             image: run.image.to_owned(),
             bare: run.bare,
-            build: !archive::arch(kernel).is_native(),
+            build: match run.package {
+                // These were built before.
+                _ if archive::arch(kernel).is_native() => Build::Nothing,
+                Some(package) => Build::Package(package),
+                None => Build::All,
+            },
             modules: run.modules.iter().map(|&name| name.to_owned()).collect(),
             command,
             timeout: Some(Duration::from_secs(run.timeout)),
@@ -720,7 +725,7 @@ impl Work {
 
 /// The user space of guests of the host's architecture.
 fn build_userspace() -> Result<()> {
-    userspace::build(&Tree::tools()?, Profile::Dev, Target::HOST).map(drop)
+    userspace::build(&Tree::tools()?, Profile::Dev, Target::HOST, None).map(drop)
 }
 
 /// A run on a kernel.

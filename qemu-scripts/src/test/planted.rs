@@ -25,7 +25,7 @@ use walkdir::WalkDir;
 
 use crate::debian::tree::Tree;
 use crate::guest::{End, Guest, Options, Outcome, Streams};
-use crate::image::userspace;
+use crate::image::userspace::{self, Build};
 use crate::kernel::module;
 use crate::kernel::Kernel;
 use crate::paths;
@@ -490,7 +490,7 @@ fn in_guest(run: &Run, filters: &[String], files: &[(PathBuf, PathBuf)]) -> Resu
         cmdline: run.cmdline.to_owned(),
         qemu: shell_words::split(run.qemu)?,
         image: run.image.to_owned(),
-        build: false,
+        build: Build::Nothing,
         command,
         timeout: Some(Duration::from_secs(run.timeout)),
         boot_limit: Some(BOOT_LIMIT),
