@@ -40,8 +40,13 @@ impl File {
     /// its end.
     pub fn may_have_holes(&self) -> bool {
         let page = sys::page_size();
-        let huge = page * (page / 8);
-        let whole = self.size.checked_next_multiple_of(huge);
+        // Where a block is a page, the file may have transparent huge pages all the same.
+        let largest = if self.block > page {
+            self.block
+        } else {
+            page * (page / 8)
+        };
+        let whole = self.size.checked_next_multiple_of(largest);
         whole != Some(self.stored)
     }
 }
@@ -285,14 +290,16 @@ mod tests {
     fn holes() {
         let page = sys::page_size();
         let huge = page * (page / 8);
-        let may_have = |size, stored| {
+        let with = |block, size, stored| {
             let file = File {
                 size,
+                block,
                 stored,
                 ..File::default()
             };
             file.may_have_holes()
         };
+        let may_have = |size, stored| with(page, size, stored);
         assert!(!may_have(0, 0) && !may_have(2 * huge, 2 * huge));
         assert!(may_have(huge, 0) && may_have(2 * huge, 2 * huge - page));
         // A huge page at the end, and a hole at the beginning.
@@ -300,6 +307,11 @@ mod tests {
         assert!(!may_have(huge + page, 2 * huge));
         assert!(may_have(2 * huge, 2 * huge + page));
         assert!(may_have(u64::MAX, u64::MAX));
+        // Files of hugetlb pages, of sizes below and above that of a transparent huge page.
+        for block in [2 * page, 512 * huge] {
+            assert!(!with(block, 3 * block, 3 * block));
+            assert!(with(block, 3 * block, 2 * block));
+        }
     }
 
     #[test]

@@ -21,9 +21,9 @@ pub(crate) const MIB: u64 = 1 << 20;
 /// A size of hugetlb pages that all kernels have: with small pages of 16 KiB the usual one is 32 MiB, of which udmabuf
 /// takes two.
 pub(crate) const HUGE: u64 = 2 << 20;
-/// The size of a file that has all its pages for the shim, too: a multiple of a transparent huge page, which has 32 MiB with
-/// small pages of 16 KiB.
-pub(crate) const WHOLE: u64 = if PAGE * (PAGE / 8) > 2 * HUGE {
+/// The size of a file of small pages that has all of them for the shim, too: a multiple of a transparent huge page, which
+/// has 32 MiB with small pages of 16 KiB.
+const WHOLE: u64 = if PAGE * (PAGE / 8) > 2 * HUGE {
     PAGE * (PAGE / 8)
 } else {
     2 * HUGE
@@ -114,6 +114,17 @@ pub(crate) const HUGETLB: Spec = Spec {
     bytes: 4 * HUGE,
     ..PLAIN
 };
+
+impl Spec {
+    /// The same, of a size with which the shim knows that a file has all its pages.
+    pub(crate) fn whole(self) -> Self {
+        let bytes = match self.kind {
+            Kind::Hugetlb => 2 * HUGE,
+            _ => WHOLE,
+        };
+        Self { bytes, ..self }
+    }
+}
 
 /// A file that a case uses.
 pub(crate) struct File {

@@ -7,7 +7,7 @@ use std::ffi::c_int;
 
 use anyhow::{Context, Result};
 
-use crate::cases::{device, File, Spec, Table, OK, WHOLE};
+use crate::cases::{device, File, Spec, Table, OK};
 use crate::late::{Faults, Mode, SORTS};
 use crate::mappings::has;
 use crate::run::Outcome;
@@ -16,10 +16,7 @@ use crate::unfilled::{empty, go_on_in_child, owned};
 
 pub fn cases(t: &mut Table) {
     for (sort, spec, unit) in SORTS {
-        let whole = Spec {
-            bytes: WHOLE,
-            ..spec
-        };
+        let whole = spec.whole();
         t.custom(format!("beside-late/moved-{sort}"), OK, move || {
             let device = device()?;
             let file = File::new(0, whole)?;

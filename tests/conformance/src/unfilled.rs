@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::cases::{device, File, Spec, Table, HUGE, HUGETLB, OK, PLAIN, WHOLE};
+use crate::cases::{device, File, Spec, Table, HUGE, HUGETLB, OK, PLAIN};
 use crate::late::{punch, Faults, Made, Mode, SORTS};
 use crate::mappings::has;
 use crate::run::{Expect, Outcome};
@@ -601,10 +601,7 @@ fn beside(t: &mut Table) {
                 seen(device, &file, spec.bytes, false)
             });
         }
-        let spec = Spec {
-            bytes: WHOLE,
-            ..spec
-        };
+        let spec = spec.whole();
         t.custom(format!("beside-late/without-maps-{sort}"), OK, move || {
             limit_descriptors(64)?;
             let device = device()?;
