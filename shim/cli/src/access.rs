@@ -87,8 +87,40 @@ pub struct Node {
     pub number: u64,
     /// Its mount does not let devices be opened.
     nodev: bool,
-    /// There are entries for other users and groups, such as those that udev gives to the user at the local seat.
-    has_acl: bool,
+    /// Entries for other users and groups, such as those that udev gives to the user at the local seat: what each is for, and
+    /// its bits. With entries, the mode's bits for the group are the mask of these.
+    acl: Option<Vec<(Entry, u32)>>,
+}
+
+/// Whom an entry of an access control list is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Entry {
+    User(u32),
+    /// The file's own group.
+    Own,
+    Group(u32),
+    Mask,
+    /// The file's owner and all others, as in the mode.
+    InMode,
+}
+
+/// The entries in the attribute `system.posix_acl_access`: a version, and tag, bits and number of each.
+fn entries(attribute: &[u8]) -> Vec<(Entry, u32)> {
+    let entries = attribute.get(4..).unwrap_or_default().chunks_exact(8);
+    entries
+        .map(|entry| {
+            let half = |at: usize| u16::from_le_bytes([entry[at], entry[at + 1]]);
+            let id = u32::from_le_bytes([entry[4], entry[5], entry[6], entry[7]]);
+            let whose = match half(0) {
+                0x02 => Entry::User(id),
+                0x04 => Entry::Own,
+                0x08 => Entry::Group(id),
+                0x10 => Entry::Mask,
+                _ => Entry::InMode,
+            };
+            (whose, u32::from(half(2)))
+        })
+        .collect()
 }
 
 impl Node {
@@ -106,9 +138,18 @@ impl Node {
         let metadata = file.metadata()?;
         let name = c"system.posix_acl_access";
         let link = format!("/proc/self/fd/{}\0", file.as_raw_fd());
-        // SAFETY: terminated strings, and no buffer to write to.
-        let acl =
-            unsafe { libc::getxattr(link.as_ptr().cast(), name.as_ptr(), std::ptr::null_mut(), 0) };
+        // The largest that the kernel has.
+        let mut attribute = vec![0; 64 << 10];
+        // SAFETY: terminated strings, and a buffer of that length.
+        let len = unsafe {
+            libc::getxattr(
+                link.as_ptr().cast(),
+                name.as_ptr(),
+                attribute.as_mut_ptr().cast(),
+                attribute.len(),
+            )
+        };
+        let acl = usize::try_from(len).ok().filter(|&len| len > 0);
         let is_device = metadata.file_type().is_char_device();
         Ok(Self {
             mode: metadata.mode() & 0o777,
@@ -116,7 +157,7 @@ impl Node {
             group: metadata.gid(),
             number: if is_device { metadata.rdev() } else { 0 },
             nodev: fstatvfs(file.as_fd())?.flags().contains(FsFlags::ST_NODEV),
-            has_acl: acl > 0,
+            acl: acl.map(|len| entries(&attribute[..len])),
         })
     }
 
@@ -128,23 +169,54 @@ impl Node {
         }
     }
 
-    /// Does its mode let a process open it for reading and writing? `None` where that is not known: an entry of its own
-    /// may let this user, or a namespace shows its owner, its group or the user's groups as nobody.
+    /// Do its mode and its entries let a process open it for reading and writing? `None` where that is not known: a namespace
+    /// shows its owner, its group, whom an entry is for, or the user's groups as nobody.
     pub fn permits(&self, who: &Credentials) -> Option<bool> {
         const NOBODY: u32 = 65534;
-        let is_nobody = |id| who.in_namespace && id == NOBODY;
+        let is_nobody = |id| who.in_namespace && (id == NOBODY || id == u32::MAX);
+        let has = |group: u32| who.groups.contains(&group);
+        let acl = self.acl.as_deref().unwrap_or_default();
+        let hidden = acl.iter().any(|(whose, _)| match whose {
+            Entry::User(id) | Entry::Group(id) => is_nobody(*id),
+            _ => false,
+        });
         let unknown = is_nobody(self.owner) && who.uid == NOBODY
-            || is_nobody(self.group) && who.groups.contains(&NOBODY);
-        let bits = if who.uid == self.owner {
-            self.mode >> 6
-        } else if who.groups.contains(&self.group) {
-            self.mode >> 3
+            || is_nobody(self.group) && has(NOBODY)
+            || hidden;
+        let permitted = who.overrides || self.bits(who).any(|bits| bits & 0o6 == 0o6);
+        (!unknown).then_some(permitted)
+    }
+
+    /// The bits of which one set counts for a process, in the kernel's order.
+    fn bits(&self, who: &Credentials) -> impl Iterator<Item = u32> {
+        let has = |group: u32| who.groups.contains(&group);
+        let mut found = Vec::new();
+        if who.uid == self.owner {
+            found.push(self.mode >> 6);
+        } else if let Some(acl) = self.acl.as_ref().filter(|_| self.mode & 0o070 != 0) {
+            // The mask. Where it lets nobody do anything, the kernel does not look at the entries.
+            let most = self.mode >> 3;
+            let of = |wanted: &dyn Fn(Entry) -> bool| -> Vec<u32> {
+                let entries = acl.iter().filter(|(whose, _)| wanted(*whose));
+                entries.map(|(_, bits)| bits & most).collect()
+            };
+            found = of(&|whose| whose == Entry::User(who.uid));
+            if found.is_empty() {
+                found = of(&|whose| match whose {
+                    Entry::Own => has(self.group),
+                    Entry::Group(id) => has(id),
+                    _ => false,
+                });
+            }
+            if found.is_empty() {
+                found.push(self.mode);
+            }
+        } else if has(self.group) {
+            found.push(self.mode >> 3);
         } else {
-            self.mode
-        };
-        let permitted = who.overrides || bits & 0o6 == 0o6;
-        let known = !unknown && (permitted || !self.has_acl);
-        known.then_some(permitted)
+            found.push(self.mode);
+        }
+        found.into_iter()
     }
 
     /// The kernel lets `we` open it. Does it let `who`, too?
@@ -207,19 +279,22 @@ mod tests {
     #[test]
     fn modes() {
         let who = Credentials::parse(STATUS);
-        let node = |mode, owner, group, has_acl| Node {
+        let node = |mode, owner, group, has_acl: bool| Node {
             mode,
             owner,
             group,
             number: 1,
             nodev: false,
-            has_acl,
+            acl: has_acl.then(|| vec![(Entry::User(5), 6), (Entry::Own, 0), (Entry::Mask, 6)]),
         };
         for (node, wanted) in [
             (node(0o660, 0, 108, false), Some(true)),
             (node(0o660, 0, 109, false), Some(false)),
-            (node(0o660, 0, 109, true), None),
-            (node(0o660, 0, 108, true), Some(true)),
+            (node(0o660, 0, 109, true), Some(false)),
+            // The mode's bits are the mask, and the group itself has none.
+            (node(0o660, 0, 108, true), Some(false)),
+            (node(0o666, 0, 108, true), Some(false)),
+            (node(0o666, 0, 109, true), Some(true)),
             (node(0o600, 1000, 0, false), Some(true)),
             (node(0o066, 1000, 0, false), Some(false)),
             (node(0o606, 0, 108, false), Some(false)),
@@ -248,13 +323,13 @@ mod tests {
     #[test]
     fn others_open_what_we_may() {
         let we = Credentials::parse(STATUS);
-        let node = |mode, has_acl| Node {
+        let node = |mode, has_acl: bool| Node {
             mode,
             owner: 0,
             group: 0,
             number: 1,
             nodev: false,
-            has_acl,
+            acl: has_acl.then(|| vec![(Entry::User(1000), 6), (Entry::Own, 6), (Entry::Mask, 6)]),
         };
         let stranger = Credentials {
             uid: 8,

@@ -58,6 +58,7 @@ fn tests() -> impl Iterator<Item = &'static Test> + Clone {
         run::TESTS,
         supervised::TESTS,
         supervised::surroundings::TESTS,
+        supervised::users::TESTS,
         doctor::TESTS,
         info::TESTS,
         watch::TESTS,

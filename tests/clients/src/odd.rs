@@ -25,7 +25,10 @@ fn main() -> Result<()> {
         ["openat2"] => openat2(),
         ["open"] => open(),
         ["stopped"] => stopped(),
-        _ => bail!("sparse, long, openat2, open or stopped"),
+        ["left"] => left(),
+        ["last"] => last(),
+        ["hidden"] => hidden(),
+        _ => bail!("sparse, long, openat2, open, stopped, left, last or hidden"),
     }
 }
 
@@ -390,4 +393,88 @@ fn stopped() -> Result<()> {
         // A call that nobody answers never returns, so its thread is not waited for.
         std::process::exit(0)
     })
+}
+
+/// Ends, and leaves a process that opens the device while the supervisor is stopped and continued all the time. Each file is taken
+/// by a process whose table of descriptors has to grow, and which has two threads: the kernel holds the lock of the supervisor's
+/// listener meanwhile, and waits for all processors. Prints the first error.
+fn left() -> Result<()> {
+    let supervisor = nix::unistd::getppid();
+    if fork()? != 0 {
+        return Ok(());
+    }
+    let start = Instant::now();
+    while nix::unistd::getppid() != supervisor {
+        ensure!(
+            start.elapsed() < Duration::from_secs(10),
+            "the program does not end"
+        );
+        thread::sleep(Duration::from_millis(1));
+    }
+    // The supervisor has to hear of that end.
+    thread::sleep(Duration::from_millis(200));
+    let end = Instant::now() + Duration::from_secs(2);
+    let stops = fork()?;
+    if stops == 0 {
+        while Instant::now() < end {
+            let _ = kill(supervisor, Signal::SIGSTOP);
+            let _ = kill(supervisor, Signal::SIGCONT);
+            thread::sleep(Duration::from_micros(200));
+        }
+        std::process::exit(0);
+    }
+    let mut error = Errno::from_raw(0);
+    while Instant::now() < end && error as i32 == 0 {
+        let opener = fork()?;
+        if opener == 0 {
+            std::process::exit(open_at_256().map_or_else(|error| error as i32, |()| 0));
+        }
+        let mut status = 0;
+        // SAFETY: the status is written to `status`.
+        Errno::result(unsafe { libc::waitpid(opener, &mut status, 0) })?;
+        error = Errno::from_raw(libc::WEXITSTATUS(status));
+    }
+    // SAFETY: as above.
+    Errno::result(unsafe { libc::waitpid(stops, std::ptr::null_mut(), 0) })?;
+    match error as i32 {
+        0 => println!("end"),
+        _ => println!("{error:?}"),
+    }
+    Ok(())
+}
+
+/// Ends as soon as a request is answered.
+fn last() -> Result<()> {
+    let file = udmabuf::sealed_memfd(PAGE)?;
+    let device = udmabuf::open().context("opening /dev/udmabuf")?;
+    let made = Create::new(&file, 0, PAGE).call(&device);
+    // SAFETY: ends the process.
+    unsafe { libc::_exit(i32::from(made.is_err())) }
+}
+
+/// Opens the device while no other process of the user may look into this one.
+fn hidden() -> Result<()> {
+    nix::sys::prctl::set_dumpable(false)?;
+    println!("{}", outcome(udmabuf::open()));
+    Ok(())
+}
+
+/// The number of the child, or 0 in it. This process has one thread.
+fn fork() -> nix::Result<i32> {
+    // SAFETY: the child may do what any program may.
+    Errno::result(unsafe { libc::fork() })
+}
+
+/// Opens the device as the first descriptor for which a table that two threads share has no room.
+fn open_at_256() -> nix::Result<()> {
+    thread::spawn(thread::park);
+    // SAFETY: no memory is involved.
+    while Errno::result(unsafe { libc::dup(libc::STDIN_FILENO) })? < 255 {}
+    let (cwd, path) = (libc::AT_FDCWD, c"/dev/udmabuf".as_ptr());
+    // SAFETY: a terminated string.
+    let fd = unsafe { libc::syscall(libc::SYS_openat, cwd, path, libc::O_RDWR) };
+    match Errno::result(fd)? {
+        256 => Ok(()),
+        _ => Err(Errno::EBADF),
+    }
 }

@@ -20,6 +20,7 @@ use crate::process::{no_udmabuf, End, Start};
 use crate::udev;
 
 pub mod surroundings;
+pub mod users;
 
 tests!("supervised":
     client_on_rustix_is_served,
@@ -31,10 +32,12 @@ tests!("supervised":
     programs_of_all_kinds_in_one_tree_are_served,
     way_and_reason_are_printed,
     lines_are_logged,
+    last_request_is_logged,
     ancestors_may_look_into_a_process_under_yama,
     signals_are_passed_on,
     end_by_a_signal_is_passed_back,
     stop_and_continue_are_mirrored,
+    kill_of_a_stopped_program_ends_the_command,
     stop_right_after_continue_is_passed_on,
     continue_right_after_stop_is_passed_on,
     failing_exec_is_reported,
@@ -177,6 +180,26 @@ fn lines_are_logged() -> Result<()> {
                 && end.err.contains("/dev/udmabuf opened as /dev/pinbuf")
                 && end.err.contains(line),
             "{case}: {end:?}"
+        );
+    }
+    Ok(())
+}
+
+/// The supervisor ends with the program, and has written what it did before that.
+fn last_request_is_logged() -> Result<()> {
+    for _ in 0..6 {
+        let words = [
+            "--by",
+            "supervisor",
+            "--log",
+            "--",
+            surroundings::ODD,
+            "last",
+        ];
+        let end = run(&words).end()?;
+        ensure!(
+            end.status == Some(0) && end.err.contains("pinbuf: created fd "),
+            "{end:?}"
         );
     }
     Ok(())
@@ -351,6 +374,35 @@ fn stop_and_continue_are_mirrored() -> Result<()> {
     })?;
     let end = running.end()?;
     ensure!(end.out == "\n", "{end:?}");
+    Ok(())
+}
+
+/// `pinbuf run` has stopped with the program, and nobody else continues it.
+fn kill_of_a_stopped_program_ends_the_command() -> Result<()> {
+    use std::os::unix::process::ExitStatusExt;
+
+    let words = [
+        "--by",
+        "supervisor",
+        "--",
+        "busybox",
+        "sh",
+        "-c",
+        "echo $$; read line",
+    ];
+    let mut running = Running::start(&run(&words))?;
+    let program = Pid::from_raw(running.line()?.trim().parse()?);
+    let front = running.pid()?;
+    kill(program, Signal::SIGSTOP)?;
+    becomes("both stop", || {
+        Ok(state(program)? == 'T' && state(front)? == 'T')
+    })?;
+    kill(program, Signal::SIGKILL)?;
+    let ended = becomes("`pinbuf run` ends", || Ok(state(front)? == 'Z'));
+    kill(front, Signal::SIGCONT)?;
+    let status = running.child.wait()?;
+    ended?;
+    ensure!(status.signal() == Some(libc::SIGKILL), "{status}");
     Ok(())
 }
 
