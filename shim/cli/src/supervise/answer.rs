@@ -87,21 +87,26 @@ impl Answers {
         let Ok((answer, report)) = answer else {
             return;
         };
-        let given = match listener.answer(call, &answer) {
-            // The program's own descriptors are used up, or a security module refuses it the buffer. (Nobody waits for this
-            // answer if the thread was killed.)
-            Err(error) => {
-                let _ = listener.answer(call, &Answer::Error(error));
-                Err(error)
+        // Before the program goes on, which may end at once, and the supervisor with it.
+        let tell = |outcome: nix::Result<i32>| {
+            if let Some(report) = &report {
+                self.log.line(&match outcome {
+                    Ok(fd) => report.made(fd),
+                    Err(error) => report.failed(error),
+                });
             }
-            given => given,
         };
-        if let Some(report) = report {
-            self.log.line(&match (&answer, given) {
-                (_, Err(error)) => report.failed(error),
-                (Answer::Error(error), _) => report.failed(*error),
-                (_, Ok(fd)) => report.made(fd),
-            });
+        if let Answer::Error(error) = &answer {
+            tell(Err(*error));
+        }
+        let sent = listener.answer(call, &answer, |fd| tell(Ok(fd)));
+        // The program's own descriptors are used up, or a security module refuses it the buffer. (Nobody waits for this answer
+        // if the thread was killed.)
+        if let Err(error) = sent {
+            if matches!(answer, Answer::Descriptor { .. }) {
+                tell(Err(error));
+            }
+            let _ = listener.answer(call, &Answer::Error(error), drop);
         }
     }
 
@@ -125,8 +130,17 @@ impl Answers {
             return Ok(KERNELS);
         };
         let mut name = [0; UDMABUF.len()];
-        if target.read(path, &mut name).is_err() || name != UDMABUF {
-            return Ok(KERNELS);
+        match target.read(path, &mut name) {
+            Ok(()) if name == UDMABUF => {}
+            Err(Errno::EPERM) if listener.is_waiting(call) => {
+                self.complain(&format!(
+                    "process {} cannot be served, because its memory cannot be read (it is not dumpable, or Yama forbids \
+                     that)",
+                    call.pid
+                ));
+                return Ok(KERNELS);
+            }
+            _ => return Ok(KERNELS),
         }
         let way = match opening {
             Opening::Open => Way::Flags(second as i32),
@@ -148,12 +162,15 @@ impl Answers {
         if !listener.is_waiting(call) {
             return Err(Gone);
         }
-        if way.is_the_kernels() || !self.may_serve(&target) {
+        if way.is_the_kernels() || !self.may_serve(&target, call, listener)? {
             return Ok(KERNELS);
         }
-        Ok(match way.open() {
+        let opened = way.open().and_then(|file| {
             // With O_PATH, too: what it gets can be used.
-            Ok(_) if is_refused(&target) => (Answer::Error(Errno::EACCES), None),
+            may_open(&target)?;
+            Ok(file)
+        });
+        Ok(match opened {
             Ok(file) if self.is_ours(&file) => (
                 Answer::Descriptor {
                     file,
@@ -187,7 +204,7 @@ impl Answers {
                 return Ok(KERNELS);
             }
         };
-        if !self.is_ours(&device) || !self.may_serve(&target) {
+        if !self.is_ours(&device) || !self.may_serve(&target, call, listener)? {
             return Ok(KERNELS);
         }
         let mut report = Report::created(&target);
@@ -243,20 +260,24 @@ impl Answers {
 
     /// A buffer that we make is charged to our user. Where that means that it is charged to nobody, only processes of
     /// which the same holds are served: a program that has given up root's rights has limits.
-    fn may_serve(&self, target: &Target) -> bool {
+    fn may_serve(&self, target: &Target, call: &Call, listener: &Listener) -> Result<bool, Gone> {
         if !self.unlimited {
-            return true;
+            return Ok(true);
         }
         let who = Credentials::of(&target.number().to_string());
         let served = who.is_ok_and(|who| who.locks_memory);
         if !served {
+            // A thread that was killed has no rights, and its number may be another's.
+            if !listener.is_waiting(call) {
+                return Err(Gone);
+            }
             self.complain(&format!(
                 "process {} has given up rights that `pinbuf run` has, so its buffers could not be charged to its user, \
                  and the kernel's udmabuf, if there is one, answers it: start `pinbuf run` as that user",
                 target.number()
             ));
         }
-        served
+        Ok(served)
     }
 
     /// Makes a buffer as udmabuf does, and says whether its descriptor is closed on `exec`.
@@ -491,16 +512,21 @@ impl Report {
 }
 
 /// We have opened the device; may the program, which has perhaps become another user, or has left groups?
-fn is_refused(target: &Target) -> bool {
-    let credentials = |pid: &str| Credentials::of(pid).ok();
-    let opens = || {
-        let (who, we) = (
-            credentials(&target.number().to_string())?,
-            credentials("self")?,
-        );
-        Some(Node::of("self", Device::PATH).ok()?.opens_for(&who, &we))
+fn may_open(target: &Target) -> nix::Result<()> {
+    let opens = || -> std::io::Result<bool> {
+        let who = Credentials::of(&target.number().to_string())?;
+        let we = Credentials::of("self")?;
+        Ok(Node::of("self", Device::PATH)?.opens_for(&who, &we))
     };
-    opens() != Some(true)
+    match opens() {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Errno::EACCES),
+        // What the kernel returns as well when it has too little of something.
+        Err(error) => Err(match error.raw_os_error().map(Errno::from_raw) {
+            Some(errno @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)) => errno,
+            _ => Errno::EACCES,
+        }),
+    }
 }
 
 /// How a program opens the device, besides its name.

@@ -144,8 +144,9 @@ pub fn wait(messages: File, supervisor: Pid) -> Result<Outcome> {
                 }
             }
         }
-        // Until there is a program, signals for it are kept.
-        if let Some(program) = &program {
+        // Until there is a program, signals for it are kept; and while there is a message, which may say that it has ended.
+        let is_told = messages.as_ref().is_some_and(is_unread);
+        if let Some(program) = program.as_ref().filter(|_| !is_told) {
             // Until it has ended, nobody else has its number.
             let supervisor = messages.as_ref().map(|_| supervisor);
             while let Some(signal) = signals.read_signal()? {
@@ -154,6 +155,17 @@ pub fn wait(messages: File, supervisor: Pid) -> Result<Outcome> {
         }
         if let Some(program) = program.as_ref().filter(|_| messages.is_none()) {
             statuses.extend(changes(program.number));
+            // Once the supervisor has been waited for, the program is our child, unless the supervisor had waited for it.
+            let is_no_child = |process: Pid| {
+                let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+                let (id, none) = (process.as_raw() as libc::id_t, std::ptr::null_mut());
+                // SAFETY: nothing is written.
+                let found = unsafe { libc::waitid(libc::P_PID, id, none, flags) };
+                Errno::result(found) == Err(Errno::ECHILD)
+            };
+            if statuses.is_empty() && is_no_child(supervisor) && is_no_child(program.number) {
+                anyhow::bail!("the program has ended, and the supervisor before it could tell how");
+            }
         }
         for status in statuses {
             if libc::WIFSTOPPED(status) {

@@ -71,8 +71,7 @@ impl Listener {
     fn is_deserted(&self) -> nix::Result<bool> {
         let mut fds = [PollFd::new(self.as_fd(), PollFlags::empty())];
         poll(&mut fds, PollTimeout::ZERO)?;
-        let events = fds[0].revents().unwrap_or(PollFlags::empty());
-        Ok(events.contains(PollFlags::POLLHUP))
+        Ok(says_deserted(&fds[0]))
     }
 
     /// Does the thread that made a call still wait for its answer? What was read by the thread's number before
@@ -82,8 +81,9 @@ impl Listener {
         to_its_end(|| unsafe { notif_id_valid(self.0.as_raw_fd(), &call.id) }).is_ok()
     }
 
-    /// Answers a call, and returns the number of the program's new descriptor. `ENOENT` or `ESRCH`: the thread was killed.
-    pub fn answer(&self, call: &Call, answer: &Answer) -> nix::Result<i32> {
+    /// Answers a call. `given` is called with the number of the program's new descriptor before the program goes on. `ENOENT` or
+    /// `ESRCH`: the thread was killed.
+    pub fn answer(&self, call: &Call, answer: &Answer, given: impl FnOnce(i32)) -> nix::Result<()> {
         match answer {
             Answer::TheKernels => {
                 let flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32;
@@ -105,13 +105,15 @@ impl Listener {
                 };
                 // SAFETY: the kernel reads this struct.
                 let fd = to_its_end(|| unsafe { notif_addfd(self.0.as_raw_fd(), &addfd) })?;
-                self.send(call, fd.into(), 0, 0)?;
-                Ok(fd)
+                given(fd);
+                // It is the program's now, also if the thread was killed.
+                let _ = self.send(call, fd.into(), 0, 0);
+                Ok(())
             }
         }
     }
 
-    fn send(&self, call: &Call, val: i64, error: i32, flags: u32) -> nix::Result<i32> {
+    fn send(&self, call: &Call, val: i64, error: i32, flags: u32) -> nix::Result<()> {
         let mut answer = libc::seccomp_notif_resp {
             id: call.id,
             val,
@@ -119,8 +121,16 @@ impl Listener {
             flags,
         };
         // SAFETY: the kernel reads this struct.
-        to_its_end(|| unsafe { notif_send(self.0.as_raw_fd(), &mut answer) })
+        to_its_end(|| unsafe { notif_send(self.0.as_raw_fd(), &mut answer) }).map(drop)
     }
+}
+
+/// Did `poll` of a listener find that no process is under the filter any more? A stop that comes while the kernel waits for the
+/// listener's lock is reported as an error (`POLLERR`), and says nothing.
+pub fn says_deserted(listener: &PollFd) -> bool {
+    listener
+        .revents()
+        .is_some_and(|events| events.contains(PollFlags::POLLHUP))
 }
 
 /// Makes a call again for as long as it is interrupted. All our signals are blocked, but a stop (SIGSTOP, a tracer, the
@@ -198,52 +208,141 @@ pub mod tests {
         for at in 0..count {
             let call = listener.receive().unwrap().unwrap();
             let (file, cloexec) = (File::open("/dev/null").unwrap().into(), true);
-            let given = listener.answer(&call, &Answer::Descriptor { file, cloexec });
+            let mut given = 0;
+            let sent = listener.answer(&call, &Answer::Descriptor { file, cloexec }, |fd| {
+                given = fd
+            });
             let arrived = to_its_end(|| {
                 let mut fds = [PollFd::new(answers.as_fd(), PollFlags::POLLIN)];
                 poll(&mut fds, PollTimeout::from(10_000u16))
             });
             if arrived != Ok(1) {
-                return Err(format!("answer {at}, {given:?}, does not arrive"));
+                return Err(format!("answer {at}, {given}, {sent:?}, does not arrive"));
             }
             let mut number = [0; 4];
             answers.read_exact(&mut number).unwrap();
             let number = i32::from_ne_bytes(number);
-            if given != Ok(number) || number <= libc::STDERR_FILENO {
-                return Err(format!("answer {at}, {given:?}, arrives as {number}"));
+            if sent != Ok(()) || given != number || number <= libc::STDERR_FILENO {
+                return Err(format!(
+                    "answer {at}, {given}, {sent:?}, arrives as {number}"
+                ));
             }
         }
         Ok(())
     }
 
-    /// Signals interrupt the thread that answers all the time, as stops interrupt a supervisor, whose signals are blocked.
-    #[test]
-    fn interrupted_answers_arrive() {
-        extern "C" fn nothing(_: libc::c_int) {}
-        const COUNT: usize = 20_000;
+    /// A process that waits for the answer to a request. It has a table of descriptors of its own, with room for a few, which it
+    /// shares with a child.
+    fn process_with_a_table() -> (Pid, Listener) {
+        let mut filter = Filter::new(false);
+        let (ours, theirs) = pipe().unwrap();
+        let (mut ours, mut theirs) = (File::from(ours), File::from(theirs));
+        let clone = || {
+            let flags = libc::CLONE_FILES | libc::SIGCHLD;
+            // SAFETY: the child has a copy of this stack, and makes system calls only.
+            Errno::result(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) })
+        };
+        let child = clone().unwrap() as i32;
+        if child == 0 {
+            // The listener is in our table, and in its copy of it.
+            let listener = filter.enter().map_or(-1, |listener| {
+                let fd = listener.as_raw_fd();
+                std::mem::forget(listener);
+                fd
+            });
+            // SAFETY: system calls.
+            unsafe {
+                libc::unshare(libc::CLONE_FILES);
+                if clone() == Ok(0) {
+                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
+                    libc::pause();
+                    libc::_exit(0);
+                }
+            }
+            let _ = theirs.write_all(&listener.to_ne_bytes());
+            // SAFETY: the supervisor answers for the kernel, and is never given this memory.
+            unsafe {
+                libc::syscall(libc::SYS_ioctl, -1, request::CREATE, 0);
+                libc::_exit(0)
+            }
+        }
+        let mut number = [0; 4];
+        ours.read_exact(&mut number).unwrap();
+        let number = i32::from_ne_bytes(number);
+        assert!(number >= 0, "the child has no filter");
+        // SAFETY: the child has just made it, and leaves it to us.
+        let listener = unsafe { OwnedFd::from_raw_fd(number) };
+        (Pid::from_raw(child), Listener::from(listener))
+    }
+
+    extern "C" fn nothing(_: libc::c_int) {}
+
+    /// Does something while signals interrupt this thread all the time.
+    fn interrupted<T>(what: impl FnOnce() -> T) -> T {
         let handler = SigHandler::Handler(nothing);
         let action = SigAction::new(handler, SaFlags::SA_RESTART, SigSet::empty());
         // SAFETY: the handler does nothing.
         unsafe { sigaction(Signal::SIGUSR1, &action) }.unwrap();
         // SAFETY: a call without conditions.
-        let answering = unsafe { libc::pthread_self() };
-        let (process, listener, [answers, _theirs]) = process_with_requests(COUNT);
+        let this = unsafe { libc::pthread_self() };
         let done = AtomicBool::new(false);
-        let all = thread::scope(|scope| {
+        let result = thread::scope(|scope| {
             scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
                     // SAFETY: that thread waits for this one.
-                    unsafe { libc::pthread_kill(answering, libc::SIGUSR1) };
+                    unsafe { libc::pthread_kill(this, libc::SIGUSR1) };
                     thread::sleep(Duration::from_micros(30));
                 }
             });
-            let answer = || answer_all(COUNT, &listener, &answers);
-            let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(answer));
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(what));
             done.store(true, Ordering::Relaxed);
-            all
+            result
         });
+        result.unwrap()
+    }
+
+    /// A thread that takes a file holds the listener's lock, and for long where its table of descriptors, which it shares, has to
+    /// grow: the kernel waits for all processors then (RCU). A `poll` that waits for the lock and is interrupted reports an error.
+    #[test]
+    fn interrupted_poll_is_not_the_end() {
+        let deserted = (0..10).find_map(|round| {
+            let (process, listener) = process_with_a_table();
+            let call = listener.receive().unwrap().unwrap();
+            let addfd = libc::seccomp_notif_addfd {
+                id: call.id,
+                flags: libc::SECCOMP_ADDFD_FLAG_SETFD as u32,
+                srcfd: listener.as_fd().as_raw_fd() as u32,
+                newfd: 1000,
+                newfd_flags: 0,
+            };
+            let found = thread::scope(|scope| {
+                // SAFETY: the kernel reads this struct.
+                let given = scope.spawn(|| unsafe { notif_addfd(listener.0.as_raw_fd(), &addfd) });
+                let deserted = interrupted(|| {
+                    let mut deserted = false;
+                    while !given.is_finished() {
+                        deserted |= listener.is_deserted() == Ok(true);
+                    }
+                    deserted
+                });
+                assert_eq!(given.join().unwrap(), Ok(1000));
+                deserted
+            });
+            kill(process, Signal::SIGKILL).unwrap();
+            waitpid(process, None).unwrap();
+            found.then_some(round)
+        });
+        assert_eq!(deserted, None);
+    }
+
+    /// Signals interrupt the thread that answers all the time, as stops interrupt a supervisor, whose signals are blocked.
+    #[test]
+    fn interrupted_answers_arrive() {
+        const COUNT: usize = 20_000;
+        let (process, listener, [answers, _theirs]) = process_with_requests(COUNT);
+        let all = interrupted(|| answer_all(COUNT, &listener, &answers));
         kill(process, Signal::SIGKILL).unwrap();
         waitpid(process, None).unwrap();
-        assert_eq!(all.unwrap(), Ok(()));
+        assert_eq!(all, Ok(()));
     }
 }

@@ -89,7 +89,9 @@ impl Pool {
             }));
             if answered.is_err() {
                 // A call without an answer would never return.
-                let _ = self.listener.answer(&call, &Answer::Error(Errno::EIO));
+                let _ = self
+                    .listener
+                    .answer(&call, &Answer::Error(Errno::EIO), drop);
             }
             // One that leaves must never count as idle, or another one would rely on it.
             let stay = |idle| (idle < IDLE).then_some(idle + 1);

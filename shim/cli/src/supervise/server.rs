@@ -29,7 +29,7 @@ use pinbuf::Device;
 use super::answer::Answers;
 use super::filter::Filter;
 use super::front::{self, Message};
-use super::listener::Listener;
+use super::listener::{says_deserted, Listener};
 use super::log::Log;
 use super::pool::Pool;
 use super::{adopt_orphans, can_open_udmabuf, close_inherited, NAME};
@@ -69,6 +69,7 @@ pub fn serve(
     // That nobody reads it any more is noticed below, and what the program has started is served all the same.
     let _ = Message::Started(program).send(to_front);
     let mut front = Some(to_front);
+    let mut stopped = false;
     loop {
         let mut fds = vec![
             PollFd::new(ended.as_fd(), PollFlags::POLLIN),
@@ -82,24 +83,24 @@ pub fn serve(
             result => result?,
         };
         let spoken = |fd: &PollFd| fd.revents().is_some_and(|events| !events.is_empty());
-        // A stop that comes while the kernel waits for the listener's lock is reported as an error.
-        let deserted = fds[1]
-            .revents()
-            .is_some_and(|events| events.contains(PollFlags::POLLHUP));
+        let deserted = says_deserted(&fds[1]);
         let alone = fds.get(2).is_some_and(spoken);
         while ended.read_signal()?.is_some() {}
         for (child, status) in changes() {
             if child != program {
                 continue;
             }
+            let ended = libc::WIFEXITED(status) || libc::WIFSIGNALED(status);
             if let Some(to) = front {
                 // The parent may have been killed.
                 let sent = Message::Changed(status).send(to);
-                if sent.is_ok() && libc::WIFCONTINUED(status) {
+                // SIGKILL ends a program that is stopped, too, and the parent with it.
+                if sent.is_ok() && (ended && stopped || libc::WIFCONTINUED(status)) {
                     go_on(parent, to);
                 }
             }
-            if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
+            stopped = libc::WIFSTOPPED(status);
+            if ended {
                 front = None;
                 if quiet {
                     dup2_stderr(&nothing)?;

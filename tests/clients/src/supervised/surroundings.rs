@@ -29,6 +29,7 @@ tests!("supervised":
     ways_to_find_the_device_are_the_kernels,
     ways_to_open_the_device_are_the_kernels,
     stops_of_the_supervisor_change_no_answer,
+    stops_of_the_supervisor_do_not_end_it,
     other_files_are_not_created_or_cut,
     inherited_descriptors_are_closed,
     a_dev_without_null_is_reported,
@@ -143,6 +144,14 @@ fn other_files_are_not_created_or_cut() -> Result<()> {
 fn stops_of_the_supervisor_change_no_answer() -> Result<()> {
     no_udmabuf()?;
     let end = run(&["--by", "supervisor", "--", ODD, "stopped"]).end()?;
+    ensure!(end.out == "end\n", "{end:?}");
+    Ok(())
+}
+
+/// A stop interrupts the supervisor's wait for the end of all programs as well.
+fn stops_of_the_supervisor_do_not_end_it() -> Result<()> {
+    no_udmabuf()?;
+    let end = run(&["--by", "supervisor", "--", ODD, "left"]).end()?;
     ensure!(end.out == "end\n", "{end:?}");
     Ok(())
 }
