@@ -80,10 +80,15 @@ impl Memory {
                 len,
             });
         }
-        let reserved = nonzero(len.checked_add(align).ok_or(Error::TooLarge)?)?;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
         let mut tries = 0;
         loop {
+            tries += 1;
+            // The kernel gives the highest addresses that are free, to other threads as well: each time a place farther below
+            // them is tried.
+            let below = align.checked_mul(tries);
+            let reserved = below.and_then(|below| len.checked_add(below));
+            let reserved = nonzero(reserved.ok_or(Error::TooLarge)?)?;
             // SAFETY: without an address nothing that exists is replaced.
             let start =
                 unsafe { mman::mmap_anonymous(None, reserved, ProtFlags::PROT_NONE, flags) }
@@ -91,7 +96,6 @@ impl Memory {
             // SAFETY: what was reserved above, which nothing uses.
             unsafe { mman::munmap(start, reserved.get()) }.map_err(Error::system("munmap"))?;
             let aligned = (start.as_ptr() as usize).next_multiple_of(align);
-            tries += 1;
             match map(NonZeroUsize::new(aligned), MapFlags::MAP_FIXED_NOREPLACE) {
                 Err(Error::System {
                     errno: Errno::EEXIST,
