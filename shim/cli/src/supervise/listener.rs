@@ -250,21 +250,21 @@ pub mod tests {
                 std::mem::forget(listener);
                 fd
             });
-            // SAFETY: system calls.
-            unsafe {
-                libc::unshare(libc::CLONE_FILES);
-                if clone() == Ok(0) {
-                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
-                    libc::pause();
-                    libc::_exit(0);
-                }
+            // SAFETY: no memory is involved.
+            unsafe { libc::unshare(libc::CLONE_FILES) };
+            if clone() == Ok(0) {
+                // SAFETY: as above.
+                unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) };
+                // SAFETY: as above.
+                unsafe { libc::pause() };
+                // SAFETY: ends the child.
+                unsafe { libc::_exit(0) };
             }
             let _ = theirs.write_all(&listener.to_ne_bytes());
             // SAFETY: the supervisor answers for the kernel, and is never given this memory.
-            unsafe {
-                libc::syscall(libc::SYS_ioctl, -1, request::CREATE, 0);
-                libc::_exit(0)
-            }
+            unsafe { libc::syscall(libc::SYS_ioctl, -1, request::CREATE, 0) };
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(0) }
         }
         let mut number = [0; 4];
         ours.read_exact(&mut number).unwrap();
@@ -305,7 +305,7 @@ pub mod tests {
     /// grow: the kernel waits for all processors then (RCU). A `poll` that waits for the lock and is interrupted reports an error.
     #[test]
     fn interrupted_poll_is_not_the_end() {
-        let deserted = (0..10).find_map(|round| {
+        let deserted = (0..10).find(|_| {
             let (process, listener) = process_with_a_table();
             let call = listener.receive().unwrap().unwrap();
             let addfd = libc::seccomp_notif_addfd {
@@ -330,7 +330,7 @@ pub mod tests {
             });
             kill(process, Signal::SIGKILL).unwrap();
             waitpid(process, None).unwrap();
-            found.then_some(round)
+            found
         });
         assert_eq!(deserted, None);
     }
