@@ -4,7 +4,7 @@
 
 use crate::allowances::{Account, Caps, Ledger, Usage};
 use kernel::{
-    prelude::{ENOMEM, GFP_KERNEL},
+    prelude::{ENOMEM, GFP_KERNEL_ACCOUNT},
     rbtree::RBTreeNodeReservation,
 };
 use proptest::prelude::*;
@@ -80,7 +80,7 @@ proptest! {
                     let fits = used + pages as u128 <= caps.user as u128
                         && total + pages as u128 <= caps.system as u128;
                     let is_new = ledger.of(user) == Usage::default();
-                    let given = spare.then(|| RBTreeNodeReservation::new(GFP_KERNEL).unwrap());
+                    let given = spare.then(|| RBTreeNodeReservation::new(GFP_KERNEL_ACCOUNT).unwrap());
                     let (result, back) = ledger.take(user, account, pages, caps, given);
                     if !fits {
                         prop_assert_eq!(result, Err(ENOMEM));
@@ -147,7 +147,7 @@ fn take(
         user: 10,
         system: 10,
     };
-    let spare = RBTreeNodeReservation::new(GFP_KERNEL).unwrap();
+    let spare = RBTreeNodeReservation::new(GFP_KERNEL_ACCOUNT).unwrap();
     ledger.take(7, account, pages, caps, Some(spare))
 }
 

@@ -20,7 +20,13 @@ pub mod alloc {
         LEFT.set(left);
     }
 
-    fn allocate() -> Result<(), AllocError> {
+    /// Memory for the driver. A caller determines how much of it there is and how long it stays: so it has to be charged
+    /// to the caller's memory cgroup.
+    pub(crate) fn allocate(flags: Flags) -> Result<(), AllocError> {
+        assert!(
+            flags.has(flags::GFP_KERNEL_ACCOUNT),
+            "memory that no memory cgroup is charged for"
+        );
         match LEFT.get() {
             None => Ok(()),
             Some(0) => Err(AllocError),
@@ -31,30 +37,46 @@ pub mod alloc {
         }
     }
 
+    /// Memory for a list, whose length a caller determines: so a lack of it is no line in the log.
+    fn allocate_list(flags: Flags) -> Result<(), AllocError> {
+        assert!(
+            flags.has(flags::__GFP_NOWARN),
+            "a list whose length a caller determines, and a line in the log if there is no memory"
+        );
+        allocate(flags)
+    }
+
     /// No memory.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     pub struct AllocError;
 
     /// Flags of an allocation.
-    #[derive(Clone, Copy)]
-    pub struct Flags;
+    #[derive(Clone, Copy, PartialEq, Eq)]
+    pub struct Flags(u8);
+
+    impl Flags {
+        /// Has it all of these?
+        fn has(self, flags: Self) -> bool {
+            self | flags == self
+        }
+    }
 
     impl std::ops::BitOr for Flags {
         type Output = Self;
 
-        fn bitor(self, _: Self) -> Self {
-            self
+        fn bitor(self, other: Self) -> Self {
+            Self(self.0 | other.0)
         }
     }
 
     /// The flags by name.
     pub mod flags {
         /// Ordinary memory.
-        pub const GFP_KERNEL: super::Flags = super::Flags;
+        pub const GFP_KERNEL: super::Flags = super::Flags(0);
         /// Ordinary memory, charged to the memory cgroup.
-        pub const GFP_KERNEL_ACCOUNT: super::Flags = super::Flags;
+        pub const GFP_KERNEL_ACCOUNT: super::Flags = super::Flags(1);
         /// No line in the log if there is none.
-        pub const __GFP_NOWARN: super::Flags = super::Flags;
+        pub const __GFP_NOWARN: super::Flags = super::Flags(2);
     }
 
     /// Vectors do not differ here by where their memory comes from.
@@ -77,9 +99,9 @@ pub mod alloc {
         }
 
         /// An empty vector with room for `capacity` values.
-        pub fn with_capacity(capacity: usize, _: Flags) -> Result<Self, AllocError> {
+        pub fn with_capacity(capacity: usize, flags: Flags) -> Result<Self, AllocError> {
             if capacity > 0 {
-                allocate()?;
+                allocate_list(flags)?;
             }
             Ok(Self {
                 inner: Vec::new(),
@@ -126,10 +148,10 @@ pub mod alloc {
         }
 
         /// Makes room for more values, at least twice as many as there was room for.
-        pub fn reserve(&mut self, additional: usize, _: Flags) -> Result<(), AllocError> {
+        pub fn reserve(&mut self, additional: usize, flags: Flags) -> Result<(), AllocError> {
             let least = self.inner.len() + additional;
             if least > self.capacity {
-                allocate()?;
+                allocate_list(flags)?;
                 self.capacity = least.max(2 * self.capacity);
             }
             Ok(())

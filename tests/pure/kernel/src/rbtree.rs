@@ -2,7 +2,7 @@
 
 //! A sorted tree whose nodes are allocated by its user.
 
-use crate::alloc::{AllocError, Flags, KVVec};
+use crate::alloc::{allocate, AllocError, Flags};
 use std::collections::BTreeMap;
 
 /// A sorted tree.
@@ -17,7 +17,7 @@ pub struct RBTreeNode<K, V>(K, V);
 impl<K, V> RBTreeNodeReservation<K, V> {
     /// Allocates memory for a node.
     pub fn new(flags: Flags) -> Result<Self, AllocError> {
-        KVVec::<(K, V)>::with_capacity(1, flags)?;
+        allocate(flags)?;
         Ok(Self(std::marker::PhantomData))
     }
 

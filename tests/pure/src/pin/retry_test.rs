@@ -12,9 +12,12 @@ use crate::{
     params::PARAMS,
 };
 use kernel::{
+    alloc::flags::__GFP_NOWARN,
     bindings::set_time,
     mm::Mm,
-    prelude::{Error, KVec, Result, EAGAIN, EBUSY, EFAULT, EINTR, EINVAL, ENOMEM, GFP_KERNEL},
+    prelude::{
+        Error, KVec, Result, EAGAIN, EBUSY, EFAULT, EINTR, EINVAL, ENOMEM, GFP_KERNEL_ACCOUNT,
+    },
 };
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -58,7 +61,7 @@ fn patience(retries: u32) -> Patience {
 /// The number of pages that are pinned.
 fn pin(patience: &mut Patience, max: usize) -> Result<usize> {
     let mut out = KVec::<PagePin>::new();
-    out.reserve(max, GFP_KERNEL)?;
+    out.reserve(max, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
     patience.pin(&CurrentMm(&Mm::default()), ADDR, max, &mut out)?;
     Ok(out.len())
 }
