@@ -34,6 +34,7 @@ tests! { "late":
     guard_behind_a_late_page,
     unmapped_while_waiting,
     killed_while_waiting,
+    signalled_while_waiting,
     own_faults,
     own_faults_of_hugetlb,
 }
@@ -388,6 +389,36 @@ fn killed_while_waiting() -> Result<()> {
             anyhow::bail!("create ended: {created:?}")
         })
     })
+}
+
+/// A signal with a handler does not end the call, however much is left to pin after it. The handler runs when the call
+/// has ended.
+fn signalled_while_waiting() -> Result<()> {
+    /// More than the driver pins between two looks at the signals.
+    const MORE: usize = 2048;
+    handle()?;
+    let device = Device::open()?;
+    let (late, rest) = (
+        Memory::small_pages(PAGE)?,
+        Memory::small_pages(MORE * PAGE)?,
+    );
+    rest.touch_to_write();
+    let faults = Faults::of(&late, Mode::Missing)?;
+    // SAFETY: a call without conditions.
+    let creator = unsafe { libc::pthread_self() };
+    let created = std::thread::scope(|scope| {
+        let other = scope.spawn(|| -> Result<()> {
+            let addr = faults.take()?;
+            // SAFETY: that thread waits for this one.
+            unsafe { libc::pthread_kill(creator, libc::SIGUSR1) };
+            faults.copy(addr, &pattern(60, 0, PAGE))?;
+            Ok(())
+        });
+        let created = device.create(&[late.range(), rest.range()]);
+        other.join().expect("a thread panicked").map(|()| created)
+    })?;
+    let buffer = created.context("PINBUF_CREATE with a signal")?;
+    views_agree(&buffer, &[(&late, 0, PAGE), (&rest, 0, MORE * PAGE)])
 }
 
 /// The thread that creates is the one that would have to answer: it waits until it is killed.

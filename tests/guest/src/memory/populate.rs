@@ -3,6 +3,7 @@
 //! Pinning populates: memory that was never touched is allocated, memory that cannot be allocated is an error
 //! and no signal, and nothing besides the ranges is touched.
 
+use std::mem::size_of;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -25,6 +26,7 @@ use pinbuf_test_harness::support::kernel::{HugePool, Setting};
 use pinbuf_test_harness::support::kinds::huge_private;
 use pinbuf_test_harness::support::memory::{file_in, memfd, punch_hole, stamp, HUGE, PAGE, RW};
 use pinbuf_test_harness::support::process::{become_user, in_child, set_memlock, Child, USER};
+use pinbuf_test_harness::support::uffd::{Faults, Mode};
 use pinbuf_test_harness::support::{check, check_eq, kernel, Device, Memory};
 use pinbuf_test_harness::tests;
 
@@ -38,6 +40,7 @@ tests! { "populate":
     memlock_runs_out,
     kernel_memory_is_charged within 120,
     small_objects_are_charged within 120,
+    arguments_of_a_waiting_call_are_charged,
     memory_cgroup_kills_anonymous within 120,
     memory_cgroup_kills_shmem within 120,
     memory_cgroup_bounds_discarded_memory within 120,
@@ -347,6 +350,15 @@ fn memory_cgroup_bounds_discarded_memory() -> Result<()> {
     Ok(())
 }
 
+/// The kernel's memory that is charged to a group, in bytes.
+fn kernel_memory_of(group: &Group) -> Result<i64> {
+    // The kernel sums what its processors have counted, up to 64 pages each, every two seconds.
+    if PAGE > 4096 {
+        std::thread::sleep(Duration::from_millis(2500));
+    }
+    group.event("memory.stat", "kernel")
+}
+
 /// What a buffer and a device's mapping take of the kernel's memory counts for the group of the process that
 /// makes them.
 fn kernel_memory_is_charged() -> Result<()> {
@@ -362,13 +374,7 @@ fn kernel_memory_is_charged() -> Result<()> {
             .map(|n| memory.part(2 * n * PAGE, PAGE))
             .collect();
         let device = Device::open()?;
-        let charged = || {
-            // The kernel sums what its processors have counted, up to 64 pages each, every two seconds.
-            if PAGE > 4096 {
-                std::thread::sleep(Duration::from_millis(2500));
-            }
-            member.event("memory.stat", "kernel")
-        };
+        let charged = || kernel_memory_of(member);
         let before = charged()?;
         let buffer = device.create(&ranges)?;
         let info = device.describe(&buffer)?;
@@ -453,6 +459,40 @@ fn small_objects_are_charged() -> Result<()> {
         check!(
             ours >= OF_MAPPING * count as i64,
             "{ours} bytes are charged for {count} mappings"
+        );
+        Ok(())
+    })?;
+    group.remove()
+}
+
+/// A call copies its list of ranges, and may wait for ever: so the copy counts for the caller's group, too.
+fn arguments_of_a_waiting_call_are_charged() -> Result<()> {
+    const COUNT: usize = pinbuf_uapi::MAX_RANGES as usize;
+    let group = Group::new("memory")?;
+    let member = &group;
+    in_child(|| {
+        member.join()?;
+        let device = Device::open()?;
+        let (late, memory) = (Memory::small_pages(PAGE)?, Memory::small_pages(PAGE)?);
+        memory.set(0, 1);
+        let mut ranges = vec![memory.range(); COUNT];
+        ranges[0] = late.range();
+        let faults = Faults::of(&late, Mode::Missing)?;
+        let before = kernel_memory_of(member)?;
+        let more = std::thread::scope(|scope| {
+            let caller = scope.spawn(|| device.create(&ranges));
+            let more = faults
+                .wait()
+                .and_then(|()| Ok(kernel_memory_of(member)? - before));
+            // Nobody waits for a userfaultfd that is closed.
+            drop(faults);
+            caller.join().expect("the caller panicked")?;
+            more
+        })?;
+        let list = (COUNT * size_of::<Range>()) as i64;
+        check!(
+            more >= list / 2,
+            "{more} bytes are charged while a call waits with a list of {list}"
         );
         Ok(())
     })?;

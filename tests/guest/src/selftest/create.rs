@@ -3,7 +3,7 @@
 //! What a buffer is made of: sizes, order, overlap, kinds of memory, and the same bytes everywhere.
 
 use std::mem::size_of;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -549,6 +549,12 @@ fn descriptor() -> Result<()> {
         let status = OFlag::from_bits_truncate(fcntl(&buffer, FcntlArg::F_GETFL)?);
         check_eq!(status & OFlag::O_ACCMODE, OFlag::O_RDWR, "access mode");
         check_eq!(buffer.len()?, 3 * PAGE, "size by lseek");
+        // Programs tell by this name that it is one of pinbuf's.
+        let fdinfo = kernel::read(format!("/proc/self/fdinfo/{}", buffer.as_fd().as_raw_fd()))?;
+        let name = fdinfo
+            .lines()
+            .find_map(|line| line.strip_prefix("exp_name:"));
+        check_eq!(name.map(str::trim), Some("pinbuf"), "the exporter's name");
     }
     Ok(())
 }

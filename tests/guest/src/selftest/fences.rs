@@ -31,8 +31,12 @@ tests! { "fences":
     a_read_does_not_wait_for_a_device_that_reads,
     an_access_that_waits_can_be_interrupted,
     an_access_that_waits_can_be_killed,
+    an_access_that_waits_holds_up_no_other,
     a_fence_outlives_the_buffer,
 }
+
+/// The flag of `DMA_BUF_IOCTL_SYNC` for the end of an access.
+const END: u64 = 4;
 
 /// A fence in a buffer, as of a device that writes to it.
 fn writes_to<'a>(vgem: &'a Vgem, buffer: BorrowedFd<'_>) -> Result<Fence<'a>> {
@@ -178,6 +182,48 @@ fn an_access_that_waits_can_be_killed() -> Result<()> {
         );
         fence.signal()?;
     }
+    Ok(())
+}
+
+/// While an access waits for a device that writes, others end, devices map and unmap, and PINBUF_INFO answers.
+fn an_access_that_waits_holds_up_no_other() -> Result<()> {
+    if !vgem::load()? {
+        bail!(Skip("this kernel has no vgem".to_owned()));
+    }
+    let vgem = Vgem::new()?;
+    let device = &Device::open()?;
+    let (_memory, buffer) = &page()?;
+    let importer = &Importer::attach(buffer.as_fd(), Limits::NONE)?;
+    let mapping = importer.map(Direction::ToDevice)?.0;
+    sync_raw(buffer, Sync::ReadWrite as u64)?;
+    let fence = writes_to(&vgem, buffer.as_fd())?;
+    let (say, hear) = mpsc::channel();
+    let (begun, waiter) = mpsc::channel();
+    std::thread::scope(|scope| -> Result<()> {
+        scope.spawn(move || begun.send(sync_raw(buffer, Sync::Read as u64)));
+        let early = waiter.recv_timeout(Duration::from_millis(100));
+        check!(early.is_err(), "the access did not wait");
+        scope.spawn(move || {
+            let act = || -> Result<u32> {
+                sync_raw(buffer, Sync::ReadWrite as u64 | END).context("the end of an access")?;
+                let second = importer.map(Direction::ToDevice).context("map")?.0;
+                let mappings = device.describe(buffer)?.mappings;
+                importer.unmap(second).context("unmap")?;
+                Ok(mappings)
+            };
+            say.send(act())
+        });
+        // vgem gives a fence up after ten seconds.
+        let others = hear.recv_timeout(Duration::from_secs(3));
+        let early = waiter.try_recv();
+        fence.signal()?;
+        let mappings = others.context("others wait with the access")??;
+        check_eq!(mappings, 2, "mappings");
+        check!(early.is_err(), "the access did not wait for the device");
+        waiter.recv().context("the thread")?.context("sync")
+    })?;
+    sync_raw(buffer, Sync::Read as u64 | END)?;
+    importer.unmap(mapping)?;
     Ok(())
 }
 

@@ -29,6 +29,7 @@ tests! { "info":
     foreign_dma_buf,
     kernel_memory_contiguous,
     kernel_memory_scattered,
+    kernel_memory_of_scattered_pages_and_huge_ones,
 }
 
 /// Whether the kernel checks page tables, as only our debug kernel does: it forbids huge entries of page
@@ -301,6 +302,32 @@ fn kernel_memory_contiguous() -> Result<()> {
     Ok(())
 }
 
+/// What is reserved for further extents while pages lie apart is given back if the rest does not.
+fn kernel_memory_of_scattered_pages_and_huge_ones() -> Result<()> {
+    const PAGES: usize = 300;
+    let _pool = kernel::HugePool::with_free(1)?;
+    let device = Device::open()?;
+    let memory = Memory::small_pages(2 * PAGES * PAGE)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
+    let huge = Memory::map(HUGE, memory::RW, flags, None, 0)?;
+    let mut ranges: Vec<_> = (0..PAGES)
+        .rev()
+        .map(|page| memory.part(2 * page * PAGE, PAGE))
+        .collect();
+    ranges.push(huge.range());
+    let buffer = device.create(&ranges)?;
+    let info = device.describe(&buffer)?;
+    // An eighth may stay.
+    let limit = 16 * (info.extents + info.extents / 8 + 8);
+    check!(
+        info.kernel_bytes <= limit,
+        "{} bytes of kernel memory for {} extents; at most {limit}",
+        info.kernel_bytes,
+        info.extents
+    );
+    Ok(())
+}
+
 /// Pages that all lie apart cost sixteen bytes each.
 fn kernel_memory_scattered() -> Result<()> {
     let device = Device::open()?;
@@ -316,6 +343,18 @@ fn kernel_memory_scattered() -> Result<()> {
         check!(
             info.kernel_bytes <= limit,
             "{} bytes of kernel memory for {pages} pages in {} extents; at most {limit}",
+            info.kernel_bytes,
+            info.extents
+        );
+        // A single extent takes none but the buffer's own.
+        let least = if info.extents > 1 {
+            16 * info.extents
+        } else {
+            0
+        };
+        check!(
+            info.kernel_bytes >= least,
+            "{} bytes of kernel memory for {} extents; at least {least}",
             info.kernel_bytes,
             info.extents
         );

@@ -504,7 +504,7 @@ fn module_goes_and_comes() -> Result<()> {
 }
 
 /// Until udev changes it, as it does by a rule that is installed: whoever loads the module lets nobody else use it, or
-/// set its parameters.
+/// set its parameters, which have the values that the documentation names.
 fn root_alone_may_at_first() -> Result<()> {
     let path = pinbuf_test_harness::support::device::PATH;
     check_eq!(remove_module(), Ok(()), "rmmod");
@@ -524,6 +524,14 @@ fn root_alone_may_at_first() -> Result<()> {
             "mode and owner of {}",
             path.display()
         );
+    }
+    for (name, value) in [
+        ("allowance_mb", 128),
+        ("allowance_system_mb", 0),
+        ("pin_retries", 10),
+    ] {
+        let found = kernel::number(format!("/sys/module/pinbuf/parameters/{name}"))?;
+        check_eq!(found, value, "{name} by default");
     }
     in_child(|| {
         become_user(USER)?;

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::sched::{unshare, CloneFlags};
-use nix::sys::resource::{setrlimit, Resource};
-use nix::unistd::{setgroups, setresuid, Uid};
+use nix::sys::resource::{setrlimit, Resource, RLIM_INFINITY};
+use nix::unistd::{setgroups, setresgid, setresuid, Gid, Uid};
 use pinbuf_uapi::{CHARGE_ALLOWANCE, CHARGE_NONE, CHARGE_USER};
 
 use pinbuf_test_harness::support::kernel::{HugePool, Setting};
@@ -26,6 +26,7 @@ const ALLOWANCE: usize = 256 * PAGE;
 tests! { "memlock":
     limit,
     limit_zero,
+    no_limit,
     limit_within_a_page,
     the_soft_limit_counts,
     users_have_limits_of_their_own,
@@ -45,6 +46,7 @@ tests! { "memlock":
     allowance_is_for_what_is_beyond,
     allowance_of_all_users,
     allowance_of_a_namespace,
+    the_group_of_a_namespace_s_maker,
     desktop_framebuffer,
     largest_parameters,
     shown_as_vm_pin,
@@ -208,6 +210,31 @@ fn limit_zero() -> Result<()> {
         check_eq!(device.query()?.memlock_bytes, 0, "the reported limit");
         check_eq!(device.query()?.allowance_bytes, 0, "the reported allowance");
         Ok(())
+    })
+}
+
+/// A user whose limit is none needs no allowance, however much it pins.
+fn no_limit() -> Result<()> {
+    let _setting = no_allowance()?;
+    in_child(|| {
+        let device = Device::open()?;
+        setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)
+            .context("RLIMIT_MEMLOCK")?;
+        become_user(USER)?;
+        check_eq!(
+            device.query()?.memlock_bytes,
+            u64::MAX,
+            "the reported limit"
+        );
+        let memory = Memory::anonymous(600 * PAGE)?;
+        let buffer = gets(&device, &memory, 600)?;
+        let info = device.describe(&buffer)?;
+        check_eq!(info.charge, CHARGE_USER, "what is charged");
+        check_eq!(info.charged_pages, 600, "pages charged");
+        // What is charged now counts once a limit is set.
+        set_memlock(604 * PAGE)?;
+        too_many(&device, &memory, 5, "of the 4 that are left")?;
+        gets(&device, &memory, 4).map(drop)
     })
 }
 
@@ -683,6 +710,39 @@ fn allowance_of_a_namespace() -> Result<()> {
         "used by the namespace's maker"
     );
     check_eq!(used_by(OTHER_USER)?, 0, "used by the host user behind it");
+    link.ours.signal()?;
+    child.join()
+}
+
+/// A namespace stands for the user that made it, and not for the one whose number the maker's group has.
+fn the_group_of_a_namespace_s_maker() -> Result<()> {
+    let _setting = Setting::parameter("allowance_mb", ALLOWANCE >> 20)?;
+    let link = Link::new()?;
+    let child = Child::run(|| {
+        let device = Device::open()?;
+        let (user, group) = (Uid::from_raw(USER), Gid::from_raw(OTHER_USER));
+        setgroups(&[]).context("setgroups")?;
+        setresgid(group, group, group).context("setresgid")?;
+        setresuid(user, user, user).context("setresuid")?;
+        set_memlock(0)?;
+        unshare(CloneFlags::CLONE_NEWUSER).context("making a user namespace")?;
+        let memory = Memory::anonymous(100 * PAGE)?;
+        let buffer = gets(&device, &memory, 100)?;
+        link.theirs.signal()?;
+        link.theirs.wait()?;
+        drop(buffer);
+        Ok(())
+    })?;
+    if link.ours.wait().is_err() {
+        return child.join();
+    }
+    for (uid, used) in [(USER, 100 * PAGE), (OTHER_USER, 0)] {
+        in_child(|| {
+            let (device, _) = user_with(uid, 0, 1)?;
+            check_eq!(device.query()?.allowance_used, used as u64, "of user {uid}");
+            Ok(())
+        })?;
+    }
     link.ours.signal()?;
     child.join()
 }

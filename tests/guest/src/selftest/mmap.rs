@@ -552,7 +552,7 @@ fn flags_of_the_mapping() -> Result<()> {
             "no {flag} among {flags}"
         );
     }
-    for flag in ["ex", "me"] {
+    for flag in ["ex", "me", "io"] {
         check!(
             !flags.split_whitespace().any(|seen| seen == flag),
             "{flag} is among {flags}"
