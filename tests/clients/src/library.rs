@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal};
 use pinbuf::{Access, ChargedTo, Error, FileRange, HugePage, Range, Region};
 use pinbuf_c::CRegion;
 use pinbuf_test_harness::support::kernel::HugePool;
@@ -27,6 +27,7 @@ tests!("library":
     regions_of_all_kinds,
     regions_of_all_kinds_in_c,
     private_regions_are_not_inherited,
+    huge_pages_are_advised,
     files_of_regions_keep_their_size,
     parts_in_their_order,
     parts_of_files,
@@ -35,6 +36,7 @@ tests!("library":
     exported_in_c,
     mapped_in_c,
     accesses_begin_and_end,
+    signals_end_no_access,
     a_poll_that_fails_forgets_nothing,
 );
 
@@ -118,16 +120,24 @@ fn region(len: usize, kind: i32) -> Result<CRegion, i32> {
     }
 }
 
+/// What the kernel says of the mapping that an address is in, behind a word.
+fn smaps_of(address: *mut c_void, word: &str) -> Result<String> {
+    let text = std::fs::read_to_string("/proc/self/smaps")?;
+    let holds = |line: &&str| {
+        let number = |text| u64::from_str_radix(text, 16).ok();
+        let range = line.split(' ').next().and_then(|word| word.split_once('-'));
+        let range = range.and_then(|(start, end)| Some(number(start)?..number(end)?));
+        range.is_some_and(|range| range.contains(&(address as u64)))
+    };
+    let mapping = text.lines().skip_while(|line| !holds(line));
+    let found = mapping.filter_map(|line| line.strip_prefix(word)).next();
+    Ok(found.context("nothing is mapped there")?.trim().to_owned())
+}
+
 /// The size of the pages that are mapped at an address, in KiB.
 fn page_size_at(address: *mut c_void) -> Result<usize> {
-    let text = std::fs::read_to_string("/proc/self/smaps")?;
-    let start = format!("{:x}-", address as usize);
-    let mapping = text.lines().skip_while(|line| !line.starts_with(&start));
-    let size = mapping
-        .filter_map(|line| line.strip_prefix("MMUPageSize:"))
-        .next();
-    let kib = size.context("nothing is mapped there")?.trim();
-    Ok(kib.strip_suffix(" kB").unwrap_or(kib).parse()?)
+    let kib = smaps_of(address, "MMUPageSize:")?;
+    Ok(kib.strip_suffix(" kB").unwrap_or(&kib).parse()?)
 }
 
 fn regions_of_all_kinds_in_c() -> Result<()> {
@@ -211,12 +221,29 @@ fn private_regions_are_not_inherited() -> Result<()> {
     Ok(())
 }
 
+/// The kernel is asked for transparent huge pages where a region is made for that, and nowhere else.
+fn huge_pages_are_advised() -> Result<()> {
+    for (region, advised) in [
+        (Region::huge_advised(HUGE)?, true),
+        (Region::anonymous(HUGE)?, false),
+    ] {
+        let flags = smaps_of(region.as_ptr().cast(), "VmFlags:")?;
+        let found = flags.split_whitespace().any(|flag| flag == "hg");
+        ensure!(
+            found == advised,
+            "{flags} of memory that is advised: {advised}"
+        );
+    }
+    Ok(())
+}
+
 /// No mapping of a region can lose its memory, whoever has the file.
 fn files_of_regions_keep_their_size() -> Result<()> {
     let _pool = HugePool::with_free(1)?;
     for page in [None, Some(HugePage::Mib2)] {
         let region = Region::memfd("sealed", 1, page)?;
         let file = region.memfd_descriptor().context("no descriptor")?;
+        ensure!(is_closed_on_exec(file), "other programs inherit the file");
         for len in [0, region.len() + HUGE] {
             // SAFETY: no memory is involved.
             let ret = unsafe { libc::ftruncate(file.as_raw_fd(), len as i64) };
@@ -465,9 +492,9 @@ fn owned(fd: i32) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn is_closed_on_exec(fd: &OwnedFd) -> bool {
+fn is_closed_on_exec(fd: impl AsFd) -> bool {
     // SAFETY: no memory is involved.
-    unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFD) == libc::FD_CLOEXEC }
+    unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETFD) == libc::FD_CLOEXEC }
 }
 
 fn exported_in_c() -> Result<()> {
@@ -625,6 +652,52 @@ fn accesses_begin_and_end() -> Result<()> {
         ];
         ensure!(errors == [-libc::EINVAL; 2], "{access}: {errors:?}");
     }
+    Ok(())
+}
+
+/// A signal with a handler during the wait for a device is no error of the access, in Rust and in C.
+fn signals_end_no_access() -> Result<()> {
+    extern "C" fn notice(_: libc::c_int) {}
+    let action = SigAction::new(
+        SigHandler::Handler(notice),
+        SaFlags::empty(),
+        SigSet::empty(),
+    );
+    // SAFETY: the handler does nothing.
+    let before = unsafe { sigaction(Signal::SIGUSR1, &action) }?;
+    let vgem = Vgem::new()?;
+    let memory = Memory::anonymous(PAGE)?;
+    let buffer = Device::open()?.create(&[memory.range()])?;
+    let of_rust = pinbuf::DmaBuf::try_from(buffer.as_fd())?;
+    let fd = buffer.as_fd().as_raw_fd();
+    for in_c in [false, true] {
+        let fence = vgem.uses(buffer.as_fd(), SYNC_WRITE)?;
+        let (say, hear) = mpsc::channel();
+        let of_rust = &of_rust;
+        let result = thread::scope(|scope| -> Result<i32> {
+            let waiter = scope.spawn(move || {
+                // SAFETY: a call without conditions.
+                let _ = say.send(unsafe { libc::pthread_self() });
+                match in_c {
+                    true => pinbuf_c::pinbuf_begin(fd, 1),
+                    false => of_rust.begin_cpu_access(Access::Read).map_or(1, |_| 0),
+                }
+            });
+            let thread = hear.recv()?;
+            for _ in 0..3 {
+                thread::sleep(Duration::from_millis(50));
+                ensure!(!waiter.is_finished(), "the access did not wait");
+                // SAFETY: it still runs, as the fence has not been signalled.
+                unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
+            }
+            thread::sleep(Duration::from_millis(50));
+            fence.signal()?;
+            waiter.join().map_err(|_| anyhow::anyhow!("the thread"))
+        })?;
+        ensure!(result == 0, "in C: {in_c}: {result}");
+    }
+    // SAFETY: what was there before.
+    unsafe { sigaction(Signal::SIGUSR1, &before) }?;
     Ok(())
 }
 
