@@ -23,6 +23,7 @@ use pinbuf_test_harness::support::{check, check_eq, Buffer, Device, Memory};
 use pinbuf_test_harness::tests;
 
 tests! { "faults":
+    pins_of_many_pages_at_once,
     pins_fail_for_one_thread,
     pins_of_anonymous within 300,
     pins_of_shmem within 300,
@@ -205,6 +206,30 @@ fn pins_that_fail_again_and_again() -> Result<()> {
         (most..=most + 2).contains(&counts.failed),
         "{} pins failed before it was given up, and not {most}",
         counts.failed
+    );
+    Ok(())
+}
+
+/// Pages that are there are pinned many at once: a page alone is only the first one, which may be of hugetlb.
+fn pins_of_many_pages_at_once() -> Result<()> {
+    const PAGES: usize = 2048;
+    /// What the driver asks GUP for at once.
+    const BATCH: usize = 512;
+    let pins = FailingPins::new()?;
+    let device = Device::open()?;
+    let memory = Memory::small_pages(PAGES * PAGE)?;
+    memory.touch_to_write();
+    let none = PinFailure {
+        nth: u32::MAX,
+        lasting: false,
+        longterm_only: false,
+        error: libc::EFAULT,
+    };
+    let (result, counts) = pins.during(none, || device.create(&[memory.range()]).map(drop))?;
+    result?;
+    check!(
+        counts.failed == 0 && counts.seen <= 2 + (PAGES / BATCH) as u64,
+        "{counts:?} for {PAGES} pages"
     );
     Ok(())
 }
