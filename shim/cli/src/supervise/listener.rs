@@ -148,7 +148,7 @@ fn to_its_end(mut call: impl FnMut() -> nix::Result<i32>) -> nix::Result<i32> {
 pub mod tests {
     use std::fs::File;
     use std::io::{Read, Write};
-    use std::os::fd::FromRawFd;
+    use std::os::fd::{FromRawFd, IntoRawFd};
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::thread;
     use std::time::Duration;
@@ -161,22 +161,32 @@ pub mod tests {
     use super::*;
     use crate::supervise::filter::Filter;
 
+    /// A child that shares our table of descriptors. It may make system calls only.
+    fn clone() -> nix::Result<libc::c_long> {
+        let flags = libc::CLONE_FILES | libc::SIGCHLD;
+        // SAFETY: the child has a copy of this stack, and makes system calls only.
+        Errno::result(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) })
+    }
+
+    /// The listener whose number a child with our table of descriptors writes to a pipe.
+    fn listener_in(from: &mut File) -> Listener {
+        let mut number = [0; 4];
+        from.read_exact(&mut number).unwrap();
+        let number = i32::from_ne_bytes(number);
+        assert!(number >= 0, "the child has no filter");
+        // SAFETY: the child has just made it, and leaves it to us.
+        Listener::from(unsafe { OwnedFd::from_raw_fd(number) })
+    }
+
     /// A process that makes a number of requests, and writes each answer to a pipe. Its table of descriptors is ours, and so
     /// are its listener and both ends of the pipe.
     pub fn process_with_requests(count: usize) -> (Pid, Listener, [File; 2]) {
         let mut filter = Filter::new(false);
         let (ours, theirs) = pipe().unwrap();
         let (mut ours, mut theirs) = (File::from(ours), File::from(theirs));
-        let flags = libc::CLONE_FILES | libc::SIGCHLD;
-        // SAFETY: the child has a copy of this stack, and makes system calls only.
-        let child = Errno::result(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) });
-        let child = child.unwrap() as i32;
+        let child = clone().unwrap() as i32;
         if child == 0 {
-            let listener = filter.enter().map_or(-1, |listener| {
-                let fd = listener.as_raw_fd();
-                std::mem::forget(listener);
-                fd
-            });
+            let listener = filter.enter().map_or(-1, IntoRawFd::into_raw_fd);
             let _ = theirs.write_all(&listener.to_ne_bytes());
             for _ in 0..count {
                 // SAFETY: the supervisor answers for the kernel, and is never given this memory.
@@ -190,17 +200,8 @@ pub mod tests {
             // SAFETY: ends the child.
             unsafe { libc::_exit(0) }
         }
-        let mut number = [0; 4];
-        ours.read_exact(&mut number).unwrap();
-        let number = i32::from_ne_bytes(number);
-        assert!(number >= 0, "the child has no filter");
-        // SAFETY: the child has just made it, and leaves it to us.
-        let listener = unsafe { OwnedFd::from_raw_fd(number) };
-        (
-            Pid::from_raw(child),
-            Listener::from(listener),
-            [ours, theirs],
-        )
+        let listener = listener_in(&mut ours);
+        (Pid::from_raw(child), listener, [ours, theirs])
     }
 
     /// Answers each of a number of calls with a file. An error is the first answer that is none.
@@ -237,19 +238,10 @@ pub mod tests {
         let mut filter = Filter::new(false);
         let (ours, theirs) = pipe().unwrap();
         let (mut ours, mut theirs) = (File::from(ours), File::from(theirs));
-        let clone = || {
-            let flags = libc::CLONE_FILES | libc::SIGCHLD;
-            // SAFETY: the child has a copy of this stack, and makes system calls only.
-            Errno::result(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) })
-        };
         let child = clone().unwrap() as i32;
         if child == 0 {
             // The listener is in our table, and in its copy of it.
-            let listener = filter.enter().map_or(-1, |listener| {
-                let fd = listener.as_raw_fd();
-                std::mem::forget(listener);
-                fd
-            });
+            let listener = filter.enter().map_or(-1, IntoRawFd::into_raw_fd);
             // SAFETY: no memory is involved.
             unsafe { libc::unshare(libc::CLONE_FILES) };
             if clone() == Ok(0) {
@@ -266,13 +258,7 @@ pub mod tests {
             // SAFETY: ends the child.
             unsafe { libc::_exit(0) }
         }
-        let mut number = [0; 4];
-        ours.read_exact(&mut number).unwrap();
-        let number = i32::from_ne_bytes(number);
-        assert!(number >= 0, "the child has no filter");
-        // SAFETY: the child has just made it, and leaves it to us.
-        let listener = unsafe { OwnedFd::from_raw_fd(number) };
-        (Pid::from_raw(child), Listener::from(listener))
+        (Pid::from_raw(child), listener_in(&mut ours))
     }
 
     extern "C" fn nothing(_: libc::c_int) {}
