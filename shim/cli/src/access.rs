@@ -177,7 +177,8 @@ impl Node {
         let has = |group: u32| who.groups.contains(&group);
         let acl = self.acl.as_deref().unwrap_or_default();
         let hidden = acl.iter().any(|(whose, _)| match whose {
-            Entry::User(id) | Entry::Group(id) => is_nobody(*id),
+            Entry::User(id) => is_nobody(*id) && who.uid == NOBODY,
+            Entry::Group(id) => is_nobody(*id) && has(NOBODY),
             _ => false,
         });
         let unknown = is_nobody(self.owner) && who.uid == NOBODY
@@ -201,6 +202,7 @@ impl Node {
                 entries.map(|(_, bits)| bits & most).collect()
             };
             found = of(&|whose| whose == Entry::User(who.uid));
+            found.truncate(1);
             if found.is_empty() {
                 found = of(&|whose| match whose {
                     Entry::Own => has(self.group),

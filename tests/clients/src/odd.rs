@@ -432,6 +432,7 @@ fn left() -> Result<()> {
         let mut status = 0;
         // SAFETY: the status is written to `status`.
         Errno::result(unsafe { libc::waitpid(opener, &mut status, 0) })?;
+        ensure!(libc::WIFEXITED(status), "an opener was killed");
         error = Errno::from_raw(libc::WEXITSTATUS(status));
     }
     // SAFETY: as above.

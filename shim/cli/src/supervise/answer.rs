@@ -49,6 +49,8 @@ pub struct Answers {
     log: Lines,
     /// It was reported that a process cannot be served.
     complained: AtomicBool,
+    /// It was reported that a process cannot be looked into when it opens something.
+    hidden: AtomicBool,
     /// The right to answer a request with a list of more than [`LONG`] items.
     long: Mutex<()>,
 }
@@ -74,6 +76,7 @@ impl Answers {
             unlimited,
             log: log.open().context("the log")?,
             complained: AtomicBool::new(false),
+            hidden: AtomicBool::new(false),
             long: Mutex::new(()),
         })
     }
@@ -133,11 +136,14 @@ impl Answers {
         match target.read(path, &mut name) {
             Ok(()) if name == UDMABUF => {}
             Err(Errno::EPERM) if listener.is_waiting(call) => {
-                self.complain(&format!(
-                    "process {} cannot be served, because its memory cannot be read (it is not dumpable, or Yama forbids \
-                     that)",
-                    call.pid
-                ));
+                // Most of these processes open something else.
+                if !self.hidden.swap(true, Ordering::Relaxed) {
+                    complain!(
+                        "what process {} opens cannot be seen, because its memory cannot be read (it is not dumpable, or \
+                         Yama forbids that): if it opens /dev/udmabuf, the kernel answers it",
+                        call.pid
+                    );
+                }
                 return Ok(KERNELS);
             }
             _ => return Ok(KERNELS),

@@ -144,8 +144,10 @@ pub fn wait(messages: File, supervisor: Pid) -> Result<Outcome> {
                 }
             }
         }
-        // Until there is a program, signals for it are kept; and while there is a message, which may say that it has ended.
-        let is_told = messages.as_ref().is_some_and(is_unread);
+        // Until there is a program, signals for it are kept; and while there is a message, which may say that it has ended. But
+        // before a stop of our own they are passed on: the kernel drops signals that stop and continue a process for each other.
+        let stops = statuses.iter().any(|status| libc::WIFSTOPPED(*status));
+        let is_told = !stops && messages.as_ref().is_some_and(is_unread);
         if let Some(program) = program.as_ref().filter(|_| !is_told) {
             // Until it has ended, nobody else has its number.
             let supervisor = messages.as_ref().map(|_| supervisor);
