@@ -315,6 +315,26 @@ mod tests {
             node(0o660, 65534, 108, false).permits(&contained),
             Some(false)
         );
+        // Entries for users whom the namespace does not have.
+        let hidden = Node {
+            acl: Some(vec![
+                (Entry::User(u32::MAX), 6),
+                (Entry::Own, 6),
+                (Entry::Mask, 6),
+            ]),
+            ..node(0o660, 65534, 108, false)
+        };
+        let mapped = Credentials {
+            groups: vec![108],
+            in_namespace: true,
+            ..who.clone()
+        };
+        assert_eq!(hidden.permits(&mapped), Some(true));
+        let nobody = Credentials {
+            uid: 65534,
+            ..mapped
+        };
+        assert_eq!(hidden.permits(&nobody), None);
         let root = Credentials {
             overrides: true,
             ..who
