@@ -184,12 +184,13 @@ impl Node {
         let unknown = is_nobody(self.owner) && who.uid == NOBODY
             || is_nobody(self.group) && has(NOBODY)
             || hidden;
-        let permitted = who.overrides || self.bits(who).any(|bits| bits & 0o6 == 0o6);
+        let permitted = who.overrides || self.bits(who).iter().any(|bits| bits & 0o6 == 0o6);
         (!unknown).then_some(permitted)
     }
 
-    /// The bits of which one set counts for a process, in the kernel's order.
-    fn bits(&self, who: &Credentials) -> impl Iterator<Item = u32> {
+    /// The bits that count for a process: of its user, of its groups, of which one entry with both bits is enough, or of all
+    /// others, as the kernel chooses.
+    fn bits(&self, who: &Credentials) -> Vec<u32> {
         let has = |group: u32| who.groups.contains(&group);
         let mut found = Vec::new();
         if who.uid == self.owner {
@@ -218,7 +219,7 @@ impl Node {
         } else {
             found.push(self.mode);
         }
-        found.into_iter()
+        found
     }
 
     /// The kernel lets `we` open it. Does it let `who`, too?
