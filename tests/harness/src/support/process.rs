@@ -7,14 +7,13 @@ use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::process::exit;
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, Context, Result};
 use nix::cmsg_space;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::resource::{setrlimit, Resource};
-use nix::sys::signal::{kill, Signal};
+use nix::sys::signal::{kill, signal, SigHandler, Signal};
 use nix::sys::socket::{recvmsg, sendmsg, ControlMessage, ControlMessageOwned, MsgFlags};
 use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 use nix::unistd::{fork, pipe, setgroups, setresgid, setresuid, ForkResult, Gid, Pid, Uid};
@@ -53,11 +52,15 @@ fn describe(result: std::thread::Result<Result<()>>) -> Option<String> {
 }
 
 impl Child {
-    /// Forks, and runs the closure in the child.
+    /// Forks, and runs the closure in the child, which ends without the standard library's cleanup.
+    ///
+    /// A thread that a scope has waited for may still be ending, and hold a lock of the standard library's that
+    /// every thread takes at its start and end. In the child nobody releases it: the closure starts threads only
+    /// if the caller has started none, or has joined each of them by its handle.
     pub fn run(action: impl FnOnce() -> Result<()>) -> Result<Self> {
         let (said, says) = pipe().context("pipe")?;
-        // SAFETY: the caller's other threads, if any, hold no lock that the child needs: tests
-        // start children before threads.
+        // SAFETY: the caller's other threads, if any, hold no lock that the child needs: the C library releases
+        // the allocator's in the child, and see above for the standard library's.
         match unsafe { fork() }.context("fork")? {
             ForkResult::Parent { child } => Ok(Self {
                 pid: child,
@@ -74,7 +77,8 @@ impl Child {
                         1
                     }
                 };
-                exit(code)
+                // SAFETY: ends the child. `exit` would take the lock named above.
+                unsafe { libc::_exit(code) }
             }
         }
     }
@@ -111,7 +115,10 @@ impl Child {
                 break status;
             }
             if Instant::now() > deadline {
-                bail!("the child still runs after {patience:?}");
+                bail!(
+                    "the child still runs after {patience:?} ({})",
+                    whereabouts(self.pid)
+                );
             }
             // Its end of the pipe is closed when it exits, a moment before it can be reaped. What it says there,
             // and a grandchild that has the pipe, make the rest of this wait a short sleep.
@@ -165,6 +172,27 @@ impl Drop for Child {
     }
 }
 
+/// What the threads of a process are doing, as root sees it: state, system call, and stack in the kernel.
+fn whereabouts(pid: Pid) -> String {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task"));
+    let mut text = String::new();
+    for thread in threads.into_iter().flatten().flatten() {
+        text += &format!("{}thread:", if text.is_empty() { "" } else { "; " });
+        for name in ["stat", "syscall", "stack"] {
+            let file = std::fs::read_to_string(thread.path().join(name)).unwrap_or_default();
+            // `stat` begins with the number and the name, which is in brackets.
+            let file = match file.rsplit_once(") ") {
+                Some((_, state)) if name == "stat" => state.get(..1).unwrap_or_default(),
+                _ => &file,
+            };
+            for line in file.lines().take(12) {
+                text += &format!(" {}", line.trim_start_matches("[<0>] "));
+            }
+        }
+    }
+    text
+}
+
 /// Runs a closure in a child and waits for it.
 pub fn in_child(action: impl FnOnce() -> Result<()>) -> Result<()> {
     Child::run(action)?.join()
@@ -173,6 +201,11 @@ pub fn in_child(action: impl FnOnce() -> Result<()>) -> Result<()> {
 /// The signal that a closure, run in a child, dies of; `None` if it returns.
 pub fn signal_of(action: impl FnOnce()) -> Result<Option<Signal>> {
     let child = Child::run(|| {
+        for fatal in [Signal::SIGSEGV, Signal::SIGBUS] {
+            // The standard library's handler would wait for a lock that another thread held at the fork.
+            // SAFETY: no handler is installed.
+            unsafe { signal(fatal, SigHandler::SigDfl) }?;
+        }
         action();
         Ok(())
     })?;
@@ -299,5 +332,42 @@ impl End {
 impl AsFd for End {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::support::memory::{Memory, PAGE};
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    /// While threads start and end all the time, children end, as they mean to or by a signal.
+    #[test]
+    fn children_of_a_process_with_threads_end() {
+        const CHILDREN: usize = 500;
+        let memory = Memory::anonymous(PAGE).unwrap();
+        memory.protect(0, PAGE, libc::PROT_NONE).unwrap();
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        thread::scope(|inner| drop(inner.spawn(|| ())));
+                    }
+                });
+            }
+            let result = (0..CHILDREN).try_for_each(|_| -> Result<()> {
+                let limit = Duration::from_secs(5);
+                Child::run(|| Ok(()))?.join_within(limit)?;
+                let signal = signal_of(|| {
+                    std::hint::black_box(memory.get(0));
+                })?;
+                assert_eq!(signal, Some(Signal::SIGSEGV));
+                Ok(())
+            });
+            stop.store(true, Ordering::Relaxed);
+            result.unwrap();
+        });
     }
 }
