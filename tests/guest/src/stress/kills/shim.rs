@@ -13,7 +13,9 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use fastrand::Rng;
+use nix::errno::Errno;
 use nix::sys::signal::{kill, killpg, Signal};
+use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
 use super::baseline::Baseline;
@@ -141,6 +143,9 @@ fn one_supervised(rng: &mut Rng) -> Result<bool> {
         output.read_to_end(&mut rest)?;
     }
     let status = child.wait()?;
+    // The others became children of this process, as their parents ended.
+    let others = Pid::from_raw(-group.as_raw());
+    while !matches!(waitpid(others, None), Err(Errno::ECHILD)) {}
     // Where the supervisor was killed, the program may have ended by the error that it got.
     check!(
         status.signal() == Some(libc::SIGKILL) || victim != group,
