@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 
+use nix::errno::Errno;
 use nix::fcntl::{openat2, OFlag, OpenHow, ResolveFlag};
 use nix::sys::statvfs::{fstatvfs, FsFlags};
 
@@ -15,7 +16,7 @@ use nix::sys::statvfs::{fstatvfs, FsFlags};
 pub struct Credentials {
     uid: u32,
     groups: Vec<u32>,
-    /// `CAP_DAC_OVERRIDE` where users are the host's: modes do not bind it.
+    /// `CAP_DAC_OVERRIDE`: modes do not bind it, where users are the host's.
     overrides: bool,
     /// `CAP_IPC_LOCK` where users are the host's: what it locks is charged to nobody.
     pub locks_memory: bool,
@@ -29,12 +30,12 @@ impl Credentials {
     /// Those of a process; `self` is this one.
     pub fn of(pid: &str) -> io::Result<Self> {
         let text = fs::read(format!("/proc/{pid}/status"))?;
-        let users = fs::read_to_string(format!("/proc/{pid}/uid_map"))?;
-        let all = ["0", "0", "4294967295"];
         let mut found = Self::parse(&text);
-        // The device belongs to the host's users, over whom a namespace's root has no power.
-        found.in_namespace = !users.split_whitespace().eq(all);
-        found.overrides &= !found.in_namespace;
+        for map in ["uid_map", "gid_map"] {
+            let ids = fs::read_to_string(format!("/proc/{pid}/{map}"))?;
+            let all = ["0", "0", "4294967295"];
+            found.in_namespace |= !ids.split_whitespace().eq(all);
+        }
         // A namespace may have the host's numbers, and its privileges are its own all the same.
         let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/user")).ok();
         found.locks_memory &= !found.in_namespace && namespace(pid) == namespace("self");
@@ -149,7 +150,12 @@ impl Node {
                 attribute.len(),
             )
         };
-        let acl = usize::try_from(len).ok().filter(|&len| len > 0);
+        let acl = match Errno::result(len) {
+            Ok(len) => Some(len as usize).filter(|&len| len > 0),
+            // None, or a file system without any. Of another error, nothing follows.
+            Err(Errno::ENODATA | Errno::EOPNOTSUPP) => None,
+            Err(error) => return Err(error.into()),
+        };
         let is_device = metadata.file_type().is_char_device();
         Ok(Self {
             mode: metadata.mode() & 0o777,
@@ -184,7 +190,9 @@ impl Node {
         let unknown = is_nobody(self.owner) && who.uid == NOBODY
             || is_nobody(self.group) && has(NOBODY)
             || hidden;
-        let permitted = who.overrides || self.bits(who).iter().any(|bits| bits & 0o6 == 0o6);
+        // The device belongs to the host's users, over whom a namespace's root has no power.
+        let overrides = who.overrides && !who.in_namespace;
+        let permitted = overrides || self.bits(who).iter().any(|bits| bits & 0o6 == 0o6);
         (!unknown).then_some(permitted)
     }
 
@@ -224,14 +232,11 @@ impl Node {
 
     /// The kernel lets `we` open it. Does it let `who`, too?
     pub fn opens_for(&self, who: &Credentials, we: &Credentials) -> bool {
-        let same_user = who.uid == we.uid;
-        match self.permits(who) {
-            Some(true) => true,
-            // By the mode as it is seen from here: the kernel knows better, and lets us.
-            Some(false) => same_user && who.groups == we.groups && (who.overrides || !we.overrides),
-            // An entry for our user is the program's as well.
-            None => same_user,
-        }
+        // As far as it is seen from here, it does not, or that is not known: the kernel knows better, and lets us. It lets
+        // whoever has what we have.
+        let has_ours =
+            who.uid == we.uid && who.groups == we.groups && (who.overrides || !we.overrides);
+        self.permits(who) == Some(true) || has_ours
     }
 
     /// Is it on a mount that lets no device be opened?
@@ -366,6 +371,37 @@ mod tests {
             overrides: true,
             ..we.clone()
         };
+        // Within a namespace, in which the device's owner and group are nobody.
+        let inside = Credentials {
+            in_namespace: true,
+            groups: vec![65534],
+            ..we.clone()
+        };
+        let without_hidden_groups = Credentials {
+            groups: vec![],
+            ..inside.clone()
+        };
+        let inside_root = Credentials {
+            overrides: true,
+            ..inside.clone()
+        };
+        for (who, we, wanted) in [
+            (&inside, &inside, true),
+            (&without_hidden_groups, &inside, false),
+            // It may be by this privilege alone that we may open it.
+            (&inside, &inside_root, false),
+            (&inside_root, &inside_root, true),
+            (&inside_root, &inside, true),
+        ] {
+            for mode in [0o660, 0o600] {
+                let hidden = Node {
+                    owner: 65534,
+                    group: 65534,
+                    ..node(mode, false)
+                };
+                assert_eq!(hidden.opens_for(who, we), wanted, "{mode:o} {who:?}");
+            }
+        }
         for (mode, acl, who, we, wanted) in [
             (0o666, false, &stranger, &we, true),
             (0o660, false, &stranger, &we, false),
