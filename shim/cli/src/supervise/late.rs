@@ -12,7 +12,7 @@
 //! with a userfaultfd of our own there, which makes such a page an error in place of zeroes ([`Guard`]).
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, BufRead, BufReader};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
@@ -58,12 +58,11 @@ pub fn registered_mappings(target: &Target, plan: &Plan) -> Spans {
     if complete || procmap::ask_all(maps.as_raw_fd(), of_call, &mut Spans::new()) == Ok(true) {
         return spans;
     }
-    let mut text = Vec::new();
     // What can be read of it is better than nothing.
-    let _ = target
-        .proc("smaps")
-        .and_then(|mut file| file.read_to_end(&mut text));
-    let ranges: Vec<_> = registered(&text).collect();
+    let smaps = target.proc("smaps").into_iter();
+    let ranges: Vec<_> = smaps
+        .flat_map(|file| registered(BufReader::new(file)).map_while(Result::ok))
+        .collect();
     let is_registered = |span: &Span| {
         let holds = |(start, end): &(u64, u64)| (*start..*end).contains(&span.addr);
         of_call(span) && ranges.iter().any(holds)
@@ -130,28 +129,32 @@ fn block(file: i32) -> u64 {
 /// Has the program registered any of these mappings with userfaultfd for pages that are missing? The kernel says that
 /// in `/proc/PID/smaps` alone, which takes it long: this is not asked without a reason. `true` if it is not known.
 pub fn may_come_later(target: &Target, mapped: &Spans) -> bool {
-    let mut text = Vec::new();
-    let read = target
-        .proc("smaps")
-        .and_then(|mut file| file.read_to_end(&mut text));
-    read.is_err()
-        || registered(&text).any(|(start, end)| {
-            mapped
-                .iter()
-                .any(|span| span.addr < end && start < span.addr + span.len)
-        })
+    let Ok(smaps) = target.proc("smaps") else {
+        return true;
+    };
+    registered(BufReader::new(smaps)).any(|range| match range {
+        Ok((start, end)) => mapped
+            .iter()
+            .any(|span| span.addr < end && start < span.addr + span.len),
+        Err(_) => true,
+    })
 }
 
-/// The mappings with the flag `um` in a text of smaps.
-fn registered(text: &[u8]) -> impl Iterator<Item = (u64, u64)> + '_ {
+/// The mappings with the flag `um` in a text of smaps, line by line: of a program with many mappings, it takes megabytes.
+fn registered(text: impl BufRead) -> impl Iterator<Item = io::Result<(u64, u64)>> {
     let mut mapping = None;
-    text.split(|&byte| byte == b'\n').filter_map(move |line| {
+    text.split(b'\n').filter_map(move |line| {
+        let line = match line {
+            Ok(line) => line,
+            Err(error) => return Some(Err(error)),
+        };
         let mut words = line
             .split(|&byte| byte == b' ')
             .map(|word| std::str::from_utf8(word).unwrap_or_default());
         let first = words.next()?;
         if first == "VmFlags:" {
-            return mapping.filter(|_| words.any(|word| word == "um"));
+            let range = mapping.filter(|_| words.any(|word| word == "um"));
+            return range.map(Ok);
         }
         // A mapping begins with its addresses; names of files have no place in front.
         if let Some((start, end)) = first.split_once('-') {
@@ -197,7 +200,7 @@ fn missing(
     Ok(())
 }
 
-fn errno(error: std::io::Error) -> Errno {
+fn errno(error: io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
@@ -243,7 +246,7 @@ mod tests {
     fn registered_mappings_are_found() {
         let text = b"7f00-8f00 rw-s 00000000 00:01 7    /memfd:a b (deleted)\nSize: 4 kB\nVmFlags: rd wr sh \n\
             9000-a000 rw-s 00000000 00:01 7    /\xff um\nSize: 4 kB\nVmFlags: rd wr sh um \n";
-        let found: Vec<_> = registered(text).collect();
+        let found: Vec<_> = registered(&text[..]).map(Result::unwrap).collect();
         assert_eq!(found, [(0x9000, 0xa000)]);
     }
 }
