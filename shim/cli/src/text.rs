@@ -96,8 +96,9 @@ fn print(text: &str) {
 
 /// Prints a line on standard error, with the name of this program before it.
 pub fn print_error(line: fmt::Arguments<'_>) {
-    // There is no other place to report a failure.
-    let _ = writeln!(io::stderr(), "pinbuf: {}", escaped(&line.to_string()));
+    let text = format!("pinbuf: {}\n", escaped(&line.to_string()));
+    // In one call, so that it does not mix with what others write. There is no other place to report a failure.
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 /// Prints a line.

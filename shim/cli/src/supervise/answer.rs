@@ -25,7 +25,7 @@ use pinbuf_udmabuf::window::Window;
 use super::filter::{self, Opening};
 use super::late::{self, Guard};
 use super::listener::{Answer, Call, Listener};
-use super::log::{Lines, Log};
+use super::log::Lines;
 use super::target::Target;
 use crate::access::{number_of, Credentials, Node};
 use crate::process::character_device;
@@ -60,7 +60,7 @@ struct Gone;
 
 impl Answers {
     /// Answers calls with this device.
-    pub fn new(device: Device, log: &Log) -> anyhow::Result<Self> {
+    pub fn new(device: Device, log: Lines) -> anyhow::Result<Self> {
         // What is read of processes by their numbers would be of other ones.
         let ours = std::fs::read_link("/proc/self").context("/proc/self")?;
         if ours != Path::new(&std::process::id().to_string()) {
@@ -74,7 +74,7 @@ impl Answers {
             device,
             number,
             unlimited,
-            log: log.open().context("the log")?,
+            log,
             complained: AtomicBool::new(false),
             hidden: AtomicBool::new(false),
             long: Mutex::new(()),
@@ -129,7 +129,7 @@ impl Answers {
             Opening::Open | Opening::Creat => first,
             Opening::Openat | Opening::Openat2 => second,
         };
-        let Some(target) = self.target(call, listener)? else {
+        let Ok(target) = self.target(call, listener)? else {
             return Ok(KERNELS);
         };
         let mut name = [0; UDMABUF.len()];
@@ -168,8 +168,13 @@ impl Answers {
         if !listener.is_waiting(call) {
             return Err(Gone);
         }
-        if way.is_the_kernels() || !self.may_serve(&target, call, listener)? {
+        if way.is_the_kernels() {
             return Ok(KERNELS);
+        }
+        match self.may_serve(&target, call, listener)? {
+            Ok(true) => {}
+            Ok(false) => return Ok(KERNELS),
+            Err(error) => return Ok((Answer::Error(error), None)),
         }
         let opened = way.open().and_then(|file| {
             // With O_PATH, too: what it gets can be used.
@@ -194,11 +199,14 @@ impl Answers {
     fn request(&self, call: &Call, listener: &Listener) -> Result<(Answer, Option<Report>), Gone> {
         const KERNELS: (Answer, Option<Report>) = (Answer::TheKernels, None);
         let [descriptor, number, argument, ..] = call.data.args;
-        let Some(target) = self.target(call, listener)? else {
-            return Ok(KERNELS);
+        let target = match self.target(call, listener)? {
+            Ok(target) => target,
+            Err(error) if is_shortage(error) => return Ok((Answer::Error(error), None)),
+            Err(_) => return Ok(KERNELS),
         };
         let device = match target.file(descriptor as i32) {
             Ok(device) => device,
+            Err(error) if is_shortage(error) => return Ok((Answer::Error(error), None)),
             // A number without a file: the kernel says so.
             Err(Errno::EBADF) => return Ok(KERNELS),
             Err(_) if !listener.is_waiting(call) => return Err(Gone),
@@ -210,8 +218,13 @@ impl Answers {
                 return Ok(KERNELS);
             }
         };
-        if !self.is_ours(&device) || !self.may_serve(&target, call, listener)? {
+        if !self.is_ours(&device) {
             return Ok(KERNELS);
+        }
+        match self.may_serve(&target, call, listener)? {
+            Ok(true) => {}
+            Ok(false) => return Ok(KERNELS),
+            Err(error) => return Ok((Answer::Error(error), None)),
         }
         let mut report = Report::created(&target);
         let made = self.create(
@@ -235,14 +248,14 @@ impl Answers {
         ))
     }
 
-    /// The thread that made a call; `None` if it cannot be served.
-    fn target(&self, call: &Call, listener: &Listener) -> Result<Option<Target>, Gone> {
+    /// The thread that made a call, or why it cannot be served.
+    fn target(&self, call: &Call, listener: &Listener) -> Result<nix::Result<Target>, Gone> {
         match Target::of(call, listener) {
-            Ok(Some(target)) => Ok(Some(target)),
+            Ok(Some(target)) => Ok(Ok(target)),
             Ok(None) => Err(Gone),
             Err(error) => {
                 self.complain(&format!("process {} cannot be served: {error}", call.pid));
-                Ok(None)
+                Ok(Err(error))
             }
         }
     }
@@ -265,13 +278,24 @@ impl Answers {
     }
 
     /// A buffer that we make is charged to our user. Where that means that it is charged to nobody, only processes of
-    /// which the same holds are served: a program that has given up root's rights has limits.
-    fn may_serve(&self, target: &Target, call: &Call, listener: &Listener) -> Result<bool, Gone> {
+    /// which the same holds are served: a program that has given up root's rights has limits. An error if there is too
+    /// little of something to know that.
+    fn may_serve(
+        &self,
+        target: &Target,
+        call: &Call,
+        listener: &Listener,
+    ) -> Result<nix::Result<bool>, Gone> {
         if !self.unlimited {
-            return Ok(true);
+            return Ok(Ok(true));
         }
-        let who = Credentials::of(&target.number().to_string());
-        let served = who.is_ok_and(|who| who.locks_memory);
+        let served = match Credentials::of(&target.number().to_string()) {
+            Ok(who) => who.locks_memory,
+            Err(error) => match shortage(&error) {
+                Some(errno) => return Ok(Err(errno)),
+                None => false,
+            },
+        };
         if !served {
             // A thread that was killed has no rights, and its number may be another's.
             if !listener.is_waiting(call) {
@@ -283,7 +307,7 @@ impl Answers {
                 target.number()
             ));
         }
-        Ok(served)
+        Ok(Ok(served))
     }
 
     /// Makes a buffer as udmabuf does, and says whether its descriptor is closed on `exec`.
@@ -527,12 +551,18 @@ fn may_open(target: &Target) -> nix::Result<()> {
     match opens() {
         Ok(true) => Ok(()),
         Ok(false) => Err(Errno::EACCES),
-        // What the kernel returns as well when it has too little of something.
-        Err(error) => Err(match error.raw_os_error().map(Errno::from_raw) {
-            Some(errno @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)) => errno,
-            _ => Errno::EACCES,
-        }),
+        Err(error) => Err(shortage(&error).unwrap_or(Errno::EACCES)),
     }
+}
+
+/// Is this what the kernel returns as well when it has too little of something?
+fn is_shortage(error: Errno) -> bool {
+    matches!(error, Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
+}
+
+fn shortage(error: &std::io::Error) -> Option<Errno> {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    errno.filter(|errno| is_shortage(*errno))
 }
 
 /// How a program opens the device, besides its name.

@@ -99,6 +99,8 @@ pub fn run(mut command: Command, device: Device, log: Log) -> Result<Outcome> {
         // SAFETY: a system call, which is all that there is between fork and exec.
         unsafe { command.pre_exec(ignore) };
     }
+    // A FIFO is waited for, which a signal can end.
+    let log = log.open().context("the log")?;
     // Signals are read from a descriptor; the program gets the mask that we had.
     let mask = SigSet::thread_get_mask()?;
     SigSet::all().thread_set_mask()?;
@@ -106,7 +108,7 @@ pub fn run(mut command: Command, device: Device, log: Log) -> Result<Outcome> {
     // SAFETY: this process has one thread.
     match unsafe { fork() }.context("fork")? {
         ForkResult::Parent { child } => {
-            drop((to_us, device));
+            drop((to_us, device, log));
             front::wait(from_supervisor.into(), child)
         }
         ForkResult::Child => {

@@ -30,7 +30,7 @@ use super::answer::Answers;
 use super::filter::Filter;
 use super::front::{self, Message};
 use super::listener::{says_deserted, Listener};
-use super::log::Log;
+use super::log::Lines;
 use super::pool::Pool;
 use super::{adopt_orphans, can_open_udmabuf, close_inherited, NAME};
 
@@ -40,13 +40,13 @@ pub fn serve(
     command: Command,
     mask: &SigSet,
     device: Device,
-    log: Log,
+    log: Lines,
     to_front: &File,
 ) -> Result<()> {
     let parent = getppid();
     adopt_orphans()?;
-    let quiet = !matches!(log, Log::Stderr);
-    let answers = Answers::new(device, &log)?;
+    let quiet = !log.is_stderr();
+    let answers = Answers::new(device, log)?;
     // Opened now: a program that was started cannot be taken back, and uses up descriptors.
     let nothing = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
     let nothing = nothing.context("/dev/null")?;
