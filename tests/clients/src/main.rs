@@ -57,6 +57,7 @@ fn tests() -> impl Iterator<Item = &'static Test> + Clone {
         user::TESTS,
         run::TESTS,
         supervised::TESTS,
+        supervised::front::TESTS,
         supervised::surroundings::TESTS,
         supervised::users::TESTS,
         doctor::TESTS,

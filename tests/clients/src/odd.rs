@@ -28,7 +28,8 @@ fn main() -> Result<()> {
         ["left"] => left(),
         ["last"] => last(),
         ["hidden"] => hidden(),
-        _ => bail!("sparse, long, openat2, open, stopped, left, last or hidden"),
+        ["ask"] => ask(),
+        _ => bail!("sparse, long, openat2, open, stopped, left, last, hidden or ask"),
     }
 }
 
@@ -458,6 +459,18 @@ fn hidden() -> Result<()> {
     nix::sys::prctl::set_dumpable(false)?;
     println!("{}", outcome(udmabuf::open()));
     Ok(())
+}
+
+/// Makes a buffer, and another one for each line that it reads.
+fn ask() -> Result<()> {
+    let file = udmabuf::sealed_memfd(PAGE)?;
+    let device = udmabuf::open().context("opening /dev/udmabuf")?;
+    loop {
+        println!("{}", outcome(Create::new(&file, 0, PAGE).call(&device)));
+        if std::io::stdin().read_line(&mut String::new())? == 0 {
+            return Ok(());
+        }
+    }
 }
 
 /// The number of the child, or 0 in it. This process has one thread.

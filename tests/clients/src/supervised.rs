@@ -4,7 +4,7 @@
 //! supervisor.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,7 @@ use pinbuf_test_harness::tests;
 use crate::process::{no_udmabuf, End, Start};
 use crate::udev;
 
+pub mod front;
 pub mod surroundings;
 pub mod users;
 
@@ -247,6 +248,11 @@ impl Running {
         let mut line = String::new();
         self.lines.read_line(&mut line)?;
         Ok(line)
+    }
+
+    fn say(&mut self, text: &str) -> Result<()> {
+        let input = self.child.stdin.as_mut().context("no input")?;
+        Ok(input.write_all(text.as_bytes())?)
     }
 
     fn pid(&self) -> Result<Pid> {

@@ -3,18 +3,22 @@
 //! `pinbuf run` itself, while the program runs: it passes signals on to the program, stops when the program stops, and
 //! ends as the program ends.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
 use anyhow::Result;
 use nix::errno::Errno;
+use nix::fcntl::{open, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::prctl;
 use nix::sys::resource::{setrlimit, Resource};
 use nix::sys::signal::{kill, raise, signal, SigHandler, SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::unistd::{getpid, getsid, Pid};
+use nix::sys::stat::Mode;
+use nix::sys::wait::{waitid, waitpid, Id, WaitPidFlag};
+use nix::unistd::{dup2_stdin, dup2_stdout, getpid, getsid, Pid};
 
 use super::{adopt_orphans, close_inherited, Outcome};
 use crate::text::complain;
@@ -72,12 +76,13 @@ pub fn is_unread(messages: &File) -> bool {
 /// The program.
 struct Program {
     number: Pid,
-    /// None if it had ended before we could ask for one.
+    /// None if it had ended, and been waited for, before we could ask for one.
     pidfd: Option<OwnedFd>,
 }
 
 impl Program {
-    fn of(number: Pid) -> nix::Result<Self> {
+    /// The child of `supervisor` with this number.
+    fn of(number: Pid, supervisor: Pid) -> nix::Result<Self> {
         // SAFETY: no memory is involved.
         let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, number.as_raw(), 0) });
         let pidfd = match fd {
@@ -86,6 +91,9 @@ impl Program {
             Err(Errno::ESRCH) => None,
             Err(error) => return Err(error),
         };
+        // If it was waited for before, the number may be a stranger's. (It is our child where the supervisor was killed.)
+        let parent = parent_of(number);
+        let pidfd = pidfd.filter(|_| [Some(supervisor), Some(getpid())].contains(&parent));
         Ok(Self { number, pidfd })
     }
 
@@ -99,6 +107,36 @@ impl Program {
     }
 }
 
+/// The parent of a process, if the process is there.
+fn parent_of(process: Pid) -> Option<Pid> {
+    let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The name before these may contain anything.
+    let (_, rest) = text.rsplit_once(") ")?;
+    let parent = rest.split(' ').nth(1)?.parse().ok()?;
+    Some(Pid::from_raw(parent))
+}
+
+/// Leaves the program's input and output to the program: who waits for the end of its output need not wait for ours.
+/// Messages of ours may still follow on standard error.
+fn leave_the_output() -> nix::Result<()> {
+    let nothing = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?;
+    dup2_stdin(&nothing)?;
+    dup2_stdout(&nothing)
+}
+
+/// Waits for the children that this process had before it became `pinbuf run`, and for those that it has adopted since,
+/// without which they would stay in the list of processes. Not for the supervisor and the program.
+fn reap_others(supervisor: Pid, program: Pid) {
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    while let Some(ended) = waitid(Id::All, flags).ok().and_then(|status| status.pid()) {
+        // One of these ends this process's work soon.
+        if ended == supervisor || ended == program {
+            return;
+        }
+        let _ = waitpid(ended, None);
+    }
+}
+
 /// Waits until the program has ended.
 pub fn wait(messages: File, supervisor: Pid) -> Result<Outcome> {
     // Should the supervisor be killed, its children become ours.
@@ -109,6 +147,7 @@ pub fn wait(messages: File, supervisor: Pid) -> Result<Outcome> {
     let signals = SignalFd::with_flags(&SigSet::all(), flags)?;
     let mut messages = Some(messages);
     let mut program: Option<Program> = None;
+    let mut early = true;
     loop {
         let wanted = match &program {
             Some(_) => PollFlags::POLLIN,
@@ -128,7 +167,11 @@ pub fn wait(messages: File, supervisor: Pid) -> Result<Outcome> {
         let mut statuses = Vec::new();
         if let Some(from) = messages.as_ref().filter(|_| spoken) {
             match Message::receive(from) {
-                Some(Message::Started(number)) => program = Some(Program::of(number)?),
+                Some(Message::Started(number)) => {
+                    program = Some(Program::of(number, supervisor)?);
+                    // The supervisor has it as well. Without it the program's output ends later.
+                    let _ = leave_the_output();
+                }
                 Some(Message::Changed(status)) => statuses.push(status),
                 Some(Message::NoFilter(errno)) => return Ok(Outcome::NoFilter(errno)),
                 Some(Message::NoProgram(errno)) => return Ok(Outcome::NoProgram(errno)),
@@ -146,13 +189,17 @@ pub fn wait(messages: File, supervisor: Pid) -> Result<Outcome> {
         }
         // Until there is a program, signals for it are kept; and while there is a message, which may say that it has ended. But
         // before a stop of our own they are passed on: the kernel drops signals that stop and continue a process for each other.
+        // (One that comes between this and the stop is lost.)
         let stops = statuses.iter().any(|status| libc::WIFSTOPPED(*status));
         let is_told = !stops && messages.as_ref().is_some_and(is_unread);
         if let Some(program) = program.as_ref().filter(|_| !is_told) {
-            // Until it has ended, nobody else has its number.
-            let supervisor = messages.as_ref().map(|_| supervisor);
+            let alive = messages.as_ref().map(|_| supervisor);
             while let Some(signal) = signals.read_signal()? {
-                pass_on(&signal, program, supervisor);
+                pass_on(&signal, program, alive, early);
+            }
+            early = false;
+            if messages.is_some() {
+                reap_others(supervisor, program.number);
             }
         }
         if let Some(program) = program.as_ref().filter(|_| messages.is_none()) {
@@ -186,7 +233,14 @@ pub fn wait(messages: File, supervisor: Pid) -> Result<Outcome> {
 /// Passes a signal on that somebody has sent to us. Most of the kernel's own, such as those of a terminal, go to the whole
 /// group of processes, to which the program belongs as well. The supervisor continues us after the program went on:
 /// passed on, that would undo a stop that came since.
-fn pass_on(signal: &libc::signalfd_siginfo, program: &Program, supervisor: Option<Pid>) {
+///
+/// What came early, before the program was a member of the group, has not reached it.
+fn pass_on(
+    signal: &libc::signalfd_siginfo,
+    program: &Program,
+    supervisor: Option<Pid>,
+    early: bool,
+) {
     let number = signal.ssi_signo as i32;
     // An alarm outlives `exec`, and the end of a terminal is reported to the leader of its session.
     let ours_alone = match number {
@@ -194,7 +248,7 @@ fn pass_on(signal: &libc::signalfd_siginfo, program: &Program, supervisor: Optio
         libc::SIGHUP | libc::SIGCONT => getsid(None) == Ok(getpid()),
         _ => false,
     };
-    let sent = signal.ssi_code <= 0 || ours_alone;
+    let sent = signal.ssi_code <= 0 || ours_alone || early;
     let by = |process: Pid| signal.ssi_pid == process.as_raw() as u32;
     let of_our_own = number == libc::SIGCONT && supervisor.is_some_and(by);
     if !sent || by(program.number) || of_our_own || number == libc::SIGCHLD {
@@ -225,6 +279,8 @@ fn changes(program: Pid) -> Vec<i32> {
 fn end_by(number: i32) -> Result<()> {
     // The program's memory may be worth a file, ours is not.
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    // Where files are made by a program (`core_pattern`), that limit does not bind.
+    prctl::set_dumpable(false)?;
     if let Ok(ending) = Signal::try_from(number) {
         if ending != Signal::SIGKILL {
             // SAFETY: no handler is set.
@@ -237,4 +293,25 @@ fn end_by(number: i32) -> Result<()> {
     }
     // A signal for programs' own use (real-time).
     std::process::exit(128 + number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::unistd::getppid;
+    use std::process::Command;
+
+    #[test]
+    fn strangers_get_no_signals() {
+        let mut child = Command::new("sleep").arg("50").spawn().unwrap();
+        let number = Pid::from_raw(child.id() as i32);
+        assert_eq!(parent_of(number), Some(getpid()));
+        let program = Program::of(number, getpid()).unwrap();
+        assert!(program.pidfd.is_some());
+        program.send(libc::SIGTERM);
+        child.wait().unwrap();
+        assert!(Program::of(number, getpid()).unwrap().pidfd.is_none());
+        let stranger = Program::of(getppid(), getpid()).unwrap();
+        assert!(stranger.pidfd.is_none());
+    }
 }
