@@ -99,7 +99,7 @@ fn put(path: &str, value: &str) -> Result<()> {
 fn work(stop: &AtomicBool) -> Result<u64> {
     let equal = Memory::new(libc::MADV_MERGEABLE)?;
     let mut most = 0;
-    for round in 0u8.. {
+    for round in (0..=u8::MAX).cycle() {
         if stop.load(Ordering::Relaxed) {
             break;
         }

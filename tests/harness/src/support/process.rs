@@ -339,6 +339,7 @@ impl AsFd for End {
 mod tests {
     use super::*;
     use crate::support::memory::{Memory, PAGE};
+    use anyhow::ensure;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::thread;
 
@@ -363,7 +364,7 @@ mod tests {
                 let signal = signal_of(|| {
                     std::hint::black_box(memory.get(0));
                 })?;
-                assert_eq!(signal, Some(Signal::SIGSEGV));
+                ensure!(signal == Some(Signal::SIGSEGV), "{signal:?}");
                 Ok(())
             });
             stop.store(true, Ordering::Relaxed);
