@@ -16,7 +16,7 @@ use nix::sys::statvfs::{fstatvfs, FsFlags};
 pub struct Credentials {
     uid: u32,
     groups: Vec<u32>,
-    /// `CAP_DAC_OVERRIDE`: modes do not bind it, where users are the host's.
+    /// `CAP_DAC_OVERRIDE` in our namespace: modes do not bind it, where users are the host's.
     overrides: bool,
     /// `CAP_IPC_LOCK` where users are the host's: what it locks is charged to nobody.
     pub locks_memory: bool,
@@ -38,7 +38,9 @@ impl Credentials {
         }
         // A namespace may have the host's numbers, and its privileges are its own all the same.
         let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/user")).ok();
-        found.locks_memory &= !found.in_namespace && namespace(pid) == namespace("self");
+        let is_ours = namespace(pid) == namespace("self");
+        found.locks_memory &= !found.in_namespace && is_ours;
+        found.overrides &= is_ours;
         Ok(found)
     }
 
@@ -187,9 +189,16 @@ impl Node {
             Entry::Group(id) => is_nobody(*id) && has(NOBODY),
             _ => false,
         });
-        let unknown = is_nobody(self.owner) && who.uid == NOBODY
+        // Where everybody may, or the user itself is named, groups do not matter.
+        let names_user = acl
+            .iter()
+            .any(|(whose, _)| *whose == Entry::User(who.uid) && self.mode & 0o070 != 0);
+        let by_user = who.uid != NOBODY && (who.uid == self.owner || names_user);
+        let by_all = acl.is_empty() && self.mode & 0o666 == 0o666;
+        let hides = is_nobody(self.owner) && who.uid == NOBODY
             || is_nobody(self.group) && has(NOBODY)
             || hidden;
+        let unknown = hides && !by_user && !by_all;
         // The device belongs to the host's users, over whom a namespace's root has no power.
         let overrides = who.overrides && !who.in_namespace;
         let permitted = overrides || self.bits(who).iter().any(|bits| bits & 0o6 == 0o6);
@@ -401,6 +410,19 @@ mod tests {
                 };
                 assert_eq!(hidden.opens_for(who, we), wanted, "{mode:o} {who:?}");
             }
+        }
+        let in_view = Node {
+            owner: 65534,
+            group: 65534,
+            ..node(0o660, true)
+        };
+        let for_all = Node {
+            mode: 0o666,
+            acl: None,
+            ..in_view.clone()
+        };
+        for node in [in_view, for_all] {
+            assert!(node.opens_for(&inside, &inside_root), "{node:?}");
         }
         for (mode, acl, who, we, wanted) in [
             (0o666, false, &stranger, &we, true),

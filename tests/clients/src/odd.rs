@@ -461,12 +461,13 @@ fn hidden() -> Result<()> {
     Ok(())
 }
 
-/// Makes a buffer, and another one for each line that it reads.
+/// Makes a buffer and opens the device, and again for each line that it reads.
 fn ask() -> Result<()> {
     let file = udmabuf::sealed_memfd(PAGE)?;
     let device = udmabuf::open().context("opening /dev/udmabuf")?;
     loop {
-        println!("{}", outcome(Create::new(&file, 0, PAGE).call(&device)));
+        let made = Create::new(&file, 0, PAGE).call(&device);
+        println!("{} {}", outcome(made), outcome(udmabuf::open()));
         if std::io::stdin().read_line(&mut String::new())? == 0 {
             return Ok(());
         }

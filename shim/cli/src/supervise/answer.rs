@@ -14,6 +14,7 @@ use anyhow::{bail, Context};
 use nix::errno::Errno;
 use nix::sys::stat::fstat;
 use nix::sys::sysinfo::sysinfo;
+use nix::unistd::Pid;
 use pinbuf::Device;
 use pinbuf_udmabuf::call::{as_udmabuf, each_part, flags_of, Call as DriversCall, TRIES};
 use pinbuf_udmabuf::plan::Plan;
@@ -129,10 +130,19 @@ impl Answers {
             Opening::Open | Opening::Creat => first,
             Opening::Openat | Opening::Openat2 => second,
         };
-        let Ok(target) = self.target(call, listener)? else {
-            return Ok(KERNELS);
-        };
         let mut name = [0; UDMABUF.len()];
+        let target = match self.target(call, listener)? {
+            Ok(target) => target,
+            Err(error) => {
+                // For a name no descriptor is needed.
+                let read = Target::read_of(Pid::from_raw(call.pid as i32), path, &mut name);
+                let is_device = read.is_ok() && name == UDMABUF && listener.is_waiting(call);
+                return Ok(match is_device && is_shortage(error) {
+                    true => (Answer::Error(error), None),
+                    false => KERNELS,
+                });
+            }
+        };
         match target.read(path, &mut name) {
             Ok(()) if name == UDMABUF => {}
             Err(Errno::EPERM) if listener.is_waiting(call) => {

@@ -17,7 +17,7 @@ use nix::sys::resource::{setrlimit, Resource};
 use nix::sys::signal::{kill, raise, signal, SigHandler, SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::Mode;
-use nix::sys::wait::{waitid, waitpid, Id, WaitPidFlag};
+use nix::sys::wait::waitpid;
 use nix::unistd::{dup2_stdin, dup2_stdout, getpid, getsid, Pid};
 
 use super::{adopt_orphans, close_inherited, Outcome};
@@ -91,9 +91,11 @@ impl Program {
             Err(Errno::ESRCH) => None,
             Err(error) => return Err(error),
         };
-        // If it was waited for before, the number may be a stranger's. (It is our child where the supervisor was killed.)
+        // If it was waited for before, the number may be a stranger's. (It is our child where the supervisor was killed. /proc may
+        // hide it from us.)
         let parent = parent_of(number);
-        let pidfd = pidfd.filter(|_| [Some(supervisor), Some(getpid())].contains(&parent));
+        let is_child = parent.is_none_or(|parent| [supervisor, getpid()].contains(&parent));
+        let pidfd = pidfd.filter(|_| is_child);
         Ok(Self { number, pidfd })
     }
 
@@ -107,7 +109,7 @@ impl Program {
     }
 }
 
-/// The parent of a process, if the process is there.
+/// The parent of a process, if the process is there, and /proc shows it.
 fn parent_of(process: Pid) -> Option<Pid> {
     let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     // The name before these may contain anything.
@@ -127,10 +129,18 @@ fn leave_the_output() -> nix::Result<()> {
 /// Waits for the children that this process had before it became `pinbuf run`, and for those that it has adopted since,
 /// without which they would stay in the list of processes. Not for the supervisor and the program.
 fn reap_others(supervisor: Pid, program: Pid) {
-    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-    while let Some(ended) = waitid(Id::All, flags).ok().and_then(|status| status.pid()) {
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    loop {
+        let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
+        // Not by nix, which takes the status of a child that a real-time signal has killed for an error.
+        // SAFETY: the information is written.
+        let found = unsafe { libc::waitid(libc::P_ALL, 0, info.as_mut_ptr(), flags) };
+        // SAFETY: written by the kernel, or zeroes.
+        let info = unsafe { info.assume_init() };
+        // SAFETY: the information is that of a child, or zeroes.
+        let ended = Pid::from_raw(unsafe { info.si_pid() });
         // One of these ends this process's work soon.
-        if ended == supervisor || ended == program {
+        if found != 0 || [Pid::from_raw(0), supervisor, program].contains(&ended) {
             return;
         }
         let _ = waitpid(ended, None);
@@ -251,7 +261,10 @@ fn pass_on(
     let sent = signal.ssi_code <= 0 || ours_alone || early;
     let by = |process: Pid| signal.ssi_pid == process.as_raw() as u32;
     let of_our_own = number == libc::SIGCONT && supervisor.is_some_and(by);
-    if !sent || by(program.number) || of_our_own || number == libc::SIGCHLD {
+    // Of a message of ours that nobody reads.
+    let of_our_output = number == libc::SIGPIPE && by(getpid()) && !early;
+    let is_ours = of_our_own || of_our_output || number == libc::SIGCHLD;
+    if !sent || by(program.number) || is_ours {
         return;
     }
     program.send(number);
@@ -298,7 +311,6 @@ fn end_by(number: i32) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::unistd::getppid;
     use std::process::Command;
 
     #[test]
@@ -310,8 +322,7 @@ mod tests {
         assert!(program.pidfd.is_some());
         program.send(libc::SIGTERM);
         child.wait().unwrap();
-        assert!(Program::of(number, getpid()).unwrap().pidfd.is_none());
-        let stranger = Program::of(getppid(), getpid()).unwrap();
+        let stranger = Program::of(Pid::from_raw(1), getpid()).unwrap();
         assert!(stranger.pidfd.is_none());
     }
 }

@@ -54,12 +54,17 @@ impl Target {
 
     /// Copies all of this memory, once: `EFAULT` if it cannot be read.
     pub fn read(&self, address: u64, to: &mut [u8]) -> nix::Result<()> {
+        Self::read_of(self.thread, address, to)
+    }
+
+    /// Copies memory of the thread with this number.
+    pub fn read_of(thread: Pid, address: u64, to: &mut [u8]) -> nix::Result<()> {
         let len = to.len();
         let remote = [RemoteIoVec {
             base: address as usize,
             len,
         }];
-        let read = process_vm_readv(self.thread, &mut [IoSliceMut::new(to)], &remote)?;
+        let read = process_vm_readv(thread, &mut [IoSliceMut::new(to)], &remote)?;
         if read == len {
             Ok(())
         } else {

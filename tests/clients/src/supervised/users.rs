@@ -12,11 +12,12 @@ use pinbuf_test_harness::tests;
 
 use super::surroundings::ODD;
 use super::{run, CLIENT, MADE};
-use crate::process::{no_udmabuf, Start};
+use crate::process::{no_udmabuf, Start, DEBIAN_MEMLOCK};
 
 tests!("supervised":
     access_control_lists_are_the_kernels,
     process_that_is_not_dumpable_is_reported,
+    privileges_in_a_namespace_of_its_own_are_no_rights,
 );
 
 const DEVICE: &CStr = c"/dev/pinbuf";
@@ -133,5 +134,34 @@ fn process_that_is_not_dumpable_is_reported() -> Result<()> {
         end.out == "ENOENT\n" && end.err.contains("its memory cannot be read"),
         "{end:?}"
     );
+    Ok(())
+}
+
+/// A user may open the device by CAP_DAC_OVERRIDE alone. A program of its that gives that up may not, also where it makes a
+/// namespace, in which it has all privileges.
+fn privileges_in_a_namespace_of_its_own_are_no_rights() -> Result<()> {
+    no_udmabuf()?;
+    let give_up = ["setpriv", "--inh-caps=-dac_override", "--"];
+    let namespace = ["unshare", "--user", "--keep-caps"];
+    for (before, may_open) in [
+        (&[][..], true),
+        (&give_up, false),
+        (&[&give_up[..], &namespace].concat(), false),
+    ] {
+        let supervise = ["pinbuf", "run", "--by", "supervisor", "--"];
+        let words = [&supervise[..], before, &[CLIENT]].concat();
+        let mut start = Start::program(&words)
+            .memlock(DEBIAN_MEMLOCK << 4, DEBIAN_MEMLOCK << 4)
+            .by_user(None);
+        start.give("dac_override");
+        let end = start.end()?;
+        match may_open {
+            true => ensure!(end.out == MADE, "{before:?}: {end:?}"),
+            false => ensure!(
+                end.status == Some(1) && end.err.contains("Permission denied"),
+                "{before:?}: {end:?}"
+            ),
+        }
+    }
     Ok(())
 }
