@@ -3,7 +3,7 @@
 //! `pinbuf run` itself, while the program runs: it passes signals on to the program, stops when the program stops, and
 //! ends as the program ends.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
@@ -20,7 +20,7 @@ use nix::sys::stat::Mode;
 use nix::sys::wait::waitpid;
 use nix::unistd::{dup2_stdin, dup2_stdout, getpid, getsid, Pid};
 
-use super::{adopt_orphans, close_inherited, Outcome};
+use super::{adopt_orphans, close_inherited, state_and_parent, Outcome};
 use crate::text::complain;
 
 /// What the supervisor tells.
@@ -93,8 +93,8 @@ impl Program {
         };
         // If it was waited for before, the number may be a stranger's. (It is our child where the supervisor was killed. /proc may
         // hide it from us.)
-        let parent = parent_of(number);
-        let is_child = parent.is_none_or(|parent| [supervisor, getpid()].contains(&parent));
+        let is_child = state_and_parent(number)
+            .is_none_or(|(_, parent)| [supervisor, getpid()].contains(&parent));
         let pidfd = pidfd.filter(|_| is_child);
         Ok(Self { number, pidfd })
     }
@@ -107,15 +107,6 @@ impl Program {
             let _ = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, 0, 0) };
         }
     }
-}
-
-/// The parent of a process, if the process is there, and /proc shows it.
-fn parent_of(process: Pid) -> Option<Pid> {
-    let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    // The name before these may contain anything.
-    let (_, rest) = text.rsplit_once(") ")?;
-    let parent = rest.split(' ').nth(1)?.parse().ok()?;
-    Some(Pid::from_raw(parent))
 }
 
 /// Leaves the program's input and output to the program: who waits for the end of its output need not wait for ours.
@@ -317,7 +308,7 @@ mod tests {
     fn strangers_get_no_signals() {
         let mut child = Command::new("sleep").arg("50").spawn().unwrap();
         let number = Pid::from_raw(child.id() as i32);
-        assert_eq!(parent_of(number), Some(getpid()));
+        assert_eq!(state_and_parent(number).unwrap().1, getpid());
         let program = Program::of(number, getpid()).unwrap();
         assert!(program.pidfd.is_some());
         program.send(libc::SIGTERM);

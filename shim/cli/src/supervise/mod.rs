@@ -48,7 +48,7 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::signal::{signal, SigHandler, SigSet, Signal};
-use nix::unistd::{fork, pipe2, ForkResult};
+use nix::unistd::{fork, pipe2, ForkResult, Pid};
 use pinbuf::Device;
 use pinbuf_udmabuf::{request, sys};
 
@@ -138,6 +138,16 @@ fn close_inherited() -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// A process's state, as a letter, and its parent; `None` if there is no such process, or /proc does not show it.
+fn state_and_parent(process: Pid) -> Option<(char, Pid)> {
+    let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The name before these may contain anything.
+    let (_, rest) = text.rsplit_once(") ")?;
+    let mut words = rest.split(' ');
+    let state = words.next()?.chars().next()?;
+    Some((state, Pid::from_raw(words.next()?.parse().ok()?)))
 }
 
 /// Makes this process the parent of all that it has started, directly or not, and whose own parent has ended.

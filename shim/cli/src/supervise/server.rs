@@ -2,7 +2,7 @@
 
 //! The supervisor's process: starts the program under the filter, and serves it and all that it starts.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -32,7 +32,7 @@ use super::front::{self, Message};
 use super::listener::{says_deserted, Listener};
 use super::log::Lines;
 use super::pool::Pool;
-use super::{adopt_orphans, can_open_udmabuf, close_inherited, NAME};
+use super::{adopt_orphans, can_open_udmabuf, close_inherited, state_and_parent, NAME};
 
 /// Starts the program, and answers its calls until no process is under the filter any more. What `pinbuf run` has to
 /// know is written to `to_front`.
@@ -130,7 +130,8 @@ pub fn serve(
 /// it and that it has not read yet.
 fn go_on(parent: Pid, messages: &File) {
     while getppid() == parent {
-        if is_stopped(parent) {
+        // It is continued also if that is not known.
+        if state_and_parent(parent).is_none_or(|(state, _)| state == 'T') {
             let _ = kill(parent, Signal::SIGCONT);
         }
         if !front::is_unread(messages) {
@@ -138,14 +139,6 @@ fn go_on(parent: Pid, messages: &File) {
         }
         thread::sleep(Duration::from_millis(1));
     }
-}
-
-/// Whether a process is stopped, as far as that can be known.
-fn is_stopped(process: Pid) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-    // The name before it may contain anything.
-    stat.rsplit_once(") ")
-        .is_none_or(|(_, rest)| rest.starts_with('T'))
 }
 
 /// Starts the program under the filter.
