@@ -252,8 +252,8 @@ fn pass_on(
     let sent = signal.ssi_code <= 0 || ours_alone || early;
     let by = |process: Pid| signal.ssi_pid == process.as_raw() as u32;
     let of_our_own = number == libc::SIGCONT && supervisor.is_some_and(by);
-    // Of a message of ours that nobody reads.
-    let of_our_output = number == libc::SIGPIPE && by(getpid()) && !early;
+    // Of a message of ours that nobody reads, or for which a file may not grow.
+    let of_our_output = by(getpid()) && !early;
     let is_ours = of_our_own || of_our_output || number == libc::SIGCHLD;
     if !sent || by(program.number) || is_ours {
         return;
@@ -313,7 +313,7 @@ mod tests {
         assert!(program.pidfd.is_some());
         program.send(libc::SIGTERM);
         child.wait().unwrap();
-        let stranger = Program::of(Pid::from_raw(1), getpid()).unwrap();
+        let stranger = Program::of(getpid(), getpid()).unwrap();
         assert!(stranger.pidfd.is_none());
     }
 }

@@ -142,8 +142,9 @@ fn close_inherited() -> io::Result<()> {
 
 /// A process's state, as a letter, and its parent; `None` if there is no such process, or /proc does not show it.
 fn state_and_parent(process: Pid) -> Option<(char, Pid)> {
-    let text = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    // The name before these may contain anything.
+    let text = fs::read(format!("/proc/{process}/stat")).ok()?;
+    let text = String::from_utf8_lossy(&text);
+    // The name before these may contain anything, and be cut within a letter.
     let (_, rest) = text.rsplit_once(") ")?;
     let mut words = rest.split(' ');
     let state = words.next()?.chars().next()?;
